@@ -1,0 +1,1 @@
+"""The client of Equipoise, a learning-policy service."""

@@ -1,0 +1,175 @@
+"""A rule: the function that turns statistics into the next policy, as two pure steps on a state of tables.
+
+Shape legend: N examples of the policy, B distinct scored ids of one step, P pages of `PAGE_EXAMPLES` examples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+PAGE_EXAMPLES = 65_536
+"""Examples per page: the unit in which tables are stored and replayed."""
+
+Scalars: TypeAlias = dict[str, float]
+"""What a step's row updates need beside the row and its statistics, by name; finite float64."""
+
+SettingValues: TypeAlias = Mapping[str, float | bool | str]
+"""Settings of a rule by name."""
+
+
+class RuleError(ValueError):
+    """A setting or a step that a rule cannot take; the message names field, value and rule."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What one step tells a rule: one entry per distinct id that has a scored row.
+
+    Attributes:
+        ids: int64 [B], distinct, in [0, N); None: all N examples in order.
+        contributions: float32 [B], finite; None where the trainer sent none.
+        losses: float32 [B], nats, finite; None where the trainer sent none.
+    """
+
+    ids: NDArray[np.int64] | None
+    contributions: NDArray[np.float32] | None = None
+    losses: NDArray[np.float32] | None = None
+
+    @property
+    def size(self) -> int:
+        """B, the number of distinct scored ids (0: the step carries no rows)."""
+        values = self.contributions if self.contributions is not None else self.losses
+        return 0 if values is None else len(values)
+
+
+@dataclass(slots=True, kw_only=True)
+class TableState:
+    """Tables of a policy with their exact sums.
+
+    Attributes:
+        num_examples: N.
+        columns: tables by name, each [N], on one device. `raw` is one of them: the raw weight r in the rule's
+            fixed-point unit, -1 where an example was never scored.
+        scalars: what the last step's row updates used.
+        scored: K, the number of examples scored at least once.
+        raw_sum: Σ raw over the scored ones, exact.
+        raw_square_sum: Σ (raw² in the same unit, rounded down) over the scored ones, exact.
+        guard_strength: g in [0, 1]; served weight = (1 − g)·w + g.
+    """
+
+    num_examples: int
+    columns: dict[str, torch.Tensor]
+    scalars: Scalars = field(default_factory=dict)
+    scored: int = 0
+    raw_sum: int = 0
+    raw_square_sum: int = 0
+    guard_strength: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tables."""
+        return next(iter(self.columns.values())).device
+
+    @property
+    def num_pages(self) -> int:
+        """P."""
+        return -(-self.num_examples // PAGE_EXAMPLES)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables, bytes."""
+        return sum(column.nbytes for column in self.columns.values())
+
+
+class Rule(Protocol):
+    """A rule with its settings bound.
+
+    `update` is `apply` after `prepare`. `prepare` reads the whole state and changes nothing; `apply` is row-local: the
+    new row depends on the old row, the step's statistics of that row and the step's scalars only. A log entry keeps
+    the statistics and the scalars, so that pages captured at different versions can be replayed one by one.
+
+    Every operation is exact or correctly rounded for each row by itself: results do not depend on the number of
+    threads, on how steps are fused, or on what else is in the batch beyond what the rule defines.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name in the registry."""
+        ...
+
+    @property
+    def settings(self) -> SettingValues:
+        """All settings, resolved: defaults filled in."""
+        ...
+
+    @property
+    def columns(self) -> Mapping[str, torch.dtype]:
+        """Names and element types of the tables; at most 16 bytes per example together."""
+        ...
+
+    @property
+    def touches_all_rows(self) -> bool:
+        """Whether a step may change rows other than its own."""
+        ...
+
+    def init(self, num_examples: int, *, device: torch.device) -> TableState:
+        """The uniform policy."""
+        ...
+
+    def check(self, statistics: Statistics) -> None:
+        """Raises RuleError when the step lacks what the rule needs (field, what is missing, the rule's name)."""
+        ...
+
+    def prepare(self, state: TableState, statistics: Statistics) -> Scalars:
+        """The step's scalars. Changes nothing. Raises RuleError when they are not finite."""
+        ...
+
+    def apply(
+        self, state: TableState, statistics: Statistics, scalars: Scalars, *, pages: NDArray[np.bool_] | None = None
+    ) -> TableState:
+        """Applies the step's row updates and keeps the exact sums; consumes `state` (tables change in place).
+
+        New rows are computed and checked before the first is written: after a RuleError the state is as it was.
+
+        Args:
+            state: state before the step.
+            statistics: the step.
+            scalars: the step's scalars, from `prepare` or from the log.
+            pages: bool [P]; rows of pages that are False are left as they are. None: all pages.
+        """
+        ...
+
+    def update(self, state: TableState, statistics: Statistics) -> TableState:
+        """The next policy: `apply` with `prepare`'s scalars."""
+        ...
+
+    def restore(self, state: TableState) -> TableState:
+        """Recomputes scored, raw_sum and raw_square_sum after tables were loaded. Exact.
+
+        Raises RuleError when a table holds what the rule can never write (out of range, not finite).
+        """
+        ...
+
+    def weights(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        """Served weights, mean 1 over N: float32 [len(ids)], or [N] for None; ids in [0, N), repeats allowed."""
+        ...
+
+    def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        """The rule's own statistic, NaN where never scored; shapes as for `weights`."""
+        ...
+
+    def above_floor(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+        """Whether the raw weight is above the floor (never scored: yes); shapes as for `weights`."""
+        ...
+
+    def effective_examples(self, state: TableState) -> float:
+        """1/Σγ² over the whole table, in [1, N]; O(1)."""
+        ...

@@ -61,7 +61,7 @@ class TableState:
         scalars: what the last step's row updates used.
         scored: K, the number of examples scored at least once.
         raw_sum: Σ raw over the scored ones, exact.
-        raw_square_sum: Σ (raw² in the same unit, rounded down) over the scored ones, exact.
+        raw_square_sum: Σ raw² over the scored ones, exact.
         guard_strength: g in [0, 1]; served weight = (1 − g)·w + g.
     """
 

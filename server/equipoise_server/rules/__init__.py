@@ -1,0 +1,29 @@
+"""Rules: pure functions from statistics to the next policy; no I/O, no clock, no randomness."""
+
+from equipoise_server.rules.aggregate import aggregate
+from equipoise_server.rules.base import (
+    PAGE_EXAMPLES,
+    Rule,
+    RuleError,
+    Scalars,
+    SettingValues,
+    Statistics,
+    TableState,
+)
+from equipoise_server.rules.evidence import Evidence, evidence
+from equipoise_server.rules.registry import build, names
+
+__all__ = [
+    "PAGE_EXAMPLES",
+    "Evidence",
+    "Rule",
+    "RuleError",
+    "Scalars",
+    "SettingValues",
+    "Statistics",
+    "TableState",
+    "aggregate",
+    "build",
+    "evidence",
+    "names",
+]

@@ -1,0 +1,54 @@
+"""Live evidence of the Learning Law: in an optimal process all weighted examples contribute equally."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise_server.rules.base import Rule, Statistics, TableState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What one step shows.
+
+    Attributes:
+        sim: mean over standard deviation of contributions under the weights before the step; None for fewer than two
+            scored examples above the floor, or when their contributions do not differ.
+        positive_share: share of positive contributions among all scored examples, in [0, 1]; None without any.
+        largest_weight: largest served weight among the scored examples, before the step; None without any.
+    """
+
+    sim: float | None
+    positive_share: float | None
+    largest_weight: float | None
+
+
+def evidence(rule: Rule, state: TableState, statistics: Statistics) -> Evidence:
+    """Evidence of a step that is about to be applied to `state`; changes nothing."""
+    if statistics.size == 0:
+        return Evidence(sim=None, positive_share=None, largest_weight=None)
+    weights = rule.weights(state, statistics.ids).astype(np.float64)
+    largest = float(weights.max())
+    if statistics.contributions is None:
+        return Evidence(sim=None, positive_share=None, largest_weight=largest)
+    above = rule.above_floor(state, statistics.ids)
+    contributions = statistics.contributions.astype(np.float64)
+    return Evidence(
+        sim=_similarity(contributions[above], weights[above]),
+        positive_share=float((contributions > 0.0).mean()),
+        largest_weight=largest,
+    )
+
+
+def _similarity(contributions: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:
+    """SIM of arXiv 2402.17759, section 4: Σγ·c / Σγ over the deviation from it, divisor count - 1."""
+    if len(contributions) < 2 or contributions.min() == contributions.max():
+        return None
+    total = float(weights.sum())
+    if total == 0.0:
+        return None
+    mean = float((weights * contributions).sum()) / total
+    deviation = math.sqrt(float(np.square(contributions - mean).sum()) / (len(contributions) - 1))
+    return mean / deviation if deviation > 0.0 else None

@@ -1,0 +1,66 @@
+"""`exponentiated_gradient`: mirror descent on the log weight, with groups as ids close to DoGE and DoReMi."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from equipoise_server.rules.settings import MIN_FLOOR, SignalSettings, number
+from equipoise_server.rules.table import ONE, TableRule, fixed_point
+
+_SQUARINGS = 8
+_TERMS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExponentiatedGradientSettings(SignalSettings):
+    """Settings of `exponentiated_gradient`."""
+
+    learning_rate: float = number(0.1, low=1e-6, high=10.0)
+    """η: what a contribution of one running RMS adds to the log weight."""
+
+    decay: float = number(0.01, low=0.0, high=1.0)
+    """Share of the log weight that a visit forgets."""
+
+    floor: float = number(0.01, low=MIN_FLOOR, high=1.0)
+    """Smallest raw weight; 1/floor bounds the ratio of two weights."""
+
+
+class ExponentiatedGradient(TableRule[ExponentiatedGradientSettings]):
+    """z ← (1-decay)·z + η·c, clipped to ±½|ln floor|; r = √floor·exp(z), so that r lies in [floor, 1]."""
+
+    name = "exponentiated_gradient"
+    settings_type = ExponentiatedGradientSettings
+    statistic = "log_weight"
+
+    @property
+    def raw_range(self) -> tuple[int, int]:
+        """The floor and 1."""
+        return fixed_point(self._settings.floor, ONE), ONE
+
+    def advance(self, old: torch.Tensor, signal: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """The log weight after a visit; it starts from 0."""
+        limit = -0.5 * math.log(self._settings.floor)
+        moved = old * (1.0 - self._settings.decay) + signal * self._settings.learning_rate
+        return moved.clamp(-limit, limit)
+
+    def raw_weights(self, statistic: torch.Tensor) -> torch.Tensor:
+        """√floor·exp(z), held in the range against the last rounding."""
+        floor, top = self.raw_range
+        raw = exponential(statistic) * (math.sqrt(self._settings.floor) * ONE)
+        return raw.round().clamp(floor, top).to(torch.int32)
+
+
+def exponential(values: torch.Tensor) -> torch.Tensor:
+    """exp of float64 values in [-5, 5] within 1e-10, relative; one result on every device, thread and position.
+
+    Library functions differ between processors, and between the vector body and the tail of one array: here
+    exp(x) = exp(x/256)^256 from products and sums alone, each correctly rounded.
+    """
+    small = values * 2.0**-_SQUARINGS
+    result = small * (1.0 / _TERMS) + 1.0
+    for term in range(_TERMS - 1, 0, -1):
+        result = result * (small * (1.0 / term)) + 1.0
+    for _ in range(_SQUARINGS):
+        result = result * result
+    return result

@@ -1,0 +1,42 @@
+"""The rules by name: a new rule is one file and one line here."""
+
+from typing import Any
+
+from equipoise_server.rules.base import Rule, RuleError, SettingValues
+from equipoise_server.rules.ema_relu import EmaRelu
+from equipoise_server.rules.ema_sign import EmaSign
+from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradient
+from equipoise_server.rules.settings import bind
+from equipoise_server.rules.table import TableRule
+from equipoise_server.rules.uniform import Uniform
+
+_RULES: dict[str, type[TableRule[Any]]] = {
+    rule.name: rule
+    for rule in (
+        EmaRelu,
+        EmaSign,
+        ExponentiatedGradient,
+        Uniform,
+    )
+}
+
+_LATER = frozenset({"boltzmann", "loss_linear_upper", "rho", "trajectory"})
+"""Names kept for rules that this version does not have."""
+
+
+def names() -> list[str]:
+    """Names of the rules, sorted."""
+    return sorted(_RULES)
+
+
+def build(name: str, settings: SettingValues) -> Rule:
+    """The rule with its settings bound; settings left out get their defaults.
+
+    Raises:
+        RuleError: `rule.name` is unknown, or a setting is unknown or out of range (`rule.settings.<key>`).
+    """
+    rule_type = _RULES.get(name)
+    if rule_type is None:
+        what = "is not available in this version" if name in _LATER else "is not a rule"
+        raise RuleError("rule.name", f"rule.name = {name!r} {what}; available: {', '.join(names())}")
+    return rule_type(bind(rule_type.settings_type, settings, rule=name))

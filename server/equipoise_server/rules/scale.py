@@ -1,0 +1,49 @@
+"""The running mean square of a signal, which makes a rule independent of the signal's scale."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise_server.rules.base import RuleError
+
+MEAN_SQUARE = "mean_square"
+"""Scalar: running mean square of the signal, in its own unit squared; 0 or absent before the first non-zero step."""
+
+MAX_SCALED = 1e12
+"""No value over the running RMS is larger: decays end at 0.9999 and B below 2^40, so √(B/(1-decay)) is below 1.1e8."""
+
+
+def next_mean_square(previous: float, signal: NDArray[np.float32], *, decay: float, name: str, rule: str) -> float:
+    """Running mean square with this step's B values included; the first step that is not all zero initialises it.
+
+    Squares of float32 are exact in float64, and numpy adds them pairwise in one thread: one result on every machine.
+
+    Raises:
+        RuleError: a value is not finite.
+    """
+    if signal.size == 0:
+        return previous
+    mean_square = float(np.square(signal, dtype=np.float64).sum()) / signal.size
+    if not math.isfinite(mean_square):
+        index = int(np.flatnonzero(~np.isfinite(signal))[0])
+        raise RuleError(name, f"{name}[{index}] = {signal[index]}: rule {rule} needs finite values")
+    return mean_square if previous == 0.0 else decay * previous + (1.0 - decay) * mean_square
+
+
+def scaled(signal: NDArray[np.float32], mean_square: float, *, rule: str) -> NDArray[np.float64]:
+    """The signal over its running RMS, float64 [B]; zeros while the mean square is unset.
+
+    Divided here rather than on the device, where a division by a constant becomes a product with its reciprocal.
+
+    Raises:
+        RuleError: the mean square is not a finite number >= 0, or too small to belong to this signal.
+    """
+    values = signal.astype(np.float64)
+    if 0.0 < mean_square < math.inf:
+        values /= math.sqrt(mean_square)
+    elif mean_square != 0.0:
+        raise RuleError(MEAN_SQUARE, f"{MEAN_SQUARE} = {mean_square}: rule {rule} needs a finite number >= 0")
+    if values.size and not max(values.max(), -values.min()) <= MAX_SCALED:
+        raise RuleError(MEAN_SQUARE, f"{MEAN_SQUARE} = {mean_square} does not belong to this step of rule {rule}")
+    return values

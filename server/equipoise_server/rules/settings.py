@@ -1,0 +1,90 @@
+"""Settings: declared once, as dataclass fields with a range, and bound from a typed map."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+from equipoise_server.rules.base import RuleError, SettingValues
+
+SettingsT = TypeVar("SettingsT", bound="SignalSettings")
+
+RANGE = "range"
+"""Key of a field's metadata under which its `Range` lies."""
+
+MIN_FLOOR = 1e-4
+"""Smallest floor but zero: at the fixed-point unit 2^-30 its relative rounding error stays below 5e-6."""
+
+MAX_DECAY = 0.9999
+"""Largest decay: the newest value always counts, so that a value over the running RMS stays bounded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """The closed interval [low, high] of numbers, and 0 where `or_zero`."""
+
+    low: float
+    high: float
+    or_zero: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high or (self.or_zero and value == 0)
+
+    def __str__(self) -> str:
+        interval = f"in [{self.low:g}, {self.high:g}]"
+        return f"0 or {interval}" if self.or_zero else interval
+
+
+def number(default: float, *, low: float, high: float, or_zero: bool = False) -> Any:
+    """A dataclass field for a number in [low, high], or 0 where `or_zero`."""
+    return field(default=default, metadata={RANGE: Range(low=low, high=high, or_zero=or_zero)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalSettings:
+    """Settings of every rule that reads a signal, such as contributions."""
+
+    rms_decay: float = number(0.99, low=0.0, high=MAX_DECAY)
+    """Decay per step of the running mean square that the signal is divided by; 0: each step by its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmaSettings(SignalSettings):
+    """Settings of the rules that keep a moving average per example."""
+
+    ema_decay: float = number(0.95, low=0.0, high=MAX_DECAY)
+    """Decay per visit of an example's moving average. The default looks back some 20 visits: between 0.9, which still
+    follows the noise of single contributions, and 0.99, which holds on to the first one for 100 visits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlooredEmaSettings(EmaSettings):
+    """Settings of the rules that map a moving average into [floor, 1]."""
+
+    floor: float = number(0.01, low=MIN_FLOOR, high=1.0, or_zero=True)
+    """Smallest raw weight; 1/floor bounds the ratio of two weights. At 0 an example can lose all weight."""
+
+
+def bind(settings_type: type[SettingsT], values: SettingValues, *, rule: str) -> SettingsT:
+    """Settings of a rule from a typed map; those left out get their defaults.
+
+    Raises:
+        RuleError: `rule.settings.<key>` is unknown, no number, not finite or out of its range.
+    """
+    ranges: dict[str, Range] = {each.name: each.metadata[RANGE] for each in fields(settings_type)}
+    return settings_type(**{key: _number(key, value, ranges, rule) for key, value in values.items()})
+
+
+def resolved(settings: SignalSettings) -> dict[str, float]:
+    """All settings by name."""
+    return asdict(settings)
+
+
+def _number(key: str, value: float | bool | str, ranges: dict[str, Range], rule: str) -> float:
+    where = f"rule.settings.{key}"
+    if key not in ranges:
+        raise RuleError(where, f"{where}: rule {rule} has no such setting; it has {', '.join(sorted(ranges))}")
+    allowed = ranges[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RuleError(where, f"{where} = {value!r}: rule {rule} needs a number {allowed}")
+    if value not in allowed:
+        raise RuleError(where, f"{where} = {value!r}: rule {rule} needs a value {allowed}")
+    return float(value)

@@ -1,0 +1,241 @@
+"""Table rules: a statistic and a raw weight per example; a step costs O(B), whatever N is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Generic
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
+from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
+from equipoise_server.rules.settings import SettingsT, resolved
+from equipoise_server.rules.sums import change_sums, spans, table_sums
+
+RAW = "raw"
+"""Column of raw weights in fixed point; -1: never scored."""
+
+RAW_BITS = 30
+ONE = 1 << RAW_BITS
+"""The raw weight 1: int32 holds [0, 1] in steps of 2^-30."""
+
+
+class TableRule(ABC, Generic[SettingsT]):
+    """Base of the rules that keep tables (see `Rule` for what each public method promises).
+
+    A subclass names its statistic and says how a visit moves it (`advance`) and what raw weight follows from it
+    (`raw_weights`). A rule from another signal than contributions overrides `signal` and `signal_name`.
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type[SettingsT]]
+    statistic: ClassVar[str] = "ema"
+    """Column of the statistic, float32: what SCORE reads."""
+    signal_name: ClassVar[str] = "contributions"
+    raw_dtype: ClassVar[torch.dtype] = torch.int32
+    touches_all_rows: ClassVar[bool] = False
+
+    def __init__(self, settings: SettingsT) -> None:
+        self._settings = settings
+
+    @property
+    def settings(self) -> SettingValues:
+        """All settings, resolved."""
+        return resolved(self._settings)
+
+    @property
+    def columns(self) -> Mapping[str, torch.dtype]:
+        """The statistic and the raw weight."""
+        return {self.statistic: torch.float32, RAW: self.raw_dtype}
+
+    @property
+    @abstractmethod
+    def raw_range(self) -> tuple[int, int]:
+        """Smallest (the floor) and largest raw weight, fixed point."""
+
+    @abstractmethod
+    def advance(self, old: torch.Tensor, signal: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """The statistic after a visit: float64 [B].
+
+        Args:
+            old: float64 [B], statistic before the visit (0 where never scored).
+            signal: float64 [B], in units of the running RMS.
+            first: bool [B], whether this is the first visit.
+        """
+
+    @abstractmethod
+    def raw_weights(self, statistic: torch.Tensor) -> torch.Tensor:
+        """Raw weights int32 [B] in `raw_range` for statistics float64 [B]."""
+
+    def signal(self, statistics: Statistics) -> NDArray[np.float32] | None:
+        """What the rule reads of a step, float32 [B]; None where the trainer did not send it."""
+        return statistics.contributions
+
+    def init(self, num_examples: int, *, device: torch.device) -> TableState:
+        """The uniform policy."""
+        columns = {
+            self.statistic: torch.zeros(num_examples, dtype=torch.float32, device=device),
+            RAW: torch.full((num_examples,), -1, dtype=self.raw_dtype, device=device),
+        }
+        return TableState(num_examples=num_examples, columns=columns)
+
+    def check(self, statistics: Statistics) -> None:
+        """Raises RuleError when the step has rows but not the rule's signal."""
+        if statistics.size and self.signal(statistics) is None:
+            raise RuleError(self.signal_name, f"{self.signal_name} is absent: rule {self.name} needs it in every step")
+
+    def prepare(self, state: TableState, statistics: Statistics) -> Scalars:
+        """The running mean square with this step included."""
+        signal = self._rows(state, statistics)
+        previous = state.scalars.get(MEAN_SQUARE, 0.0)
+        decay = self._settings.rms_decay
+        return {MEAN_SQUARE: next_mean_square(previous, signal, decay=decay, name=self.signal_name, rule=self.name)}
+
+    def apply(
+        self, state: TableState, statistics: Statistics, scalars: Scalars, *, pages: NDArray[np.bool_] | None = None
+    ) -> TableState:
+        """Moves the statistic and the raw weight of the step's rows."""
+        index, signal = self._located(state, statistics, scalars, pages)
+        if len(signal):
+            old_raw = _gather(state.columns[RAW], index)
+            statistic = self._advanced(state, index, signal, old_raw < 0)
+            new_raw = self.raw_weights(statistic.double())
+            scored, total, squares = change_sums(old_raw, new_raw)
+            _scatter(state.columns[self.statistic], index, statistic)
+            _scatter(state.columns[RAW], index, new_raw)
+            state.scored += scored
+            state.raw_sum += total
+            state.raw_square_sum += squares
+        state.scalars = dict(scalars)
+        return state
+
+    def update(self, state: TableState, statistics: Statistics) -> TableState:
+        """The next policy."""
+        self.check(statistics)
+        return self.apply(state, statistics, self.prepare(state, statistics))
+
+    def restore(self, state: TableState) -> TableState:
+        """Checks the tables and recomputes the exact sums."""
+        self._check_tables(state)
+        scaled(np.zeros(0, np.float32), state.scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
+        state.scored, state.raw_sum, state.raw_square_sum = table_sums(state.columns[RAW])
+        return state
+
+    def weights(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        """Served weights."""
+        raw, factor, guard = state.columns[RAW], self._weight_per_raw(state), state.guard_strength
+        if ids is not None:
+            return _served(_gather(raw, _on(raw.device, ids)), factor, guard)
+        return np.concatenate([_served(raw[span], factor, guard) for span in spans(state.num_examples)])
+
+    def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        """The statistic, NaN where never scored."""
+        index = None if ids is None else _on(state.device, ids)
+        statistic, raw = (_gather(state.columns[name], index) for name in (self.statistic, RAW))
+        return _numpy_float32(torch.where(raw < 0, torch.nan, statistic))
+
+    def above_floor(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+        """Whether the raw weight is above the floor; always so where floor and top are the same."""
+        raw = _gather(state.columns[RAW], None if ids is None else _on(state.device, ids))
+        floor, top = self.raw_range
+        above = raw != floor if floor < top else torch.ones_like(raw, dtype=torch.bool)
+        return np.asarray(above.cpu().numpy(), dtype=np.bool_)
+
+    def effective_examples(self, state: TableState) -> float:
+        """(Σw)²/Σw² with w = 1 for the N - K unscored, and the guard's mix expanded."""
+        total, squares = self._weight_sums(state)
+        rest, guard = state.num_examples - state.scored, state.guard_strength
+        kept, total, squares = 1.0 - guard, total + rest, squares + rest
+        mixed_squares = kept * kept * squares + 2.0 * kept * guard * total + guard * guard * state.num_examples
+        mixed_total = kept * total + guard * state.num_examples
+        return min(max(mixed_total * mixed_total / mixed_squares, 1.0), float(state.num_examples))
+
+    def _weight_per_raw(self, state: TableState) -> float | None:
+        """Served weight of one raw unit before the guard; None: all weights are 1, since nothing has raw weight."""
+        return state.scored / state.raw_sum if state.raw_sum else None
+
+    def _weight_sums(self, state: TableState) -> tuple[float, float]:
+        """Σw and Σw² over the scored examples, before the guard."""
+        if not state.raw_sum:
+            return float(state.scored), float(state.scored)
+        return float(state.scored), state.scored**2 * state.raw_square_sum / state.raw_sum**2
+
+    def _rows(self, state: TableState, statistics: Statistics) -> NDArray[np.float32]:
+        """The step's signal, with one value per row; empty where the step has none."""
+        signal = self.signal(statistics)
+        if signal is None:
+            return np.zeros(0, np.float32)
+        num_rows = state.num_examples if statistics.ids is None else len(statistics.ids)
+        if len(signal) != num_rows:
+            raise RuleError(self.signal_name, f"{self.signal_name} has {len(signal)} values for {num_rows} examples")
+        return signal
+
+    def _located(
+        self, state: TableState, statistics: Statistics, scalars: Scalars, pages: NDArray[np.bool_] | None
+    ) -> tuple[torch.Tensor | None, NDArray[np.float64]]:
+        """Where the step's rows lie (None: everywhere) and their scaled signal, restricted to `pages`."""
+        signal = scaled(self._rows(state, statistics), scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
+        ids = statistics.ids
+        if pages is not None and len(signal) and not pages.all():
+            ids = np.arange(state.num_examples) if ids is None else ids
+            kept = pages[ids // PAGE_EXAMPLES]
+            ids, signal = ids[kept], signal[kept]
+        return None if ids is None else _on(state.device, ids), signal
+
+    def _advanced(
+        self, state: TableState, index: torch.Tensor | None, signal: NDArray[np.float64], first: torch.Tensor
+    ) -> torch.Tensor:
+        """The step's new statistics, float32 [B]."""
+        old = _gather(state.columns[self.statistic], index).double()
+        return self.advance(old, torch.from_numpy(signal).to(state.device), first).float()
+
+    def _check_tables(self, state: TableState) -> None:
+        for name, dtype in self.columns.items():
+            column = state.columns.get(name)
+            if column is None or column.dtype != dtype or column.shape != (state.num_examples,):
+                raise RuleError(f"state.{name}", f"state.{name}: rule {self.name} needs {dtype} [{state.num_examples}]")
+        floor, top = self.raw_range
+        for span in spans(state.num_examples):
+            raw, statistic = state.columns[RAW][span], state.columns[self.statistic][span]
+            self._check_rows(RAW, raw, (raw == -1) | ((raw >= floor) & (raw <= top)), span.start)
+            self._check_rows(self.statistic, statistic, torch.isfinite(statistic), span.start)
+
+    def _check_rows(self, name: str, values: torch.Tensor, good: torch.Tensor, offset: int) -> None:
+        if not bool(good.all()):
+            first = int((~good).nonzero()[0])
+            where = f"state.{name}[{offset + first}]"
+            raise RuleError(f"state.{name}", f"{where} = {values[first].item()}: rule {self.name} never writes that")
+
+
+def fixed_point(value: float, one: int) -> int:
+    """The multiple of 1/one nearest to `value`, ties to even."""
+    return round(value * one)
+
+
+def _on(device: torch.device, ids: NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(ids if ids.flags.writeable else ids.copy()).to(device)
+
+
+def _gather(column: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return column if index is None else column.index_select(0, index)
+
+
+def _scatter(column: torch.Tensor, index: torch.Tensor | None, values: torch.Tensor) -> None:
+    if index is None:
+        column.copy_(values)
+    else:
+        column.index_copy_(0, index, values)
+
+
+def _served(raw: torch.Tensor, factor: float | None, guard: float) -> NDArray[np.float32]:
+    if factor is None:
+        return np.ones(len(raw), np.float32)
+    weights = torch.where(raw < 0, 1.0, raw.double() * factor)
+    if guard:
+        weights = weights * (1.0 - guard) + guard
+    return _numpy_float32(weights)
+
+
+def _numpy_float32(values: torch.Tensor) -> NDArray[np.float32]:
+    return np.asarray(values.float().cpu().numpy(), dtype=np.float32)

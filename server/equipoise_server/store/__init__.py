@@ -1,0 +1,47 @@
+"""The store: what a policy server must not lose, kept in Redis.
+
+The only package that imports `redis`. Payloads are opaque here: specs are text, log entries and pages bytes.
+"""
+
+from equipoise_server.store.connect import COMMAND_TIMEOUT_S, without_password
+from equipoise_server.store.errors import (
+    UNAVAILABLE_KINDS,
+    Deleted,
+    Fenced,
+    Interrupted,
+    InvalidStoreUrl,
+    LogLost,
+    NotFound,
+    StoreError,
+    Unavailable,
+)
+from equipoise_server.store.limits import MAX_APPEND_BYTES, MAX_COMMAND_BYTES
+from equipoise_server.store.log import entry_bytes
+from equipoise_server.store.observer import Observer
+from equipoise_server.store.records import LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
+from equipoise_server.store.redis_store import RedisStore
+
+__all__ = [
+    "COMMAND_TIMEOUT_S",
+    "MAX_APPEND_BYTES",
+    "MAX_COMMAND_BYTES",
+    "UNAVAILABLE_KINDS",
+    "Deleted",
+    "Fenced",
+    "Interrupted",
+    "InvalidStoreUrl",
+    "LogEntry",
+    "LogLost",
+    "LogState",
+    "NotFound",
+    "Observer",
+    "Owner",
+    "Ownership",
+    "Page",
+    "RedisStore",
+    "StoreError",
+    "StoredPolicy",
+    "Unavailable",
+    "entry_bytes",
+    "without_password",
+]

@@ -1,0 +1,72 @@
+"""What can go wrong in the store, as one tree; no Redis exception leaves this package."""
+
+# ruff: noqa: N818 - named for what happened, as in `except Fenced`.
+
+
+class StoreError(Exception):
+    """Root of the tree."""
+
+
+class Unavailable(StoreError):
+    """Redis did not do what was asked: refused, stalled, read-only, full, still loading.
+
+    A command that ended so may or may not have been applied. Every command of the store can be sent again.
+
+    Attributes:
+        kind: a short word for metrics, one of `UNAVAILABLE_KINDS`.
+    """
+
+    def __init__(self, message: str, *, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+UNAVAILABLE_KINDS = (
+    "refused",
+    "timeout",
+    "disconnected",
+    "exhausted",
+    "oom",
+    "readonly",
+    "misconf",
+    "loading",
+    "busy",
+    "auth",
+    "cluster",
+    "replicas",
+    "other",
+)
+"""Every value of `Unavailable.kind`, so that metrics can start at zero."""
+
+
+class Fenced(StoreError):
+    """Another owner holds the policy: this writer must stop writing it."""
+
+
+class Deleted(Fenced):
+    """The policy was deleted: its tombstone turns late writers away."""
+
+
+class LogLost(StoreError):
+    """Redis holds less of the policy than was acknowledged: it was flushed or rolled back.
+
+    Attributes:
+        last_version: the last version Redis still has; None when the policy's records are gone altogether.
+    """
+
+    def __init__(self, policy: str, *, last_version: int | None) -> None:
+        held = "nothing" if last_version is None else f"the log only up to version {last_version}"
+        super().__init__(f"policy {policy!r}: Redis holds {held}")
+        self.last_version = last_version
+
+
+class NotFound(StoreError):
+    """No policy of that name (or of that uid) is stored."""
+
+
+class Interrupted(StoreError):
+    """A page was being written twice at once; the write that reports this changed nothing and can be repeated."""
+
+
+class InvalidStoreUrl(StoreError, ValueError):
+    """A store URL that cannot be used; the message never repeats its password."""

@@ -1,0 +1,51 @@
+"""How the keys in Redis are spelled; nobody else spells one.
+
+All keys of a policy share the hash tag `{policy}`, hence one slot of a Redis Cluster. Log, pages and progress carry
+their *generation* too: what a half-finished deletion or republication leaves behind is never read as something else.
+"""
+
+from dataclasses import dataclass
+
+
+def index_key(prefix: str) -> str:
+    """The sorted set of all policies' names, in a slot of its own."""
+    return f"{prefix}:index"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyKeys:
+    """The keys of one policy."""
+
+    prefix: str
+    policy: str
+
+    @property
+    def _base(self) -> str:
+        return f"{self.prefix}:{{{self.policy}}}"
+
+    @property
+    def spec(self) -> str:
+        """Hash: uid, create_time, spec, generation."""
+        return f"{self._base}:spec"
+
+    @property
+    def owner(self) -> str:
+        """Hash: token, epoch, address, deleted (uid, after deletion), `pages:<generation>` (pages ever written)."""
+        return f"{self._base}:owner"
+
+    @property
+    def staging(self) -> str:
+        """Hash: the page being written, and the attempt that writes it."""
+        return f"{self._base}:staging"
+
+    def log(self, generation: str) -> str:
+        """Stream of entries `<version>-0`."""
+        return f"{self._base}:{generation}:log"
+
+    def progress(self, generation: str) -> str:
+        """Hash of what belongs to no page: scalars, the deduplication table."""
+        return f"{self._base}:{generation}:progress"
+
+    def page(self, generation: str, index: int) -> str:
+        """Hash: version and the page's columns in pieces."""
+        return f"{self._base}:{generation}:page:{index}"

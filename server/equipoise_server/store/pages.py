@@ -1,0 +1,119 @@
+"""Pages: large values written in bounded pieces and swapped in whole.
+
+A page is a Redis hash. Its columns are cut into pieces `<column>/<number>`, collected under the policy's staging key by
+commands of at most `MAX_COMMAND_BYTES`, and the last of these renames the staging key to the page. A small page is one
+command. What is stored of progress is cut alike.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Iterator, Mapping
+from weakref import WeakValueDictionary
+
+from equipoise_server.store import scripts
+from equipoise_server.store.commands import Commands
+from equipoise_server.store.keys import PolicyKeys
+from equipoise_server.store.limits import MAX_COMMAND_BYTES
+from equipoise_server.store.records import Ownership, Page
+
+# Room for the protocol's framing, the keys and the fixed arguments of one command.
+_OVERHEAD_BYTES = 4096
+_PIECE_OVERHEAD_BYTES = 64
+_BUDGET_BYTES = MAX_COMMAND_BYTES - _OVERHEAD_BYTES
+# Lua hands the pieces of one command over on its stack, which is limited to some thousands of values.
+_MAX_PIECES = 1000
+
+_VERSION = "version"
+
+
+class PageTable:
+    """Writes and reads pages and progress."""
+
+    def __init__(self, commands: Commands, *, prefix: str) -> None:
+        self._commands = commands
+        self._prefix = prefix
+        # A policy has one staging key: its pages are written one after another.
+        self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def write_page(self, owner: Ownership, index: int, page: Page) -> None:
+        """Replace a page; readers see the old or the new one, whole.
+
+        Raises:
+            Fenced: another owner, or deleted.
+            LogLost: the owner's record is gone.
+        """
+        target = PolicyKeys(self._prefix, owner.policy).page(owner.generation, index)
+        fixed = {_VERSION: str(page.version).encode()}
+        await self._write(owner, target, fixed=fixed, columns=page.columns, pages=index + 1)
+
+    async def read_page(self, policy: str, generation: str, index: int) -> Page | None:
+        """A page; None where none was written."""
+        fields = await self._read("read_page", PolicyKeys(self._prefix, policy).page(generation, index))
+        if _VERSION.encode() not in fields:
+            return None
+        return Page(version=int(fields[_VERSION.encode()]), columns=_joined(fields))
+
+    async def write_progress(self, owner: Ownership, fields: Mapping[str, bytes]) -> None:
+        """Replace what belongs to no page; errors as for `write_page`."""
+        target = PolicyKeys(self._prefix, owner.policy).progress(owner.generation)
+        await self._write(owner, target, fixed={"format": b"1"}, columns=fields, pages=0)
+
+    async def read_progress(self, policy: str, generation: str) -> dict[str, bytes]:
+        """What belongs to no page; empty where nothing was written."""
+        return _joined(await self._read("read_progress", PolicyKeys(self._prefix, policy).progress(generation)))
+
+    async def _read(self, name: str, key: str) -> dict[bytes, bytes]:
+        fields: dict[bytes, bytes] = await self._commands.run(name, "HGETALL", key)
+        return fields
+
+    async def _write(
+        self, owner: Ownership, target: str, *, fixed: Mapping[str, bytes], columns: Mapping[str, bytes], pages: int
+    ) -> None:
+        keys = PolicyKeys(self._prefix, owner.policy)
+        attempt = secrets.token_hex(8)
+        commands = list(_commands(fixed, columns))
+        lock = self._writing.setdefault(owner.policy, asyncio.Lock())
+        async with lock:
+            for position, pieces in enumerate(commands):
+                first = "1" if position == 0 else ""
+                last = "1" if position == len(commands) - 1 else ""
+                counter = f"pages:{owner.generation}"
+                await self._commands.script(
+                    "stage",
+                    scripts.STAGE,
+                    policy=owner.policy,
+                    keys=[keys.owner, keys.staging, target],
+                    arguments=[owner.token, owner.epoch, attempt, first, last, counter, pages, *pieces],
+                )
+
+
+def _pieces(columns: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    for column, value in columns.items():
+        step = _BUDGET_BYTES - _PIECE_OVERHEAD_BYTES - len(column.encode())
+        view = memoryview(value)
+        for number, start in enumerate(range(0, max(len(value), 1), step)):
+            yield f"{column}/{number}", bytes(view[start : start + step])
+
+
+def _commands(fixed: Mapping[str, bytes], columns: Mapping[str, bytes]) -> Iterator[list[str | bytes]]:
+    """Names and values of pieces, in lists that each fit one command."""
+    command: list[str | bytes] = [part for pair in fixed.items() for part in pair]
+    size = 0
+    for name, value in _pieces(columns):
+        added = _PIECE_OVERHEAD_BYTES + len(name) + len(value)
+        if command and (size + added > _BUDGET_BYTES or len(command) >= 2 * _MAX_PIECES):
+            yield command
+            command, size = [], 0
+        command += [name, value]
+        size += added
+    if command:
+        yield command
+
+
+def _joined(fields: Mapping[bytes, bytes]) -> dict[str, bytes]:
+    pieces: dict[str, dict[int, bytes]] = {}
+    for name, value in fields.items():
+        column, slash, number = name.decode().rpartition("/")
+        if slash:
+            pieces.setdefault(column, {})[int(number)] = value
+    return {column: b"".join(cut[number] for number in sorted(cut)) for column, cut in pieces.items()}

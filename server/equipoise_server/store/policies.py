@@ -1,0 +1,171 @@
+"""Which policies exist and who owns them."""
+
+import secrets
+from typing import Any
+
+from equipoise_server.store import scripts
+from equipoise_server.store.commands import Commands
+from equipoise_server.store.errors import NotFound
+from equipoise_server.store.keys import PolicyKeys, index_key
+from equipoise_server.store.records import Owner, Ownership, StoredPolicy
+
+_UNLINK_BATCH = 256
+
+
+class PolicyTable:
+    """Creation, lookup, listing, deletion and ownership.
+
+    A policy exists when its spec does. The index of names lies in another slot of a cluster and so cannot change in the
+    same step: it is written before the spec, and a listing checks every name against its spec.
+    """
+
+    def __init__(self, commands: Commands, *, prefix: str) -> None:
+        self._commands = commands
+        self._prefix = prefix
+
+    async def create(self, policy: StoredPolicy) -> tuple[StoredPolicy, bool]:
+        """Store a policy unless its name is taken; the stored one, and whether it is new."""
+        keys = self._keys(policy.name)
+        await self.enter_index(policy.name)
+        word, *held = await self._commands.script(
+            "create",
+            scripts.CREATE,
+            policy=policy.name,
+            keys=[keys.spec, keys.owner, keys.log(policy.uid)],
+            arguments=[policy.uid, repr(policy.create_time), policy.spec, policy.uid],
+        )
+        # Once more: the deletion of a namesake may have left the index between the two steps.
+        await self.enter_index(policy.name)
+        return (policy, True) if word == "OK" else (_stored(policy.name, held), False)
+
+    async def get(self, name: str) -> StoredPolicy | None:
+        """The policy of that name."""
+        return _stored_or_none(name, await self._commands.run("get", *self._read_spec(name)))
+
+    async def select(self, *, after: str, prefix: str, limit: int) -> list[StoredPolicy]:
+        """At most `limit` policies in the order of their names: those after `after` that begin with `prefix`."""
+        found: list[StoredPolicy] = []
+        while len(found) < limit:
+            wanted = limit - len(found)
+            names = await self._names(after=after, prefix=prefix, limit=wanted)
+            if not names:
+                break
+            specs = await self._commands.run_together("list", [self._read_spec(name) for name in names])
+            stored = (_stored_or_none(name, spec) for name, spec in zip(names, specs, strict=True))
+            found.extend(policy for policy in stored if policy is not None)
+            if len(names) < wanted:
+                break
+            after = names[-1]
+        return found
+
+    async def delete(self, name: str, *, uid: str | None) -> str:
+        """Delete a policy and return its uid; a tombstone keeps its epoch and turns late writers away.
+
+        Args:
+            name: of the policy.
+            uid: delete only the policy with this uid; None: whichever has the name.
+
+        Raises:
+            NotFound: no such policy; repeating a deletion by uid is no error.
+        """
+        keys = self._keys(name)
+        _, deleted = await self._commands.script(
+            "delete",
+            scripts.DELETE,
+            policy=name,
+            keys=[keys.spec, keys.owner, keys.staging],
+            arguments=[uid or ""],
+        )
+        await self._leave_index(name)
+        await self.collect(name)
+        return str(deleted, "ascii")
+
+    async def acquire(self, name: str, *, address: str) -> Ownership:
+        """Become the owner of a policy: every earlier owner is fenced from here on.
+
+        Raises:
+            NotFound: no such policy.
+        """
+        keys = self._keys(name)
+        token = secrets.token_hex(16)
+        _, uid, epoch, generation = await self._commands.script(
+            "acquire",
+            scripts.ACQUIRE,
+            policy=name,
+            keys=[keys.spec, keys.owner, keys.staging],
+            arguments=[token, address],
+        )
+        await self.collect(name)
+        return Ownership(
+            policy=name,
+            uid=uid.decode(),
+            token=token,
+            epoch=epoch,
+            generation=generation.decode(),
+            address=address,
+        )
+
+    async def owner(self, name: str) -> Owner | None:
+        """Who acquired the policy last; None where nobody has, or it was deleted."""
+        keys = self._keys(name)
+        address, epoch = await self._commands.run("owner", "HMGET", keys.owner, "address", "epoch")
+        return None if address is None else Owner(address=address.decode(), epoch=int(epoch))
+
+    async def generation(self, policy: Ownership | str) -> str:
+        """Which generation of keys holds the data of an owned policy, or of the policy with that name.
+
+        Raises:
+            NotFound: no policy of that name.
+        """
+        if isinstance(policy, Ownership):
+            return policy.generation
+        held = await self._commands.run("get", "HGET", self._keys(policy).spec, "generation")
+        if held is None:
+            raise NotFound(f"no policy {policy!r}")
+        return str(held, "ascii")
+
+    async def enter_index(self, name: str) -> None:
+        """Put a name into the index; harmless for names without a policy."""
+        await self._commands.run("index", "ZADD", index_key(self._prefix), 0, name)
+
+    async def collect(self, name: str) -> None:
+        """Unlink the generations of keys that no spec refers to: of a deleted policy or an abandoned republication."""
+        keys = self._keys(name)
+        _, *found = await self._commands.script("collect", scripts.GARBAGE, policy=name, keys=[keys.spec, keys.owner])
+        for generation, pages in zip(found[::2], found[1::2], strict=True):
+            await self._unlink(keys, generation.decode(), pages=int(pages))
+
+    async def _unlink(self, keys: PolicyKeys, generation: str, *, pages: int) -> None:
+        doomed = [keys.log(generation), keys.progress(generation)]
+        doomed.extend(keys.page(generation, index) for index in range(pages))
+        for start in range(0, len(doomed), _UNLINK_BATCH):
+            await self._commands.run("collect", "UNLINK", *doomed[start : start + _UNLINK_BATCH])
+        await self._commands.run("collect", "HDEL", keys.owner, f"pages:{generation}")
+
+    async def _leave_index(self, name: str) -> None:
+        await self._commands.run("index", "ZREM", index_key(self._prefix), name)
+        # A namesake may have been created in between: then its entry must stay.
+        if await self.get(name) is not None:
+            await self.enter_index(name)
+
+    async def _names(self, *, after: str, prefix: str, limit: int) -> list[str]:
+        low = f"({after}" if after >= prefix and after else f"[{prefix}" if prefix else "-"
+        high = b"(" + prefix.encode() + b"\xff" if prefix else b"+"
+        index = index_key(self._prefix)
+        names = await self._commands.run("list", "ZRANGEBYLEX", index, low, high, "LIMIT", 0, limit)
+        return [name.decode() for name in names]
+
+    def _read_spec(self, name: str) -> tuple[str, ...]:
+        return ("HMGET", self._keys(name).spec, "uid", "create_time", "spec")
+
+    def _keys(self, name: str) -> PolicyKeys:
+        return PolicyKeys(self._prefix, name)
+
+
+def _stored(name: str, held: Any) -> StoredPolicy:
+    uid, create_time, spec = held
+    return StoredPolicy(name=name, uid=uid.decode(), create_time=float(create_time), spec=spec.decode())
+
+
+def _stored_or_none(name: str, held: Any) -> StoredPolicy | None:
+    return None if held[0] is None else _stored(name, held)

@@ -1,0 +1,218 @@
+"""The store: policies, their logs and pages, in Redis."""
+
+import dataclasses
+import secrets
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+
+from equipoise_server.store import scripts
+from equipoise_server.store.commands import Client, Commands
+from equipoise_server.store.connect import COMMAND_TIMEOUT_S, client_for
+from equipoise_server.store.keys import PolicyKeys
+from equipoise_server.store.log import PolicyLog
+from equipoise_server.store.observer import Observer
+from equipoise_server.store.pages import PageTable
+from equipoise_server.store.policies import PolicyTable
+from equipoise_server.store.records import LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
+
+
+class RedisStore:
+    """All of one Redis's policies under a key prefix.
+
+    Every method raises `Unavailable` when Redis does not answer well within about two command timeouts; a write that
+    ended so may have been applied and can be repeated. Writes take an `Ownership` and raise `Fenced` once it is no
+    longer the current one, `LogLost` when Redis has forgotten it.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        prefix: str = "equipoise",
+        command_timeout_s: float = COMMAND_TIMEOUT_S,
+        observer: Observer | None = None,
+    ) -> None:
+        self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)
+        self._prefix = prefix
+        self._policies = PolicyTable(self._commands, prefix=prefix)
+        self._log = PolicyLog(self._commands, prefix=prefix)
+        self._pages = PageTable(self._commands, prefix=prefix)
+
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        *,
+        prefix: str = "equipoise",
+        command_timeout_s: float = COMMAND_TIMEOUT_S,
+        observer: Observer | None = None,
+    ) -> "RedisStore":
+        """A store at a URL; opens no connection yet.
+
+        Args:
+            url: `redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis+cluster://`.
+            prefix: first part of every key.
+            command_timeout_s: seconds to wait for a connection, and for an answer.
+            observer: told of every command and error.
+
+        Raises:
+            InvalidStoreUrl: not such a URL.
+        """
+        client = client_for(url, command_timeout_s=command_timeout_s)
+        return cls(client, prefix=prefix, command_timeout_s=command_timeout_s, observer=observer)
+
+    async def ping(self) -> None:
+        """Reach Redis once."""
+        await self._commands.run("ping", "PING")
+
+    async def close(self) -> None:
+        """Close all connections; the store cannot be used afterwards."""
+        await self._commands.close()
+
+    async def create(self, policy: StoredPolicy) -> tuple[StoredPolicy, bool]:
+        """Store a policy unless its name is taken; the stored one, and whether it is new."""
+        return await self._policies.create(policy)
+
+    async def get(self, name: str) -> StoredPolicy | None:
+        """The policy of that name."""
+        return await self._policies.get(name)
+
+    async def list(self, *, after: str = "", prefix: str = "", limit: int) -> list[StoredPolicy]:
+        """At most `limit` policies in the order of their names: those after `after` that begin with `prefix`."""
+        return await self._policies.select(after=after, prefix=prefix, limit=limit)
+
+    async def delete(self, name: str, *, uid: str | None = None) -> str:
+        """Delete a policy (only the one with `uid`, if given) and return its uid; late writers get `Deleted`.
+
+        Raises:
+            NotFound: no such policy; repeating a deletion by uid is no error.
+        """
+        return await self._policies.delete(name, uid=uid)
+
+    async def acquire(self, name: str, *, address: str) -> Ownership:
+        """Become the owner of a policy: earlier owners are fenced, what they left half-written is removed.
+
+        Raises:
+            NotFound: no such policy.
+        """
+        return await self._policies.acquire(name, address=address)
+
+    async def owner(self, name: str) -> Owner | None:
+        """Who acquired the policy last; None where nobody has, or it was deleted."""
+        return await self._policies.owner(name)
+
+    async def append(self, owner: Ownership, entries: Sequence[LogEntry]) -> None:
+        """Append entries (versions without gaps) to the log; those it already has are skipped.
+
+        Raises:
+            Fenced: another owner, or deleted.
+            LogLost: the log ends before the first entry's predecessor, or is gone.
+        """
+        await self._log.append(owner, entries)
+
+    async def read_log(self, policy: Ownership | str, *, after: int) -> AsyncIterator[LogEntry]:
+        """The log's entries with versions above `after`, in order.
+
+        Raises:
+            NotFound: no policy of that name.
+            LogLost: the log is gone or has a gap.
+        """
+        name, generation = await self._locate(policy)
+        async for entry in self._log.read(name, generation, after=after):
+            yield entry
+
+    async def log_state(self, policy: Ownership | str) -> LogState:
+        """Last version, number of entries and bytes of a policy's log; errors as for `read_log`."""
+        return await self._log.state(*await self._locate(policy))
+
+    async def trim(self, owner: Ownership, *, through_version: int) -> None:
+        """Drop the log's entries up to and with `through_version`; the last version stays known."""
+        await self._log.trim(owner, through_version=through_version)
+
+    async def write_page(self, owner: Ownership, index: int, page: Page) -> None:
+        """Replace a page; readers see the old or the new one, whole."""
+        await self._pages.write_page(owner, index, page)
+
+    async def read_page(self, policy: Ownership | str, index: int) -> Page | None:
+        """A page; None where none was written."""
+        return await self._pages.read_page(*await self._locate(policy), index)
+
+    async def write_progress(self, owner: Ownership, fields: Mapping[str, bytes]) -> None:
+        """Replace what belongs to no page, whole."""
+        await self._pages.write_progress(owner, fields)
+
+    async def read_progress(self, policy: Ownership | str) -> dict[str, bytes]:
+        """What belongs to no page; empty where nothing was written."""
+        return await self._pages.read_progress(*await self._locate(policy))
+
+    async def republish(
+        self,
+        owner: Ownership,
+        policy: StoredPolicy,
+        *,
+        version: int,
+        pages: Iterable[tuple[int, Page]] | AsyncIterable[tuple[int, Page]],
+        progress: Mapping[str, bytes],
+    ) -> Ownership:
+        """Write a whole policy anew, after Redis was flushed or lost more than the owner's tail of the log.
+
+        Everything goes into a new generation of keys that becomes the policy's in the last step: until then readers see
+        what Redis still had, and a crash half-way leaves nothing half visible.
+
+        Args:
+            owner: the ownership that Redis forgot; its token and epoch stay.
+            policy: what to store.
+            version: last version contained in pages and progress; the new log is empty and goes on from there.
+            pages: all pages by index, each once.
+            progress: what belongs to no page.
+
+        Returns:
+            The ownership to use from now on: same token and epoch, new generation.
+
+        Raises:
+            Fenced: somebody else acquired, deleted or newly created the policy meanwhile.
+        """
+        renewed = dataclasses.replace(owner, generation=f"{policy.uid}.{secrets.token_hex(4)}")
+        await self._begin_republication(renewed, version=version)
+        async for index, page in _each(pages):
+            await self._pages.write_page(renewed, index, page)
+        await self._pages.write_progress(renewed, progress)
+        await self._policies.enter_index(policy.name)
+        await self._end_republication(renewed, policy)
+        await self._policies.collect(policy.name)
+        return renewed
+
+    async def _begin_republication(self, owner: Ownership, *, version: int) -> None:
+        keys = PolicyKeys(self._prefix, owner.policy)
+        await self._commands.script(
+            "republish",
+            scripts.REPUBLISH_BEGIN,
+            policy=owner.policy,
+            keys=[keys.spec, keys.owner, keys.staging, keys.log(owner.generation)],
+            arguments=[owner.uid, owner.token, owner.epoch, owner.address, owner.generation, version],
+        )
+
+    async def _end_republication(self, owner: Ownership, policy: StoredPolicy) -> None:
+        keys = PolicyKeys(self._prefix, owner.policy)
+        settings = [repr(policy.create_time), policy.spec, owner.generation]
+        await self._commands.script(
+            "republish",
+            scripts.REPUBLISH_END,
+            policy=owner.policy,
+            keys=[keys.spec, keys.owner, keys.log(owner.generation)],
+            arguments=[owner.uid, owner.token, owner.epoch, *settings],
+        )
+
+    async def _locate(self, policy: Ownership | str) -> tuple[str, str]:
+        name = policy if isinstance(policy, str) else policy.policy
+        return name, await self._policies.generation(policy)
+
+
+async def _each(
+    pages: Iterable[tuple[int, Page]] | AsyncIterable[tuple[int, Page]],
+) -> AsyncIterator[tuple[int, Page]]:
+    if isinstance(pages, AsyncIterable):
+        async for numbered in pages:
+            yield numbered
+    else:
+        for numbered in pages:
+            yield numbered

@@ -1,0 +1,219 @@
+"""The Lua scripts: each is one atomic step, safe to repeat, and answers with a word and its details.
+
+Words: OK; FENCED and DELETED (another token); LOST and the last version, -1 when the records are gone; MISSING (no such
+policy); INTERRUPTED (another attempt took the staging key). A script checks everything before it writes anything.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha1
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script with the digest under which Redis caches it."""
+
+    source: str
+
+    @property
+    def sha(self) -> str:
+        """Hexadecimal SHA-1 of the source."""
+        return sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+# A token that differs under a *lower* epoch than ours is no rival: Redis was rolled back behind our acquisition.
+_STANDING = """
+local function standing(owner, token, epoch)
+  local held = redis.call('HMGET', owner, 'token', 'epoch', 'deleted')
+  if held[1] and held[1] == token then return nil end
+  if not held[2] or tonumber(held[2]) < tonumber(epoch) then return {'LOST', -1} end
+  if held[3] then return {'DELETED'} end
+  return {'FENCED', held[2]}
+end
+"""
+
+_LAST_VERSION = """
+local function last_version(log)
+  if redis.call('EXISTS', log) == 0 then return nil end
+  local info = redis.call('XINFO', 'STREAM', log)
+  for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then return tonumber(string.match(info[i + 1], '^%d+')) end
+  end
+end
+"""
+
+# Stream ids start after 0-0, so the empty log of version 0 remembers 0-1; the version is the part before the dash.
+_START_LOG = """
+local function start_log(log, version)
+  redis.call('UNLINK', log)
+  redis.call('XADD', log, string.format('%.0f', version) .. (version == 0 and '-1' or '-0'), '', '')
+  redis.call('XTRIM', log, 'MAXLEN', 0)
+end
+"""
+
+# KEYS spec, owner, log; ARGV uid, create_time, spec, generation. The tombstone's epoch stays.
+CREATE = Script(
+    _START_LOG
+    + """
+local held = redis.call('HMGET', KEYS[1], 'uid', 'create_time', 'spec')
+if held[1] then return {'HELD', held[1], held[2], held[3]} end
+redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[2], 'spec', ARGV[3], 'generation', ARGV[4])
+redis.call('HDEL', KEYS[2], 'deleted', 'token', 'address')
+redis.call('HSETNX', KEYS[2], 'epoch', 0)
+redis.call('HSETNX', KEYS[2], 'pages:' .. ARGV[4], 0)
+start_log(KEYS[3], 0)
+return {'OK'}
+"""
+)
+
+# KEYS spec, owner, staging; ARGV token, address.
+ACQUIRE = Script("""
+local held = redis.call('HMGET', KEYS[1], 'uid', 'generation')
+if not held[1] then return {'MISSING'} end
+local epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
+redis.call('HSET', KEYS[2], 'token', ARGV[1], 'address', ARGV[2])
+redis.call('HDEL', KEYS[2], 'deleted')
+redis.call('UNLINK', KEYS[3])
+return {'OK', held[1], epoch, held[2]}
+""")
+
+# KEYS spec, owner, staging; ARGV uid or ''. Pages and log are unlinked afterwards, as a generation nobody refers to.
+DELETE = Script("""
+local uid = redis.call('HGET', KEYS[1], 'uid')
+if not uid then
+  local buried = redis.call('HGET', KEYS[2], 'deleted')
+  if buried and buried == ARGV[1] then return {'OK', buried} end
+  return {'MISSING'}
+end
+if ARGV[1] ~= '' and ARGV[1] ~= uid then return {'MISSING'} end
+redis.call('HSET', KEYS[2], 'deleted', uid)
+redis.call('HSETNX', KEYS[2], 'epoch', 0)
+redis.call('HDEL', KEYS[2], 'token', 'address')
+redis.call('UNLINK', KEYS[1], KEYS[3])
+return {'OK', uid}
+""")
+
+# KEYS spec, owner. Answers generation, pages, generation, pages, ... of those that no spec refers to.
+GARBAGE = Script("""
+local current = redis.call('HGET', KEYS[1], 'generation')
+local held = redis.call('HGETALL', KEYS[2])
+local found = {'OK'}
+for i = 1, #held, 2 do
+  local generation = string.match(held[i], '^pages:(.*)$')
+  if generation and generation ~= current then
+    found[#found + 1] = generation
+    found[#found + 1] = held[i + 1]
+  end
+end
+return found
+""")
+
+# KEYS owner, log; ARGV token, epoch, version of the first entry, then per entry: number of strings, the strings.
+# Entries the log has already are skipped: the same token means the same writer, hence the same entries.
+APPEND = Script(
+    _STANDING
+    + _LAST_VERSION
+    + """
+local refusal = standing(KEYS[1], ARGV[1], ARGV[2])
+if refusal then return refusal end
+local last = last_version(KEYS[2])
+if not last then return {'LOST', -1} end
+local version = tonumber(ARGV[3])
+if last < version - 1 then return {'LOST', last} end
+local at = 4
+while at <= #ARGV do
+  local count = tonumber(ARGV[at])
+  if version > last then
+    redis.call('XADD', KEYS[2], string.format('%.0f-0', version), unpack(ARGV, at + 1, at + count))
+  end
+  at = at + count + 1
+  version = version + 1
+end
+return {'OK'}
+"""
+)
+
+# KEYS owner, log; ARGV token, epoch, first version to keep.
+TRIM = Script(
+    _STANDING
+    + """
+local refusal = standing(KEYS[1], ARGV[1], ARGV[2])
+if refusal then return refusal end
+return {'OK', redis.call('XTRIM', KEYS[2], 'MINID', ARGV[3] .. '-0')}
+"""
+)
+
+# KEYS log.
+LOG_STATE = Script(
+    _LAST_VERSION
+    + """
+local last = last_version(KEYS[1])
+if not last then return {'LOST', -1} end
+return {'OK', last, redis.call('XLEN', KEYS[1]), redis.call('MEMORY', 'USAGE', KEYS[1])}
+"""
+)
+
+# KEYS owner, staging, target; ARGV token, epoch, attempt, first ('1' or ''), last ('1' or ''), field of the owner that
+# counts the pages, pages (at least), then fields and values. A late command of an abandoned attempt finds another
+# attempt's name in the staging key and changes nothing, so pages are never mixed.
+STAGE = Script(
+    _STANDING
+    + """
+local refusal = standing(KEYS[1], ARGV[1], ARGV[2])
+if refusal then return refusal end
+if ARGV[4] == '1' then
+  redis.call('UNLINK', KEYS[2])
+  redis.call('HSET', KEYS[2], 'attempt', ARGV[3])
+elseif redis.call('HGET', KEYS[2], 'attempt') ~= ARGV[3] then
+  return {'INTERRUPTED'}
+end
+redis.call('HSET', KEYS[2], unpack(ARGV, 8))
+if ARGV[5] == '1' then
+  redis.call('HDEL', KEYS[2], 'attempt')
+  local pages = tonumber(redis.call('HGET', KEYS[1], ARGV[6]) or 0)
+  if tonumber(ARGV[7]) > pages then redis.call('HSET', KEYS[1], ARGV[6], ARGV[7]) end
+  redis.call('RENAME', KEYS[2], KEYS[3])
+end
+return {'OK'}
+"""
+)
+
+# What keeps an owner from republishing: another policy of the name, or an owner that came after it.
+_RIVAL = """
+local function rival(spec, owner, uid, token, epoch)
+  local stored = redis.call('HGET', spec, 'uid')
+  if stored and stored ~= uid then return {'FENCED'} end
+  local held = redis.call('HMGET', owner, 'token', 'epoch', 'deleted')
+  if (held[1] and held[1] == token) or not held[2] or tonumber(held[2]) < tonumber(epoch) then return nil end
+  if held[3] then return {'DELETED'} end
+  return {'FENCED', held[2]}
+end
+"""
+
+# KEYS spec, owner, staging, log of the new generation; ARGV uid, token, epoch, address, new generation, version.
+REPUBLISH_BEGIN = Script(
+    _RIVAL
+    + _START_LOG
+    + """
+local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3])
+if refusal then return refusal end
+redis.call('HSET', KEYS[2], 'token', ARGV[2], 'epoch', ARGV[3], 'address', ARGV[4])
+redis.call('HDEL', KEYS[2], 'deleted')
+redis.call('HSETNX', KEYS[2], 'pages:' .. ARGV[5], 0)
+redis.call('UNLINK', KEYS[3])
+start_log(KEYS[4], tonumber(ARGV[6]))
+return {'OK'}
+"""
+)
+
+# KEYS spec, owner, log of the new generation; ARGV uid, token, epoch, create_time, spec, new generation.
+REPUBLISH_END = Script(
+    _STANDING
+    + _RIVAL
+    + """
+local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]) or standing(KEYS[2], ARGV[2], ARGV[3])
+if refusal then return refusal end
+if redis.call('EXISTS', KEYS[3]) == 0 then return {'LOST', -1} end
+redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[4], 'spec', ARGV[5], 'generation', ARGV[6])
+return {'OK'}
+"""
+)

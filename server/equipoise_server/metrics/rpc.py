@@ -1,0 +1,97 @@
+"""The `grpc_server_*` family, with the names and code spellings of go-grpc-middleware that public dashboards expect."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from equipoise.v1 import policy_pb2
+from equipoise_server.metrics.names import SECONDS_BUCKETS
+
+CODES = {code: "".join(word.capitalize() for word in code.name.split("_")) for code in grpc.StatusCode}
+CODES |= {grpc.StatusCode.OK: "OK", grpc.StatusCode.CANCELLED: "Canceled"}
+
+LABELS = ("grpc_type", "grpc_service", "grpc_method")
+
+SERVICES: tuple[ServiceDescriptor, ...] = (
+    policy_pb2.DESCRIPTOR.services_by_name["PolicyService"],
+    health_pb2.DESCRIPTOR.services_by_name["Health"],
+)
+
+
+class RpcLabels(NamedTuple):
+    """Labels of one method."""
+
+    grpc_type: str
+    grpc_service: str
+    grpc_method: str
+
+
+OTHER = RpcLabels("unary", "other", "other")
+"""Every method that we do not serve: callers must not be able to make up series."""
+
+
+def methods_of(services: Iterable[ServiceDescriptor]) -> dict[str, RpcLabels]:
+    """Labels by full method name, such as `/equipoise.v1.PolicyService/Exchange`."""
+    kinds = {(False, False): "unary", (True, False): "client_stream", (False, True): "server_stream"}
+    return {
+        f"/{service.full_name}/{method.name}": RpcLabels(
+            kinds.get((method.client_streaming, method.server_streaming), "bidi_stream"), service.full_name, method.name
+        )
+        for service in services
+        for method in service.methods
+    }
+
+
+class RpcMetrics:
+    """Counts RPCs by their full method name; every series of a method we serve starts at 0. Thread-safe."""
+
+    def __init__(self, registry: CollectorRegistry, services: Iterable[ServiceDescriptor] = SERVICES) -> None:
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(name, help_text, (*LABELS, *labels), registry=registry)
+
+        started = counter("grpc_server_started", "RPCs started on the server.")
+        received = counter("grpc_server_msg_received", "Messages received from clients.")
+        sent = counter("grpc_server_msg_sent", "Messages sent to clients.")
+        handled = counter("grpc_server_handled", "RPCs completed on the server, whatever their code.", "grpc_code")
+        seconds = Histogram(
+            "grpc_server_handling_seconds",
+            "Time from the start of an RPC to its end; for streams their lifetime.",
+            LABELS,
+            registry=registry,
+            buckets=SECONDS_BUCKETS,
+        )
+        methods = methods_of(services) | {"": OTHER}
+        self._started = {name: started.labels(*labels) for name, labels in methods.items()}
+        self._received = {name: received.labels(*labels) for name, labels in methods.items()}
+        self._sent = {name: sent.labels(*labels) for name, labels in methods.items()}
+        self._seconds = {name: seconds.labels(*labels) for name, labels in methods.items()}
+        self._handled = {
+            (name, code): handled.labels(*labels, spelling)
+            for name, labels in methods.items()
+            for code, spelling in CODES.items()
+        }
+
+    def started(self, method: str) -> None:
+        """An RPC began."""
+        self._started[self._known(method)].inc()
+
+    def received(self, method: str) -> None:
+        """A message came in."""
+        self._received[self._known(method)].inc()
+
+    def sent(self, method: str) -> None:
+        """A message went out."""
+        self._sent[self._known(method)].inc()
+
+    def handled(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
+        """An RPC ended with `code`, `seconds` after its start."""
+        name = self._known(method)
+        self._handled[name, code].inc()
+        self._seconds[name].observe(seconds)
+
+    def _known(self, method: Any) -> str:
+        return method if method in self._started else ""

@@ -1,0 +1,63 @@
+"""What the server is doing at one moment, read at scrape time instead of being counted up and down."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from equipoise_server.metrics.names import PREFIX
+from equipoise_server.metrics.policies import PolicyFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The state of the server, taken on its event loop.
+
+    Attributes:
+        policies: those in memory.
+        queued_steps: steps that wait for the device, over all policies.
+        inflight_bytes: bytes of the steps that wait or are being worked on.
+        active_streams: open training streams.
+        trainers: trainers that are remembered, over all policies.
+        unpersisted_updates: steps applied that are not in Redis yet.
+        redis_up: whether the last word from Redis was an answer.
+        draining: whether the server is about to stop.
+    """
+
+    policies: tuple[PolicyFacts, ...] = ()
+    queued_steps: int = 0
+    inflight_bytes: int = 0
+    active_streams: int = 0
+    trainers: int = 0
+    unpersisted_updates: int = 0
+    redis_up: bool = False
+    draining: bool = False
+
+
+GAUGES = (
+    ("queue_depth", "queued_steps", "Steps that wait for the device, over all policies."),
+    ("inflight_bytes", "inflight_bytes", "Bytes of the steps that wait or are being worked on."),
+    ("active_streams", "active_streams", "Open training streams."),
+    ("clients", "trainers", "Trainers that are remembered, over all policies."),
+    ("unpersisted_updates", "unpersisted_updates", "Steps applied that are not in Redis yet."),
+    ("redis_up", "redis_up", "1 when the last word from Redis was an answer."),
+    ("draining", "draining", "1 while the server is about to stop."),
+)
+
+
+class SnapshotCollector(Collector):
+    """Yields the gauges of the snapshot last given."""
+
+    def __init__(self) -> None:
+        self._snapshot = Snapshot()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Takes a snapshot."""
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The gauges."""
+        snapshot = self._snapshot
+        for name, attribute, help_text in GAUGES:
+            yield GaugeMetricFamily(PREFIX + name, help_text, float(getattr(snapshot, attribute)))

@@ -1,7 +1,7 @@
 """The `grpc_server_*` family, with the names and code spellings of go-grpc-middleware that public dashboards expect."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from equipoise.v1 import policy_pb2
 from equipoise_server.metrics.names import SECONDS_BUCKETS
 
-CODES = {code: "".join(word.capitalize() for word in code.name.split("_")) for code in grpc.StatusCode}
-CODES |= {grpc.StatusCode.OK: "OK", grpc.StatusCode.CANCELLED: "Canceled"}
+CODES = {code.name: code.name.title().replace("_", "") for code in grpc.StatusCode}
+CODES |= {"OK": "OK", "CANCELLED": "Canceled"}
+"""Go's spelling of each canonical code, by its name in UPPER_SNAKE."""
 
 LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
@@ -47,7 +48,7 @@ def methods_of(services: Iterable[ServiceDescriptor]) -> dict[str, RpcLabels]:
 
 
 class RpcMetrics:
-    """Counts RPCs by their full method name; every series of a method we serve starts at 0. Thread-safe."""
+    """Hears of RPCs by their full method names; every series of a method we serve starts at 0. Thread-safe."""
 
     def __init__(self, registry: CollectorRegistry, services: Iterable[ServiceDescriptor] = SERVICES) -> None:
         def counter(name: str, help_text: str, *labels: str) -> Counter:
@@ -75,23 +76,27 @@ class RpcMetrics:
             for code, spelling in CODES.items()
         }
 
-    def started(self, method: str) -> None:
-        """An RPC began."""
+    def rpc_started(self, *, method: str, kind: str) -> None:
+        """A call of `/package.Service/Method` began."""
+        del kind  # known from the contract; callers cannot make up series
         self._started[self._known(method)].inc()
 
-    def received(self, method: str) -> None:
-        """A message came in."""
-        self._received[self._known(method)].inc()
-
-    def sent(self, method: str) -> None:
-        """A message went out."""
-        self._sent[self._known(method)].inc()
-
-    def handled(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
-        """An RPC ended with `code`, `seconds` after its start."""
+    def rpc_handled(self, *, method: str, kind: str, code: str, seconds: float) -> None:
+        """It ended with a canonical code (UPPER_SNAKE), `seconds` after its start."""
+        del kind
         name = self._known(method)
-        self._handled[name, code].inc()
+        self._handled[name, code if code in CODES else "UNKNOWN"].inc()
         self._seconds[name].observe(seconds)
 
-    def _known(self, method: Any) -> str:
+    def message_received(self, *, method: str, kind: str) -> None:
+        """A message came in."""
+        del kind
+        self._received[self._known(method)].inc()
+
+    def message_sent(self, *, method: str, kind: str) -> None:
+        """A message went out."""
+        del kind
+        self._sent[self._known(method)].inc()
+
+    def _known(self, method: str) -> str:
         return method if method in self._started else ""

@@ -11,6 +11,7 @@ from equipoise_server.rules.base import (
     TableState,
 )
 from equipoise_server.rules.evidence import Evidence, evidence
+from equipoise_server.rules.projection import project
 from equipoise_server.rules.registry import build, names
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "build",
     "evidence",
     "names",
+    "project",
 ]

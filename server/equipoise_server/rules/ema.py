@@ -5,7 +5,8 @@ from typing import TypeVar
 import torch
 
 from equipoise_server.rules.settings import EmaSettings, FlooredEmaSettings
-from equipoise_server.rules.table import ONE, TableRule, fixed_point
+from equipoise_server.rules.table import fixed_point
+from equipoise_server.rules.visit import ONE, VisitRule
 
 EmaSettingsT = TypeVar("EmaSettingsT", bound=EmaSettings)
 FlooredEmaSettingsT = TypeVar("FlooredEmaSettingsT", bound=FlooredEmaSettings)
@@ -16,8 +17,8 @@ def moving_average(old: torch.Tensor, new: torch.Tensor, first: torch.Tensor, *,
     return torch.where(first, new, old * decay + new * (1.0 - decay))
 
 
-class EmaRule(TableRule[EmaSettingsT]):
-    """A table rule whose statistic is the moving average of the signal over visits, in units of the running RMS."""
+class EmaRule(VisitRule[EmaSettingsT]):
+    """A rule whose statistic is the moving average of the signal over visits, in units of the running RMS."""
 
     def advance(self, old: torch.Tensor, signal: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """The moving average after a visit."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from equipoise_server.rules.settings import MIN_FLOOR, SignalSettings, number
-from equipoise_server.rules.table import ONE, TableRule, fixed_point
+from equipoise_server.rules.table import fixed_point
+from equipoise_server.rules.visit import ONE, VisitRule
 
 _SQUARINGS = 8
 _TERMS = 6
@@ -26,7 +27,7 @@ class ExponentiatedGradientSettings(SignalSettings):
     """Smallest raw weight; 1/floor bounds the ratio of two weights."""
 
 
-class ExponentiatedGradient(TableRule[ExponentiatedGradientSettings]):
+class ExponentiatedGradient(VisitRule[ExponentiatedGradientSettings]):
     """z ← (1-decay)·z + η·c, clipped to ±½|ln floor|; r = √floor·exp(z), so that r lies in [floor, 1]."""
 
     name = "exponentiated_gradient"

@@ -6,6 +6,7 @@ from equipoise_server.rules.base import Rule, RuleError, SettingValues
 from equipoise_server.rules.ema_relu import EmaRelu
 from equipoise_server.rules.ema_sign import EmaSign
 from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradient
+from equipoise_server.rules.projected_gradient import ProjectedGradient
 from equipoise_server.rules.settings import bind
 from equipoise_server.rules.table import TableRule
 from equipoise_server.rules.uniform import Uniform
@@ -16,6 +17,7 @@ _RULES: dict[str, type[TableRule[Any]]] = {
         EmaRelu,
         EmaSign,
         ExponentiatedGradient,
+        ProjectedGradient,
         Uniform,
     )
 }

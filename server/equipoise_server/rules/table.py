@@ -1,4 +1,4 @@
-"""Table rules: a statistic and a raw weight per example; a step costs O(B), whatever N is."""
+"""Table rules: a statistic and a raw weight per example, and what is read from them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,21 +11,17 @@ from numpy.typing import NDArray
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
 from equipoise_server.rules.settings import SettingsT, resolved
-from equipoise_server.rules.sums import change_sums, spans, table_sums
+from equipoise_server.rules.sums import spans, table_sums
 
 RAW = "raw"
 """Column of raw weights in fixed point; -1: never scored."""
-
-RAW_BITS = 30
-ONE = 1 << RAW_BITS
-"""The raw weight 1: int32 holds [0, 1] in steps of 2^-30."""
 
 
 class TableRule(ABC, Generic[SettingsT]):
     """Base of the rules that keep tables (see `Rule` for what each public method promises).
 
-    A subclass names its statistic and says how a visit moves it (`advance`) and what raw weight follows from it
-    (`raw_weights`). A rule from another signal than contributions overrides `signal` and `signal_name`.
+    A subclass says how a visit moves its statistic (`advance`) and how a step changes the tables (`apply`). A rule from
+    another signal than contributions overrides `signal` and `signal_name`.
     """
 
     name: ClassVar[str]
@@ -33,7 +29,7 @@ class TableRule(ABC, Generic[SettingsT]):
     statistic: ClassVar[str] = "ema"
     """Column of the statistic, float32: what SCORE reads."""
     signal_name: ClassVar[str] = "contributions"
-    raw_dtype: ClassVar[torch.dtype] = torch.int32
+    raw_dtype: ClassVar[torch.dtype]
     touches_all_rows: ClassVar[bool] = False
 
     def __init__(self, settings: SettingsT) -> None:
@@ -64,10 +60,6 @@ class TableRule(ABC, Generic[SettingsT]):
             first: bool [B], whether this is the first visit.
         """
 
-    @abstractmethod
-    def raw_weights(self, statistic: torch.Tensor) -> torch.Tensor:
-        """Raw weights int32 [B] in `raw_range` for statistics float64 [B]."""
-
     def signal(self, statistics: Statistics) -> NDArray[np.float32] | None:
         """What the rule reads of a step, float32 [B]; None where the trainer did not send it."""
         return statistics.contributions
@@ -92,23 +84,11 @@ class TableRule(ABC, Generic[SettingsT]):
         decay = self._settings.rms_decay
         return {MEAN_SQUARE: next_mean_square(previous, signal, decay=decay, name=self.signal_name, rule=self.name)}
 
+    @abstractmethod
     def apply(
         self, state: TableState, statistics: Statistics, scalars: Scalars, *, pages: NDArray[np.bool_] | None = None
     ) -> TableState:
-        """Moves the statistic and the raw weight of the step's rows."""
-        index, signal = self._located(state, statistics, scalars, pages)
-        if len(signal):
-            old_raw = _gather(state.columns[RAW], index)
-            statistic = self._advanced(state, index, signal, old_raw < 0)
-            new_raw = self.raw_weights(statistic.double())
-            scored, total, squares = change_sums(old_raw, new_raw)
-            _scatter(state.columns[self.statistic], index, statistic)
-            _scatter(state.columns[RAW], index, new_raw)
-            state.scored += scored
-            state.raw_sum += total
-            state.raw_square_sum += squares
-        state.scalars = dict(scalars)
-        return state
+        """The step's row updates."""
 
     def update(self, state: TableState, statistics: Statistics) -> TableState:
         """The next policy."""
@@ -126,18 +106,18 @@ class TableRule(ABC, Generic[SettingsT]):
         """Served weights."""
         raw, factor, guard = state.columns[RAW], self._weight_per_raw(state), state.guard_strength
         if ids is not None:
-            return _served(_gather(raw, _on(raw.device, ids)), factor, guard)
+            return _served(gather(raw, _on(raw.device, ids)), factor, guard)
         return np.concatenate([_served(raw[span], factor, guard) for span in spans(state.num_examples)])
 
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """The statistic, NaN where never scored."""
         index = None if ids is None else _on(state.device, ids)
-        statistic, raw = (_gather(state.columns[name], index) for name in (self.statistic, RAW))
+        statistic, raw = (gather(state.columns[name], index) for name in (self.statistic, RAW))
         return _numpy_float32(torch.where(raw < 0, torch.nan, statistic))
 
     def above_floor(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
         """Whether the raw weight is above the floor; always so where floor and top are the same."""
-        raw = _gather(state.columns[RAW], None if ids is None else _on(state.device, ids))
+        raw = gather(state.columns[RAW], None if ids is None else _on(state.device, ids))
         floor, top = self.raw_range
         above = raw != floor if floor < top else torch.ones_like(raw, dtype=torch.bool)
         return np.asarray(above.cpu().numpy(), dtype=np.bool_)
@@ -151,15 +131,13 @@ class TableRule(ABC, Generic[SettingsT]):
         mixed_total = kept * total + guard * state.num_examples
         return min(max(mixed_total * mixed_total / mixed_squares, 1.0), float(state.num_examples))
 
+    @abstractmethod
     def _weight_per_raw(self, state: TableState) -> float | None:
         """Served weight of one raw unit before the guard; None: all weights are 1, since nothing has raw weight."""
-        return state.scored / state.raw_sum if state.raw_sum else None
 
+    @abstractmethod
     def _weight_sums(self, state: TableState) -> tuple[float, float]:
         """Σw and Σw² over the scored examples, before the guard."""
-        if not state.raw_sum:
-            return float(state.scored), float(state.scored)
-        return float(state.scored), state.scored**2 * state.raw_square_sum / state.raw_sum**2
 
     def _rows(self, state: TableState, statistics: Statistics) -> NDArray[np.float32]:
         """The step's signal, with one value per row; empty where the step has none."""
@@ -187,7 +165,7 @@ class TableRule(ABC, Generic[SettingsT]):
         self, state: TableState, index: torch.Tensor | None, signal: NDArray[np.float64], first: torch.Tensor
     ) -> torch.Tensor:
         """The step's new statistics, float32 [B]."""
-        old = _gather(state.columns[self.statistic], index).double()
+        old = gather(state.columns[self.statistic], index).double()
         return self.advance(old, torch.from_numpy(signal).to(state.device), first).float()
 
     def _check_tables(self, state: TableState) -> None:
@@ -217,11 +195,13 @@ def _on(device: torch.device, ids: NDArray[np.int64]) -> torch.Tensor:
     return torch.from_numpy(ids if ids.flags.writeable else ids.copy()).to(device)
 
 
-def _gather(column: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+def gather(column: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """The rows of a column at `index`; None: the column itself."""
     return column if index is None else column.index_select(0, index)
 
 
-def _scatter(column: torch.Tensor, index: torch.Tensor | None, values: torch.Tensor) -> None:
+def scatter(column: torch.Tensor, index: torch.Tensor | None, values: torch.Tensor) -> None:
+    """Writes the rows of a column at `index`, distinct; None: all of them."""
     if index is None:
         column.copy_(values)
     else:

@@ -5,7 +5,7 @@ import torch
 from equipoise_server.rules.base import Statistics
 from equipoise_server.rules.ema import EmaRule
 from equipoise_server.rules.settings import EmaSettings
-from equipoise_server.rules.table import ONE
+from equipoise_server.rules.visit import ONE
 
 
 class Uniform(EmaRule[EmaSettings]):

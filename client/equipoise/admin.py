@@ -1,0 +1,120 @@
+"""Calls about any policy of a server."""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from equipoise import calls, errors
+from equipoise.calls import Call, Field
+from equipoise.channel import OPTIONS, headers
+from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
+from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
+
+T = TypeVar("T")
+
+
+class PolicyAdmin:
+    """Creates, lists, reads, copies and deletes policies.
+
+    Every call raises an error of `equipoise.errors` when it fails.
+
+    Args:
+        address: `host:port` of the server.
+        timeout: deadline of each call (of each message, for calls that stream), seconds.
+    """
+
+    def __init__(self, address: str, *, timeout: float = 10.0) -> None:
+        self.address = address
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._stub: Any = PolicyServiceStub(self._channel)
+
+    def create(self, spec: PolicySpec) -> PolicyStatus:
+        """Creates a policy, uniform; returns the existing one when what is given here equals it.
+
+        Raises:
+            PolicyExistsError: a policy of this name exists and differs.
+        """
+        return self._do(calls.create(spec))
+
+    def fork(self, source: str, name: str) -> PolicyStatus:
+        """Creates the policy `name` with the state of `source`."""
+        return self._do(calls.create(PolicySpec(name=name, num_examples=0), fork_of=source))
+
+    def get(self, policy: str) -> PolicyStatus:
+        """A policy as it stands.
+
+        Raises:
+            PolicyNotFoundError: there is none of this name.
+        """
+        return self._do(calls.get(policy))
+
+    def list_policies(self, prefix: str = "") -> Iterator[ListedPolicy]:
+        """All policies whose names start with `prefix`, by name."""
+        token, more = "", True
+        while more:
+            page, token = self._do(calls.list_page(prefix, token))
+            yield from page
+            more = bool(token)
+
+    def delete(self, policy: str, *, uid: str = "") -> None:
+        """Deletes a policy; with `uid`, only that incarnation."""
+        self._do(calls.delete(policy, uid=uid))
+
+    def watch(self, policy: str, *, min_interval: float = 1.0) -> Iterator[PolicyStatus]:
+        """The status now and whenever it changes, at most once per `min_interval` seconds."""
+        return self._stream(calls.watch(policy, min_interval=min_interval), timeout=None)
+
+    def read_weights(self, policy: str, field: Field = "weight", ids: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Served weights or scores (NaN where never scored): float32 [len(ids)], or [N] without ids."""
+        values = calls.Values()
+        for chunk in self._stream(calls.read_values(policy, field, ids), timeout=self._bulk_timeout):
+            values.add(chunk)
+        return values.array()
+
+    def sample_examples(
+        self, policy: str, count: int, *, with_replacement: bool = True, seed: int | None = None
+    ) -> NDArray[np.uint64]:
+        """Draws ids with probability proportional to their weights: uint64 [count]."""
+        return self._do(calls.sample(policy, count, with_replacement=with_replacement, seed=seed))
+
+    def server_info(self) -> ServerInfo:
+        """The server."""
+        return self._do(calls.server_info())
+
+    def close(self) -> None:
+        """Disconnects."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _bulk_timeout(self) -> float:
+        return self._timeout * 6
+
+    def _do(self, call: Call[T]) -> T:
+        try:
+            method = getattr(self._stub, call.method)
+            return call.parse(method(call.request, timeout=self._timeout, metadata=headers(call.policy)))
+        except grpc.RpcError as failure:
+            raise errors.from_rpc(failure, address=self.address) from failure
+
+    def _stream(self, call: Call[T], *, timeout: float | None) -> Iterator[T]:
+        stream = getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=headers(call.policy))
+        try:
+            for message in stream:
+                yield call.parse(message)
+        except grpc.RpcError as failure:
+            raise errors.from_rpc(failure, address=self.address) from failure
+        finally:
+            stream.cancel()

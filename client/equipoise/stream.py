@@ -1,0 +1,169 @@
+"""The sync client's stream: a thread that opens it, reads it, and opens it again."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+import grpc
+
+from equipoise import errors
+from equipoise.channel import headers
+from equipoise.session import Opening, Session
+from equipoise.v1 import policy_pb2 as pb
+from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
+from equipoise.window import Ticket
+
+logger = logging.getLogger("equipoise")
+
+
+class Stream:
+    """Carries one session over one channel.
+
+    Args:
+        session: the session.
+        channel: the channel; the stream closes it.
+        lock: held for every use of the session.
+        address: the server's address, for errors.
+    """
+
+    def __init__(self, session: Session, channel: grpc.Channel, *, lock: threading.Lock, address: str) -> None:
+        self._session = session
+        self._channel = channel
+        self._address = address
+        self._stub = PolicyServiceStub(channel)
+        self._call: Any = None
+        self._closed = False
+        self._lock = lock
+        self._work = threading.Condition(lock)
+        self._answers = threading.Condition(lock)
+        self._thread = threading.Thread(target=self._run, name="equipoise-stream", daemon=True)
+        self._thread.start()
+
+    def notify(self) -> None:
+        """The session has something to do. The caller holds the lock."""
+        self._work.notify_all()
+
+    def wait(self, ticket: Ticket) -> None:
+        """Waits until a ticket is settled or has expired. The caller holds the lock."""
+        if not self._answers.wait_for(lambda: ticket.settled, ticket.deadline - monotonic()):
+            self._session.expire(ticket, monotonic())
+
+    def flush(self, timeout: float, *, durable: bool) -> bool:
+        """Waits until every step is answered (and durable); whether that is so. The caller holds the lock."""
+        end = monotonic() + timeout
+        while not self._session.flushed(durable=durable) and (rest := end - monotonic()) > 0:
+            if durable:
+                self._session.probe(monotonic())
+                self._work.notify_all()
+            self._answers.wait(min(rest, _PROBE_SECONDS))
+        return self._session.flushed(durable=durable)
+
+    def close(self, timeout: float) -> None:
+        """Ends the stream, within the timeout."""
+        with self._lock:
+            self._closed = True
+            if self._session.failure is None:
+                self._session.fail(errors.ClientClosedError("the client was closed"), monotonic())
+            self._work.notify_all()
+            self._answers.notify_all()
+            if self._call is not None:
+                self._call.cancel()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        self._channel.close()
+
+    def _run(self) -> None:
+        while (opening := self._next_opening()) is not None:
+            error: errors.EquipoiseError | None = None
+            try:
+                self._converse(opening)
+            except grpc.RpcError as failure:
+                error = errors.from_rpc(failure, address=self._address)
+            except errors.EquipoiseError as failure:
+                error = failure
+            except Exception:
+                logger.exception("%s: a bug in the client ended its stream", self._address)
+                error = errors.EquipoiseError(f"{self._address}: a bug in the client ended its stream")
+            self._ended(error)
+
+    def _next_opening(self) -> Opening | None:
+        with self._lock:
+            while not self._closed and self._session.failure is None:
+                at = self._session.connect_at
+                now = monotonic()
+                if at is not None and at <= now:
+                    return self._session.begin(now)
+                self._work.wait(None if at is None else at - now)
+        return None
+
+    def _converse(self, opening: Opening) -> None:
+        timeout = self._session.options.timeout.connect
+        metadata = headers(self._session.options.spec.name)
+        if opening.create is not None:
+            self._stub.CreatePolicy(opening.create, timeout=timeout, metadata=metadata)
+            self._limit(timeout)
+        call = self._stub.Exchange(self._messages(opening.generation), metadata=metadata)
+        with self._lock:
+            self._call = call
+            if self._closed:
+                call.cancel()
+        # A server that takes the stream and says nothing must not hold it for ever.
+        watchdog = threading.Timer(timeout, self._cancel_unopened, (opening.generation,))
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            for message in call:
+                with self._lock:
+                    self._session.received(message, monotonic())
+                    self._work.notify_all()
+                    self._answers.notify_all()
+                    if self._session.left or self._session.failure is not None:
+                        return
+        finally:
+            watchdog.cancel()
+            call.cancel()
+        raise errors.UnavailableError(f"{self._address}: the server ended the stream")
+
+    def _limit(self, timeout: float) -> None:
+        info = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+        with self._lock:
+            self._session.limit(info.max_batch_examples)
+
+    def _messages(self, generation: int) -> Iterator[pb.ExchangeRequest]:
+        while True:
+            with self._lock:
+                while (message := self._next_message(generation)) is None:
+                    if self._is_void(generation):
+                        return
+                    self._work.wait()
+            yield message
+
+    def _next_message(self, generation: int) -> pb.ExchangeRequest | None:
+        return None if self._is_void(generation) else self._session.next_message()
+
+    def _is_void(self, generation: int) -> bool:
+        session = self._session
+        return self._closed or session.failure is not None or session.generation != generation or session.down
+
+    def _cancel_unopened(self, generation: int) -> None:
+        with self._lock:
+            if self._session.generation == generation and not self._session.opened and self._call is not None:
+                self._call.cancel()
+
+    def _ended(self, error: errors.EquipoiseError | None) -> None:
+        with self._lock:
+            self._call = None
+            now = monotonic()
+            if self._session.failure is None:
+                if error is None:
+                    self._session.leave(now)
+                else:
+                    self._session.lost(error, now)
+            self._work.notify_all()
+            self._answers.notify_all()
+
+
+_PROBE_SECONDS = 0.02
+"""How often a flush asks whether the steps are durable, seconds."""

@@ -1,0 +1,104 @@
+"""What the sync and the asyncio client share: their options, and all that needs no network."""
+
+import os
+import random
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from equipoise.config import Backoff, Limits, Timeout
+from equipoise.errors import ClientClosedError, InvalidRequestError
+from equipoise.policies import Durability, PolicySpec, SettingValue
+from equipoise.session import Session, SessionOptions, WhenLost
+from equipoise.stats import Stats
+
+ADDRESS = "localhost:50051"
+"""Where a server listens unless told otherwise."""
+
+
+class Trainer:
+    """One trainer of one policy; see `equipoise.PolicyClient` for the arguments."""
+
+    def __init__(
+        self,
+        address: str = ADDRESS,
+        *,
+        policy: str,
+        num_examples: int | None = None,
+        rule: str = "",
+        settings: Mapping[str, SettingValue] | None = None,
+        durability: Durability | None = None,
+        reference_nats: float | None = None,
+        trainer_id: str | None = None,
+        when_lost: WhenLost = "continue",
+        max_staleness: int = 1000,
+        timeout: Timeout | None = None,
+        backoff: Backoff | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        if num_examples is not None and num_examples < 1:
+            raise InvalidRequestError(field="num_examples", value=num_examples, rule="must be at least 1")
+        self.address = address
+        self.policy = policy
+        self._options = SessionOptions(
+            spec=PolicySpec(
+                name=policy,
+                num_examples=num_examples or 0,
+                rule=rule,
+                settings=dict(settings or {}),
+                durability=durability,
+                reference_nats=reference_nats,
+            ),
+            when_lost=when_lost,
+            max_staleness=max_staleness,
+            timeout=timeout or Timeout(),
+            backoff=backoff or Backoff(),
+            limits=limits or Limits(),
+        )
+        self._closed = False
+        self._start(trainer_id)
+
+    @property
+    def trainer_id(self) -> str:
+        """Id of this trainer: random unless it was given."""
+        return self._session.trainer_id
+
+    @property
+    def stats(self) -> Stats:
+        """A copy of the counters."""
+        return self._session.stats
+
+    def weights(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Per id the weight of the newest answer that held it, else 1. Asks nobody.
+
+        All 1 when more than `max_staleness` steps are newer than the newest answer.
+        """
+        return self._session.cached_weights(ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restarted trainer needs to go on exactly once: for its checkpoint.
+
+        A policy does not roll back: to go on from an older checkpoint, fork or import a policy.
+        """
+        return self._session.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where the client stopped that gave `state`; before the first step.
+
+        Raises:
+            InvalidRequestError: the state is not one of this policy, or this client was used already.
+        """
+        self._session.load_state_dict(state)
+
+    def _start(self, trainer_id: str | None) -> None:
+        self._pid = os.getpid()
+        # Of its own, so that a trainer's seeded generator stays as it is.
+        jitter = random.SystemRandom().random
+        self._session = Session(self._options, trainer_id=trainer_id or secrets.token_hex(16), random=jitter)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosedError(f"{self.policy}: the client was closed")

@@ -1,0 +1,250 @@
+"""Arrays to and from the wire: little-endian bytes, checked before they are sent."""
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from equipoise.channel import MAX_MESSAGE_BYTES
+from equipoise.errors import InvalidRequestError
+from equipoise.v1 import policy_pb2 as pb
+
+FRAME_BYTES = 4096
+"""Room that a message leaves for its framing and the fields around the arrays, bytes."""
+
+
+class StepFields(TypedDict, total=False):
+    """What a step may carry beside the ids of its rows; B rows.
+
+    Attributes:
+        contributions: float [B]: ∇L_target·∇l_n of the unweighted example loss, finite where scored.
+        losses: float [B]: unweighted example loss, nats, finite where scored.
+        scored: bool or 0/1 [B]: rows that are not scored are ignored and may hold NaN; default: all are.
+        target_loss: mean loss on the target set A, nats.
+        guard_loss: mean loss on the guard set B, nats.
+        step: the training step; informational.
+        weights_for: ids whose weights the answer holds, instead of those of the rows.
+        all_examples: the rows are all examples of the policy in order; instead of ids.
+    """
+
+    contributions: ArrayLike
+    losses: ArrayLike
+    scored: ArrayLike
+    target_loss: float
+    guard_loss: float
+    step: int
+    weights_for: ArrayLike
+    all_examples: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a request must keep to, as far as it is known yet.
+
+    Attributes:
+        num_examples: ids are below it; 0: not known.
+        max_batch_examples: most rows; 0: not known.
+    """
+
+    num_examples: int = 0
+    max_batch_examples: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A checked step or read.
+
+    Attributes:
+        message: the step, without its sequence.
+        answer_ids: uint64: the examples whose weights the answer holds.
+        reads: whether it carries no statistics.
+    """
+
+    message: pb.StepRequest
+    answer_ids: NDArray[np.uint64]
+    reads: bool
+
+
+def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Request:
+    """A step with statistics.
+
+    Raises:
+        InvalidRequestError: something breaks a rule; nothing was sent.
+    """
+    _check_names(fields)
+    message = pb.StepRequest(step=_training_step(fields.get("step", 0)))
+    rows = _rows(message, ids, fields, bounds)
+    scored = _scored(fields.get("scored"), len(rows))
+    if scored is not None:
+        message.scored = scored.tobytes()
+    if (contributions := fields.get("contributions")) is not None:
+        message.contributions = _statistics("contributions", contributions, len(rows), scored).tobytes()
+    if (losses := fields.get("losses")) is not None:
+        message.losses = _statistics("losses", losses, len(rows), scored).tobytes()
+    if (target_loss := fields.get("target_loss")) is not None:
+        message.target_loss = _loss("target_loss", target_loss)
+    if (guard_loss := fields.get("guard_loss")) is not None:
+        message.guard_loss = _loss("guard_loss", guard_loss)
+    if all(statistic is None for statistic in (contributions, losses, target_loss, guard_loss)):
+        raise InvalidRequestError(
+            field="contributions",
+            rule="a step needs contributions, losses, target_loss or guard_loss; `read` needs none",
+        )
+    weights_for = fields.get("weights_for")
+    if weights_for is not None:
+        rows = example_ids("weights_for", weights_for, bounds)
+        message.weights_for = rows.tobytes()
+    return _sized(Request(message=message, answer_ids=rows, reads=False))
+
+
+def build_read(ids: ArrayLike, bounds: Bounds) -> Request:
+    """A read of the weights of ids.
+
+    Raises:
+        InvalidRequestError: the ids break a rule; nothing was sent.
+    """
+    rows = example_ids("ids", ids, bounds)
+    return _sized(Request(message=pb.StepRequest(example_ids=rows.tobytes()), answer_ids=rows, reads=True))
+
+
+def example_ids(field: str, values: ArrayLike, bounds: Bounds) -> NDArray[np.uint64]:
+    """Example ids as little-endian uint64 [B], checked against what is known of the policy."""
+    array = _array(field, values)
+    if array.size == 0:
+        raise InvalidRequestError(field=field, rule="must hold at least one id")
+    if array.dtype.kind not in "iu":
+        raise InvalidRequestError(field=field, value=array.dtype, rule="ids must be integers")
+    _check_rows(field, len(array), bounds)
+    if array.dtype.kind == "i":
+        _check_all(field, array, array >= 0, "ids must not be negative")
+    ids = array.astype("<u8")
+    if bounds.num_examples:
+        _check_all(field, ids, ids < bounds.num_examples, f"ids must be below num_examples = {bounds.num_examples}")
+    return ids
+
+
+def float32s(data: bytes) -> NDArray[np.float32]:
+    """float32 values of little-endian bytes, read-only."""
+    return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
+
+
+def uint64s(data: bytes) -> NDArray[np.uint64]:
+    """uint64 values of little-endian bytes, read-only."""
+    return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)
+
+
+def answer_ids(message: pb.StepRequest, num_examples: int) -> NDArray[np.uint64]:
+    """Ids whose weights the answer to a step holds."""
+    if message.HasField("weights_for"):
+        return uint64s(message.weights_for)
+    return np.arange(num_examples, dtype=np.uint64) if message.all_examples else uint64s(message.example_ids)
+
+
+def _rows(message: pb.StepRequest, ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> NDArray[np.uint64]:
+    everything = fields.get("all_examples", False)
+    if everything and ids is not None:
+        raise InvalidRequestError(field="ids", rule="give ids or all_examples=True, not both")
+    if ids is not None:
+        rows = example_ids("ids", ids, bounds)
+        message.example_ids = rows.tobytes()
+        return rows
+    if everything:
+        message.all_examples = True
+        count = bounds.num_examples or max(np.size(fields.get("contributions", ())), np.size(fields.get("losses", ())))
+        _check_rows("all_examples", count, bounds)
+        return np.arange(count, dtype=np.uint64)
+    for name in ("contributions", "losses", "scored"):
+        if fields.get(name) is not None:
+            raise InvalidRequestError(field="ids", rule=f"{name} need the ids of their rows, or all_examples=True")
+    return np.zeros(0, np.uint64)
+
+
+def _scored(values: ArrayLike | None, rows: int) -> NDArray[np.uint8] | None:
+    if values is None:
+        return None
+    array = _array("scored", values)
+    _check_length("scored", len(array), rows)
+    if array.dtype.kind not in "biu":
+        raise InvalidRequestError(field="scored", value=array.dtype, rule="must be booleans, or integers 0 and 1")
+    _check_all("scored", array, (array == 0) | (array == 1), "must be 0 or 1")
+    return array.astype(np.uint8)
+
+
+def _statistics(field: str, values: ArrayLike, rows: int, scored: NDArray[np.uint8] | None) -> NDArray[np.float32]:
+    array = _array(field, values)
+    _check_length(field, len(array), rows)
+    if array.dtype.kind not in "fiu":
+        raise InvalidRequestError(field=field, value=array.dtype, rule="must be real numbers")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        single = array.astype("<f4")
+    fine = np.isfinite(single)
+    if scored is not None:
+        fine |= scored == 0
+    _check_all(field, array, fine, "must be finite as float32 where scored")
+    return single
+
+
+def _loss(field: str, value: float) -> float:
+    try:
+        loss = float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(field=field, value=value, rule="must be a number") from error
+    if not np.isfinite(loss):
+        raise InvalidRequestError(field=field, value=value, rule="must be finite")
+    return loss
+
+
+def _training_step(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
+        raise InvalidRequestError(field="step", value=value, rule="must be an integer from 0 to 2**64 - 1")
+    return int(value)
+
+
+def _array(field: str, values: ArrayLike) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a GPU or with gradients
+        raise InvalidRequestError(field=field, rule=f"must convert to a numpy array ({error})") from error
+    if array.ndim != 1:
+        raise InvalidRequestError(field=field, value=f"shape {array.shape}", rule="must have one dimension")
+    return array
+
+
+def _check_names(fields: StepFields) -> None:
+    for name in fields:
+        if name not in StepFields.__annotations__:
+            raise TypeError(
+                f"unexpected argument {name!r}; a step takes {', '.join(sorted(StepFields.__annotations__))}"
+            )
+
+
+def _check_length(field: str, length: int, rows: int) -> None:
+    if length != rows:
+        raise InvalidRequestError(
+            field=field, value=f"length {length}", rule=f"must have one value for each of {rows} rows"
+        )
+
+
+def _check_rows(field: str, rows: int, bounds: Bounds) -> None:
+    if bounds.max_batch_examples and rows > bounds.max_batch_examples:
+        raise InvalidRequestError(
+            field=field,
+            value=f"{rows} rows",
+            rule=f"the server takes at most {bounds.max_batch_examples} in one step; make several steps of them",
+        )
+
+
+def _check_all(field: str, values: NDArray[Any], fine: NDArray[np.bool_], rule: str) -> None:
+    if not fine.all():
+        index = int(np.argmin(fine))
+        raise InvalidRequestError(field=field, index=index, value=values[index], rule=rule)
+
+
+def _sized(request: Request) -> Request:
+    size = request.message.ByteSize()
+    if size > MAX_MESSAGE_BYTES - FRAME_BYTES:
+        raise InvalidRequestError(
+            field="ids", value=f"{size} bytes", rule=f"a message holds at most {MAX_MESSAGE_BYTES} bytes"
+        )
+    return request

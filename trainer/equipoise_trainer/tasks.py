@@ -65,7 +65,7 @@ class Task:
     @property
     def features(self) -> int:
         """F."""
-        return self.train.features.shape[1]
+        return int(self.train.features.shape[1])
 
 
 def flip_labels(

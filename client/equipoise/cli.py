@@ -6,6 +6,7 @@ status. It is loaded only when it is asked for, so that `equipoise --help` is qu
 
 import ast
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
@@ -19,6 +20,7 @@ Command: TypeAlias = Callable[[Sequence[str]], int]
 GROUP = "equipoise.commands"
 USAGE_ERROR = 2
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 
 class UnknownCommandError(Exception):
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader has left, as in `equipoise policy list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer must not fail too
+        return BROKEN_PIPE
 
 
 def commands() -> dict[str, EntryPoint]:

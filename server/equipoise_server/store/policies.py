@@ -111,6 +111,10 @@ class PolicyTable:
         address, epoch = await self._commands.run("owner", "HMGET", keys.owner, "address", "epoch")
         return None if address is None else Owner(address=address.decode(), epoch=int(epoch))
 
+    async def last_epoch(self, name: str) -> int:
+        """Epoch of the last acquisition under that name, also of a deleted policy; 0 for none."""
+        return int(await self._commands.run("owner", "HGET", self._keys(name).owner, "epoch") or 0)
+
     async def generation(self, policy: Ownership | str) -> str:
         """Which generation of keys holds the data of an owned policy, or of the policy with that name.
 

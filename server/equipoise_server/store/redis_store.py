@@ -181,6 +181,30 @@ class RedisStore:
         await self._policies.collect(policy.name)
         return renewed
 
+    async def publish(
+        self,
+        policy: StoredPolicy,
+        *,
+        address: str,
+        pages: Iterable[tuple[int, Page]] | AsyncIterable[tuple[int, Page]],
+        progress: Mapping[str, bytes],
+    ) -> Ownership:
+        """Store a new policy together with its tables, at version 0; it appears only when all of it is there.
+
+        Raises:
+            Fenced: the name is taken, or was taken meanwhile.
+        """
+        epoch = await self._policies.last_epoch(policy.name) + 1
+        claim = Ownership(
+            policy=policy.name,
+            uid=policy.uid,
+            token=secrets.token_hex(16),
+            epoch=epoch,
+            generation=policy.uid,
+            address=address,
+        )
+        return await self.republish(claim, policy, version=0, pages=pages, progress=progress)
+
     async def _begin_republication(self, owner: Ownership, *, version: int) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)
         await self._commands.script(

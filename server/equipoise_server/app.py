@@ -1,0 +1,289 @@
+"""The composition root: settings in, a running server out, and its orderly end."""
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from equipoise.v1 import policy_pb2, policy_pb2_grpc
+from equipoise_server import logs
+from equipoise_server.engine import (
+    DeviceThread,
+    Engine,
+    EngineLimits,
+    PolicyRunner,
+    QueueLimits,
+    RunnerLimits,
+    SweepLimits,
+    choose_device,
+    describe_device,
+)
+from equipoise_server.errors import draining
+from equipoise_server.health import Health
+from equipoise_server.interceptors import EdgeInterceptor
+from equipoise_server.metrics import Endpoint, Metrics, PolicyFacts, Snapshot, measure_lag
+from equipoise_server.servicer import PolicyServicer, ServiceLimits, StepLimits
+from equipoise_server.settings import Settings, SettingsError
+from equipoise_server.store import EmbeddedRedis, RedisStore, StoreError
+
+log = structlog.get_logger("equipoise.server")
+
+REDIS_CHECK_S = 1.0
+FLUSH_TIMEOUT_S = 10.0
+START_FAILED = 1
+
+
+class Server:
+    """One server, from start to stop. Created and run inside one event loop, on the main thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stack = contextlib.AsyncExitStack()
+        self._redis_up = False
+        self._health = Health("redis")
+        self._metrics = Metrics(build=_build_facts(), max_policies=settings.metrics_max_policies)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until `stop` is set, then drains: no new work, streams reconnect elsewhere, state is written."""
+        async with self._stack:
+            await self._start()
+            await stop.wait()
+            await self._drain()
+
+    async def _start(self) -> None:
+        settings = self._settings
+        self._store = await self._connect_store()
+        self._device = DeviceThread(choose_device(settings.device))
+        self._stack.callback(self._device.close)
+        self._engine = Engine(
+            self._store,
+            self._device,
+            address=settings.listen,
+            limits=_engine_limits(settings),
+            telemetry=self._metrics,
+        )
+        self._servicer = PolicyServicer(
+            self._engine,
+            limits=_service_limits(settings, describe_device(self._device.device)),
+            telemetry=self._metrics,
+        )
+        await self._start_grpc()
+        metrics_address = await self._start_metrics()
+        self._spawn(self._watch_redis())
+        self._spawn(measure_lag(self._metrics.event_loop_lag))
+        self._spawn(self._unload_idle())
+        self._stack.push_async_callback(self._end_tasks)
+        _announce(settings.ready_file, address=self.address, metrics_address=metrics_address)
+        log.info("serving", address=self.address, metrics=metrics_address, device=describe_device(self._device.device))
+
+    async def _connect_store(self) -> RedisStore:
+        settings = self._settings
+        url = settings.redis
+        if url is None:
+            embedded = EmbeddedRedis(settings.data_dir, fsync=settings.fsync)
+            await embedded.start()
+            self._stack.push_async_callback(embedded.stop)
+            self._spawn(embedded.supervise(on_exit=lambda status: log.error("redis ended", status=status)))
+            url = embedded.url
+        store = RedisStore.connect(url, command_timeout_s=settings.redis_timeout_s, observer=self._metrics.store)
+        self._stack.push_async_callback(store.close)
+        return store
+
+    async def _start_grpc(self) -> None:
+        settings = self._settings
+        self._grpc = grpc.aio.server(
+            interceptors=[EdgeInterceptor(self._metrics.rpc)],
+            options=_grpc_options(settings),
+            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+        )
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self._servicer, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
+        names = (policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name, health.SERVICE_NAME)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._grpc)
+        try:
+            port = self._grpc.add_insecure_port(settings.listen)
+        except RuntimeError as error:
+            raise SettingsError(f"listen: {settings.listen!r} cannot be bound; is another server there?") from error
+        self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
+        await self._health.start()
+        await self._grpc.start()
+
+    async def _start_metrics(self) -> str:
+        if not self._settings.metrics_listen:
+            return ""
+        endpoint = Endpoint(self._metrics, snapshot=self._snapshot, problems=self._health.problems)
+        try:
+            address = await endpoint.start(self._settings.metrics_listen)
+        except OSError as error:
+            message = f"metrics_listen: {self._settings.metrics_listen!r} cannot be bound: {error.strerror}"
+            raise SettingsError(message) from error
+        self._stack.push_async_callback(endpoint.stop)
+        return address
+
+    async def _drain(self) -> None:
+        log.info("stopping", grace_s=self._settings.drain_grace_s)
+        await self._health.drain()
+        await asyncio.sleep(self._settings.drain_delay_s)
+        self._engine.drain()
+        await self._grpc.stop(self._settings.drain_grace_s)
+        await self._engine.close(draining(), flush_timeout_s=FLUSH_TIMEOUT_S)
+        log.info("stopped")
+
+    async def _watch_redis(self) -> None:
+        while True:
+            try:
+                await self._store.ping()
+            except StoreError as error:
+                if self._redis_up:
+                    log.warning("redis does not answer", error=str(error))
+                self._redis_up = False
+            else:
+                if not self._redis_up:
+                    log.info("redis answers")
+                self._redis_up = True
+                await self._health.reached("redis")
+            await asyncio.sleep(REDIS_CHECK_S)
+
+    async def _unload_idle(self) -> None:
+        while True:
+            await asyncio.sleep(min(self._settings.policy_idle_s, 10.0))
+            await self._engine.unload_idle(idle_s=self._settings.policy_idle_s)
+
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a background task ended", exc_info=error)
+
+    async def _end_tasks(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _snapshot(self) -> Snapshot:
+        runners = self._engine.runners
+        return Snapshot(
+            policies=tuple(map(_facts, runners)),
+            queued_steps=sum(len(runner.queue) for runner in runners),
+            inflight_bytes=sum(runner.queue.size for runner in runners),
+            active_streams=self._servicer.open_streams,
+            trainers=sum(len(runner.policy.trainers.known) for runner in runners),
+            unpersisted_updates=sum(runner.log.backlog for runner in runners),
+            redis_up=self._redis_up,
+            draining=self._health.draining,
+        )
+
+
+def run(settings: Settings) -> int:
+    """Serves until SIGTERM or SIGINT; a second one ends at once. Returns the exit status."""
+    logs.configure(level=settings.log_level, form=settings.log_format)
+    try:
+        asyncio.run(_run(settings))
+    except (SettingsError, StoreError, OSError, ValueError) as error:
+        log.error("the server did not start", error=str(error))
+        print(f"equipoise serve: {error}", file=sys.stderr)
+        return START_FAILED
+    return 0
+
+
+async def _run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stopper(stop))
+    await Server(settings).run(stop)
+
+
+def _stopper(stop: asyncio.Event) -> Callable[[], None]:
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    return on_signal
+
+
+def _announce(ready_file: Path | None, *, address: str, metrics_address: str) -> None:
+    """Tells whoever waits that the server serves; the file appears whole."""
+    if ready_file is None:
+        return
+    facts = {"address": address, "metrics_address": metrics_address, "pid": os.getpid()}
+    unfinished = ready_file.with_name(f"{ready_file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(facts), encoding="utf-8")
+    unfinished.replace(ready_file)
+
+
+def _build_facts() -> dict[str, str]:
+    return {"version": version("equipoise"), "python": platform.python_version(), "grpcio": version("grpcio")}
+
+
+def _engine_limits(settings: Settings) -> EngineLimits:
+    return EngineLimits(
+        trainer_idle_s=settings.trainer_idle_s,
+        runner=RunnerLimits(
+            queue=QueueLimits(steps=settings.max_queued_steps, size=settings.max_queued_bytes),
+            log_timeout_s=settings.log_timeout_s,
+            most_backlog_bytes=4 * settings.sweep_min_bytes,
+            sweep=SweepLimits(min_bytes=settings.sweep_min_bytes, bytes_per_s=settings.sweep_bytes_per_s),
+        ),
+    )
+
+
+def _service_limits(settings: Settings, device: str) -> ServiceLimits:
+    return ServiceLimits(
+        step=StepLimits(max_batch_examples=settings.max_batch_examples),
+        max_examples=settings.max_examples,
+        max_message_bytes=settings.max_message_bytes,
+        max_streams=settings.max_streams,
+        first_message_timeout_s=settings.first_message_timeout_s,
+        build_version=version("equipoise"),
+        device=device,
+    )
+
+
+def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
+    ]
+
+
+def _facts(runner: PolicyRunner) -> PolicyFacts:
+    status, spec = runner.status, runner.policy.spec
+    progress = status.progress
+    return PolicyFacts(
+        name=spec.name,
+        version=progress.version,
+        effective_ratio=status.effective_examples / spec.num_examples,
+        scored_ratio=status.scored_examples / spec.num_examples,
+        guard_strength=status.guard_strength,
+        largest_weight=progress.largest_weight,
+        sim=progress.sim,
+        positive_share=progress.positive_share,
+        target_loss=progress.target_loss,
+        guard_loss=progress.guard_loss,
+        compression_ratio=progress.compression_ratio(spec.reference_nats),
+    )

@@ -1,0 +1,82 @@
+"""Log entries: what a rule consumed, as named fields of a Redis stream entry.
+
+Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
+`target`, `guard` (losses, nats); `scalars` (JSON); `ids` (int64, absent: all examples), `c` (float32 contributions),
+`l` (float32 losses); `refused` (the reason). Numbers are text that keeps every bit; arrays are little-endian.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from equipoise_server.engine.step import Kind, Step
+from equipoise_server.errors import Code, ServiceError
+from equipoise_server.rules import Scalars, Statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedStep:
+    """A step as the log keeps it: enough to replay it page by page."""
+
+    step: Step
+    scalars: Scalars
+    at: float
+
+
+def encode(logged: LoggedStep) -> dict[str, bytes]:
+    """The fields of a log entry."""
+    step = logged.step
+    fields = {"at": repr(logged.at).encode(), "step": str(step.training_step).encode()}
+    if step.sequence:
+        fields |= {"trainer": step.trainer_id.encode(), "sequence": str(step.sequence).encode()}
+    if step.kind is Kind.REFUSED:
+        assert step.error is not None
+        return fields | {"refused": step.error.reason.encode()}
+    if step.target_loss is not None:
+        fields["target"] = repr(step.target_loss).encode()
+    if step.guard_loss is not None:
+        fields["guard"] = repr(step.guard_loss).encode()
+    if step.statistics is not None:
+        fields |= _encode_statistics(step.statistics)
+        fields["scalars"] = json.dumps(logged.scalars).encode()
+    return fields
+
+
+def decode(fields: Mapping[str, bytes]) -> LoggedStep:
+    """The step that a log entry keeps."""
+    refused = fields.get("refused")
+    step = Step(
+        kind=Kind.STEP if refused is None else Kind.REFUSED,
+        trainer_id=fields.get("trainer", b"").decode(),
+        sequence=int(fields.get("sequence", b"0")),
+        training_step=int(fields["step"]),
+        statistics=_decode_statistics(fields),
+        target_loss=float(fields["target"]) if "target" in fields else None,
+        guard_loss=float(fields["guard"]) if "guard" in fields else None,
+        wants_weights=False,
+        error=None if refused is None else ServiceError(Code.INVALID_ARGUMENT, refused.decode(), "refused earlier"),
+    )
+    return LoggedStep(step=step, scalars=json.loads(fields.get("scalars", b"{}")), at=float(fields["at"]))
+
+
+def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
+    fields = {}
+    if statistics.ids is not None:
+        fields["ids"] = statistics.ids.astype("<i8", copy=False).tobytes()
+    if statistics.contributions is not None:
+        fields["c"] = statistics.contributions.astype("<f4", copy=False).tobytes()
+    if statistics.losses is not None:
+        fields["l"] = statistics.losses.astype("<f4", copy=False).tobytes()
+    return fields
+
+
+def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
+    if "c" not in fields and "l" not in fields:
+        return None
+    return Statistics(
+        ids=np.frombuffer(fields["ids"], "<i8") if "ids" in fields else None,
+        contributions=np.frombuffer(fields["c"], "<f4") if "c" in fields else None,
+        losses=np.frombuffer(fields["l"], "<f4") if "l" in fields else None,
+    )

@@ -1,0 +1,40 @@
+"""The device thread: the one place where tables are read and changed."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`. Raises ValueError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; use 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of a device for people."""
+    return f"cuda:0 ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+class DeviceThread:
+    """Runs calls on the tables one after another, off the event loop."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """The call's result."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def close(self) -> None:
+        """Ends the thread after the calls that were already given."""
+        self._executor.shutdown(wait=True)

@@ -1,0 +1,211 @@
+"""The engine: every policy this server owns, brought in from the store when it is first touched."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from equipoise_server.engine import tables
+from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.log import LogTail
+from equipoise_server.engine.policy import Policy
+from equipoise_server.engine.runner import PolicyRunner, RunnerLimits
+from equipoise_server.engine.snapshot import Facts, Snapshot
+from equipoise_server.engine.spec import PolicySpec
+from equipoise_server.engine.telemetry import Telemetry
+from equipoise_server.engine.trainers import Trainers
+from equipoise_server.errors import ServiceError, policy_exists, policy_not_found, store_down, uid_mismatch, unloaded
+from equipoise_server.rules import build
+from equipoise_server.store import Fenced, NotFound, RedisStore, StoredPolicy, StoreError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Bounds of the engine.
+
+    Attributes:
+        trainer_idle_s: a trainer idle for longer is forgotten.
+        runner: of each policy.
+    """
+
+    trainer_idle_s: float
+    runner: RunnerLimits
+
+
+class Engine:
+    """Creates, finds, reads and deletes policies; for one event loop."""
+
+    def __init__(
+        self,
+        store: RedisStore,
+        device: DeviceThread,
+        *,
+        address: str,
+        limits: EngineLimits,
+        telemetry: Telemetry,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.device = device
+        self.limits = limits
+        self._store = store
+        self._address = address
+        self._telemetry = telemetry
+        self._wall_clock = wall_clock
+        self._runners: dict[str, PolicyRunner] = {}
+        self._loading: dict[str, asyncio.Lock] = {}
+
+    @property
+    def runners(self) -> list[PolicyRunner]:
+        """The policies that are loaded now."""
+        return list(self._runners.values())
+
+    async def create(self, spec: PolicySpec) -> tuple[StoredPolicy, bool]:
+        """Stores a policy, uniform at version 0, unless one of this name exists; which one, and whether it is new."""
+        fresh = self._fresh(spec)
+        try:
+            return await self._store.create(fresh)
+        except StoreError as error:
+            raise store_down(str(error)) from error
+
+    async def create_from(self, spec: PolicySpec, snapshot: Snapshot) -> StoredPolicy:
+        """Stores a policy with the tables of a snapshot; it appears only when all of it is there.
+
+        Raises ServiceError (POLICY_EXISTS) when the name is taken.
+        """
+        fresh = self._fresh(spec)
+        facts = replace(snapshot.facts, progress=replace(snapshot.facts.progress, version=0), trainers="{}")
+        snapshot = replace(snapshot, facts=facts)
+        try:
+            if existing := await self._store.get(spec.name):
+                raise policy_exists(spec.name, "policy.name", existing.name, spec.name)
+            await self._store.publish(
+                fresh, address=self._address, pages=snapshot.pages(), progress=snapshot.facts.to_fields()
+            )
+        except Fenced as error:  # somebody was faster
+            raise policy_exists(spec.name, "policy.name", spec.name, spec.name) from error
+        except StoreError as error:
+            raise store_down(str(error)) from error
+        return fresh
+
+    async def find(self, name: str) -> StoredPolicy:
+        """The stored policy. Raises ServiceError (POLICY_NOT_FOUND)."""
+        if runner := self._runners.get(name):
+            return runner.stored
+        try:
+            stored = await self._store.get(name)
+        except StoreError as error:
+            raise store_down(str(error)) from error
+        if stored is None:
+            raise policy_not_found(name)
+        return stored
+
+    async def list(self, *, after: str, prefix: str, limit: int) -> list[StoredPolicy]:
+        """Stored policies in the order of their names, behind `after`."""
+        try:
+            return await self._store.list(after=after, prefix=prefix, limit=limit)
+        except StoreError as error:
+            raise store_down(str(error)) from error
+
+    async def runner(self, name: str, *, uid: str = "") -> PolicyRunner:
+        """The policy in service, loaded if need be. Raises ServiceError (POLICY_NOT_FOUND, UID_MISMATCH)."""
+        runner = self._runners.get(name)
+        if runner is None:
+            async with self._loading.setdefault(name, asyncio.Lock()):
+                runner = self._runners.get(name) or await self._load(name)
+            self._loading.pop(name, None)
+        if uid and uid != runner.policy.uid:
+            raise uid_mismatch(name, runner.policy.uid, uid)
+        return runner
+
+    async def delete(self, name: str, *, uid: str = "") -> str:
+        """Deletes a policy; the uid of the deleted incarnation."""
+        stored = await self.find(name)
+        if uid and uid != stored.uid:
+            raise uid_mismatch(name, stored.uid, uid)
+        try:
+            deleted = await self._store.delete(name, uid=stored.uid)
+        except NotFound as error:
+            raise policy_not_found(name) from error
+        except StoreError as error:
+            raise store_down(str(error)) from error
+        if runner := self._runners.pop(name, None):
+            await runner.deleted()
+        return deleted
+
+    async def unload_idle(self, *, idle_s: float) -> None:
+        """Lets go of policies that nobody has used for `idle_s` and that are wholly in the store."""
+        for runner in self.runners:
+            if runner.idle_for() > idle_s and not runner.log.backlog:
+                await runner.close(unloaded(runner.spec_name))
+
+    def drain(self) -> None:
+        """Asks every stream to reconnect elsewhere."""
+        for runner in self.runners:
+            runner.drain()
+
+    async def close(self, error: ServiceError, *, flush_timeout_s: float) -> None:
+        """Writes what is not in the store yet, then stops every policy."""
+        runners = self.runners
+        await asyncio.gather(*(runner.log.flush(timeout_s=flush_timeout_s) for runner in runners))
+        await asyncio.gather(*(runner.close(error) for runner in runners))
+
+    def _fresh(self, spec: PolicySpec) -> StoredPolicy:
+        return StoredPolicy(
+            name=spec.name, uid=secrets.token_hex(16), create_time=self._wall_clock(), spec=spec.to_json()
+        )
+
+    async def _load(self, name: str) -> PolicyRunner:
+        try:
+            runner = await self._restore(name)
+        except NotFound as error:
+            raise policy_not_found(name) from error
+        except StoreError as error:
+            raise store_down(str(error)) from error
+        self._runners[name] = runner
+        runner.on_closed(lambda: self._forget(runner))
+        return runner
+
+    def _forget(self, runner: PolicyRunner) -> None:
+        if self._runners.get(runner.spec_name) is runner:
+            del self._runners[runner.spec_name]
+
+    async def _restore(self, name: str) -> PolicyRunner:
+        """Takes the policy over, then loads its pages and replays its log; from here on older owners are fenced."""
+        owner = await self._store.acquire(name, address=self._address)
+        stored = await self._store.get(name)
+        if stored is None:
+            raise NotFound(name)
+        spec = PolicySpec.from_json(stored.spec)
+        facts = Facts.from_fields(await self._store.read_progress(owner))
+        policy = await self.device.run(lambda: self._empty(spec, stored.uid))
+        versions: dict[int, int] = {}
+        for index in range(policy.state.num_pages):
+            if page := await self._store.read_page(owner, index):
+                await self.device.run(lambda i=index, p=page: tables.load_page(policy.state, i, p.columns))  # type: ignore[misc]
+                versions[index] = page.version
+        facts.put_into(policy.state, policy.trainers)
+        policy.trainers.forget_idle(self._wall_clock())
+        await self.device.run(lambda: policy.load(facts.progress, versions))
+        tail: LogTail | None = None
+        async for entry in self._store.read_log(owner, after=0):
+            if tail is None:
+                tail = LogTail(entry.version - 1)
+            await self.device.run(lambda e=entry: policy.replay(e))  # type: ignore[misc]
+            tail.add(entry)
+        return PolicyRunner(
+            policy,
+            owner,
+            stored,
+            tail=tail or LogTail(policy.version),
+            store=self._store,
+            device=self.device,
+            limits=self.limits.runner,
+            telemetry=self._telemetry,
+            wall_clock=self._wall_clock,
+        )
+
+    def _empty(self, spec: PolicySpec, uid: str) -> Policy:
+        rule = build(spec.rule, spec.settings)
+        state = rule.init(spec.num_examples, device=self.device.device)
+        return Policy(spec, uid, rule=rule, state=state, trainers=Trainers(self.limits.trainer_idle_s))

@@ -1,0 +1,165 @@
+"""A policy as a deterministic machine: steps in, answers and log entries out, no I/O."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise_server.engine import tables
+from equipoise_server.engine.codec import LoggedStep, decode, encode
+from equipoise_server.engine.progress import Progress
+from equipoise_server.engine.spec import PolicySpec
+from equipoise_server.engine.step import Answer, Kind, Outcome, Step
+from equipoise_server.engine.trainers import Trainers
+from equipoise_server.errors import invalid
+from equipoise_server.rules import PAGE_EXAMPLES, Rule, RuleError, Statistics, TableState, evidence
+from equipoise_server.store import LogEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyStatus:
+    """A consistent picture of a policy between two steps; see `equipoise.v1.PolicyStatus` for units.
+
+    Attributes:
+        progress: version, losses, evidence.
+        scored_examples: K.
+        effective_examples: 1/Σγ².
+        guard_strength: g.
+        table_bytes: memory of the tables.
+    """
+
+    progress: Progress
+    scored_examples: int
+    effective_examples: float
+    guard_strength: float
+    table_bytes: int
+
+
+class Policy:
+    """Applies steps to a rule's tables. Not thread-safe: one thread calls it at a time.
+
+    The same steps in the same order give the same state, bit for bit, whether they arrive live or from the log.
+    """
+
+    def __init__(self, spec: PolicySpec, uid: str, *, rule: Rule, state: TableState, trainers: Trainers) -> None:
+        self.spec = spec
+        self.uid = uid
+        self.rule = rule
+        self.state = state
+        self.trainers = trainers
+        self.progress = Progress()
+        self.dirty_pages: NDArray[np.bool_] = np.zeros(state.num_pages, dtype=np.bool_)
+        """Pages that changed since they were last captured for the store."""
+        self._page_versions: NDArray[np.int64] = np.zeros(state.num_pages, dtype=np.int64)
+
+    @property
+    def version(self) -> int:
+        """Steps applied or refused so far."""
+        return self.progress.version
+
+    def apply(self, step: Step, *, now: float, with_evidence: bool = True) -> tuple[Answer, LogEntry | None]:
+        """Takes one step or read; the log entry is what to keep of it (None: nothing changed).
+
+        Raises ServiceError, with nothing changed, on a sequence gap and on a refused step that has no sequence.
+        """
+        if step.kind is Kind.READ:
+            return self._answer(step, Outcome.REFUSED if step.error else Outcome.READ), None
+        if step.sequence and self.trainers.is_duplicate(step.trainer_id, step.sequence):
+            return self._answer(step, Outcome.DUPLICATE), None
+        if step.kind is Kind.STEP:
+            try:
+                scalars = self._update(step, with_evidence=with_evidence)
+            except RuleError as error:
+                refusal = invalid("UNUSABLE_STATISTICS", error.field, str(error))
+                if not step.sequence:
+                    raise refusal from error
+                step = replace(step, kind=Kind.REFUSED, error=refusal)
+        if step.kind is Kind.REFUSED:
+            scalars = {}
+            self.progress = self.progress.after_refusal()
+        if step.sequence:
+            self.trainers.record(step.trainer_id, step.sequence, now)
+        entry = LogEntry(version=self.version, fields=encode(LoggedStep(step=step, scalars=scalars, at=now)))
+        return self._answer(step, Outcome.REFUSED if step.kind is Kind.REFUSED else Outcome.APPLIED), entry
+
+    def replay(self, entry: LogEntry, *, with_evidence: bool = True) -> None:
+        """Applies a log entry to every page that does not hold it yet."""
+        logged = decode(entry.fields)
+        step = logged.step
+        if step.statistics is not None:
+            behind = self._page_versions < entry.version
+            found = evidence(self.rule, self.state, step.statistics) if with_evidence else None
+            self.state = self.rule.apply(
+                self.state, step.statistics, logged.scalars, pages=None if behind.all() else behind
+            )
+            self._mark(step.statistics, among=behind)
+        else:
+            found = None
+        if entry.version <= self.version:
+            return
+        assert entry.version == self.version + 1, f"log jumps from version {self.version} to {entry.version}"
+        refused = step.kind is Kind.REFUSED
+        self.progress = self.progress.after_refusal() if refused else self.progress.after(step, found)
+        if step.sequence:
+            self.trainers.record(step.trainer_id, step.sequence, logged.at)
+
+    def load(self, progress: Progress, pages: Mapping[int, int]) -> None:
+        """Takes over stored facts, after the pages were put into the tables; `pages` gives each page's version.
+
+        Raises RuleError when the tables hold what the rule can never write.
+        """
+        self.progress = progress
+        for index, version in pages.items():
+            self._page_versions[index] = version
+        self.state = self.rule.restore(self.state)
+
+    def weights(self, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        """Served weights; see `Rule.weights`."""
+        return self.rule.weights(self.state, ids)
+
+    def status(self) -> PolicyStatus:
+        """The picture of now."""
+        return PolicyStatus(
+            progress=self.progress,
+            scored_examples=self.state.scored,
+            effective_examples=self.rule.effective_examples(self.state),
+            guard_strength=self.state.guard_strength,
+            table_bytes=self.state.nbytes,
+        )
+
+    def capture_page(self, index: int) -> tuple[int, dict[str, bytes]]:
+        """A page's version and columns; the page is clean from now on."""
+        self.dirty_pages[index] = False
+        return self.version, tables.capture_page(self.state, index)
+
+    def _update(self, step: Step, *, with_evidence: bool) -> dict[str, float]:
+        statistics, scalars = step.statistics, {}
+        found = None
+        if statistics is not None:
+            if with_evidence:
+                found = evidence(self.rule, self.state, statistics)
+            scalars = self.rule.prepare(self.state, statistics)
+            self.state = self.rule.apply(self.state, statistics, scalars)
+            self._mark(statistics)
+        self.progress = self.progress.after(step, found)
+        return scalars
+
+    def _mark(self, statistics: Statistics, among: NDArray[np.bool_] | None = None) -> None:
+        touched = self.dirty_pages
+        if self.rule.touches_all_rows or statistics.ids is None:
+            touched[:] = True if among is None else touched | among
+        else:
+            pages = statistics.ids // PAGE_EXAMPLES
+            touched[pages] = True if among is None else touched[pages] | among[pages]
+
+    def _answer(self, step: Step, outcome: Outcome) -> Answer:
+        wanted = step.wants_weights and outcome is not Outcome.REFUSED
+        return Answer(
+            sequence=step.sequence,
+            version=self.version,
+            outcome=outcome,
+            weights=self.weights(step.weights_for) if wanted else None,
+            error=step.error,
+            last_sequence=self.trainers.last_sequence(step.trainer_id) if step.trainer_id else 0,
+        )

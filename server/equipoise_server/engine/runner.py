@@ -1,0 +1,315 @@
+"""A policy in service: its queue, its turn on the device, its log, its sweeps and its trainers' sessions."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.log import LogTail, LogWriter
+from equipoise_server.engine.policy import Policy, PolicyStatus
+from equipoise_server.engine.queue import Pending, QueueLimits, StepQueue
+from equipoise_server.engine.snapshot import Snapshot
+from equipoise_server.engine.spec import Durability
+from equipoise_server.engine.step import Answer, Kind, Outcome, Step
+from equipoise_server.engine.sweep import SweepLimits, sweep
+from equipoise_server.engine.telemetry import Telemetry
+from equipoise_server.errors import Code, ServiceError, fenced, policy_deleted
+from equipoise_server.store import Fenced, LogEntry, Ownership, RedisStore, StoredPolicy, StoreError
+
+T = TypeVar("T")
+
+SWEEP_CHECK_S = 1.0
+"""How often the length of the log is looked at."""
+STEPS_PER_CALL = 64
+"""Most steps applied in one device call, so that answers are not held back for too long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerLimits:
+    """Bounds of one policy's service.
+
+    Attributes:
+        queue: what may wait.
+        log_timeout_s: how long an answer waits for the log.
+        most_backlog_bytes: log kept in memory before the tables themselves are written again.
+        sweep: when to sweep and how fast.
+    """
+
+    queue: QueueLimits
+    log_timeout_s: float
+    most_backlog_bytes: int
+    sweep: SweepLimits
+
+
+@dataclass(slots=True)
+class DurableSequences:
+    """Per trainer: which of its applied steps are in the store."""
+
+    durable: dict[str, int] = field(default_factory=dict)
+    applied: dict[str, deque[tuple[int, int]]] = field(default_factory=dict)
+
+    def add(self, trainer_id: str, *, version: int, sequence: int) -> None:
+        """Notes that a trainer's step became a version."""
+        self.applied.setdefault(trainer_id, deque()).append((version, sequence))
+
+    def get(self, trainer_id: str, *, durable_version: int) -> int:
+        """All steps of the trainer up to this sequence are in the store."""
+        waiting = self.applied.get(trainer_id)
+        while waiting and waiting[0][0] <= durable_version:
+            self.durable[trainer_id] = waiting.popleft()[1]
+        return self.durable.get(trainer_id, 0)
+
+
+class Session:
+    """One open stream of one trainer."""
+
+    def __init__(self, trainer_id: str) -> None:
+        self.trainer_id = trainer_id
+        self.ended: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
+        """Why the stream has to end, once it has to."""
+        self.on_drain: Callable[[], None] = lambda: None
+        """Asks the trainer to reconnect."""
+
+    def end(self, error: ServiceError) -> None:
+        """Tells the stream to end."""
+        if not self.ended.done():
+            self.ended.set_result(error)
+
+
+class PolicyRunner:
+    """Runs one policy. Created by the engine; for one event loop."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        owner: Ownership,
+        stored: StoredPolicy,
+        *,
+        tail: LogTail,
+        store: RedisStore,
+        device: DeviceThread,
+        limits: RunnerLimits,
+        telemetry: Telemetry,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.policy = policy
+        self.stored = stored
+        self.status: PolicyStatus = policy.status()
+        """The picture after the last device call."""
+        self.changed: set[asyncio.Event] = set()
+        """Events of watchers, set whenever the status changes."""
+        self._store = store
+        self._device = device
+        self._limits = limits
+        self._telemetry = telemetry
+        self._wall_clock = wall_clock
+        self._loop = asyncio.get_running_loop()
+        self.queue = StepQueue(limits.queue, clock=self._loop.time)
+        self.log = LogWriter(
+            store,
+            owner,
+            tail=tail,
+            log_timeout_s=limits.log_timeout_s,
+            most_backlog_bytes=limits.most_backlog_bytes,
+            telemetry=telemetry,
+            republish=self._republish,
+            on_rollback=self._distrust_pages,
+        )
+        self._sequences = DurableSequences(
+            durable={key: trainer.last_sequence for key, trainer in policy.trainers.known.items()}
+        )
+        self.sessions: dict[str, Session] = {}
+        self._used_at = self._loop.time()
+        self.closed: ServiceError | None = None
+        """Why nothing is taken any more."""
+        self._tasks = [self._loop.create_task(self._run()), self._loop.create_task(self._sweep_when_due())]
+        self._tasks.append(self._loop.create_task(self._write_log()))
+        self._on_closed: list[Callable[[], None]] = []
+
+    @property
+    def spec_name(self) -> str:
+        """Name of the policy."""
+        return self.policy.spec.name
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of this ownership."""
+        return self.log.owner.epoch
+
+    def durable_sequence(self, trainer_id: str) -> int:
+        """All steps of the trainer up to this sequence are in the store."""
+        return self._sequences.get(trainer_id, durable_version=self.log.durable_version)
+
+    def idle_for(self) -> float:
+        """Seconds since anybody used the policy; 0 while a stream is open or someone watches."""
+        return 0.0 if self.sessions or self.changed else self._loop.time() - self._used_at
+
+    def on_closed(self, call: Callable[[], None]) -> None:
+        """Calls back when this runner has stopped taking steps."""
+        self._on_closed.append(call)
+
+    async def open(self, trainer_id: str) -> tuple[Session, Answer]:
+        """Opens a stream for a trainer, after all it has sent so far; an older stream of the trainer ends."""
+        if before := self.sessions.get(trainer_id):
+            message = f"trainer {trainer_id!r} opened another stream; this one ends"
+            before.end(ServiceError(Code.ABORTED, "TRAINER_REPLACED", message))
+        session = self.sessions[trainer_id] = Session(trainer_id)
+        try:
+            opening = Step(kind=Kind.READ, trainer_id=trainer_id, wants_weights=False)
+            return session, await (await self.submit(opening))
+        except BaseException:
+            self.close_session(session)
+            raise
+
+    def close_session(self, session: Session) -> None:
+        """The stream has ended."""
+        if self.sessions.get(session.trainer_id) is session:
+            del self.sessions[session.trainer_id]
+
+    async def submit(self, step: Step) -> asyncio.Future[Answer]:
+        """Queues a step when there is room; the future holds its answer once it may be sent."""
+        self._check_open()
+        return await self.queue.put(step)
+
+    def submit_now(self, step: Step) -> asyncio.Future[Answer]:
+        """Queues a step. Raises ServiceError (QUEUE_FULL) when there is no room."""
+        self._check_open()
+        return self.queue.put_now(step, policy=self.spec_name)
+
+    async def read(self, call: Callable[[Policy], T]) -> T:
+        """What `call` reads from the policy between two device calls."""
+        self._check_open()
+        return await self._device.run(lambda: call(self.policy))
+
+    def drain(self) -> None:
+        """Asks every stream to reconnect elsewhere."""
+        for session in self.sessions.values():
+            session.on_drain()
+
+    async def close(self, error: ServiceError) -> None:
+        """Takes nothing any more and ends every stream with `error`; what was applied is not flushed."""
+        self._shut(error)
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        await asyncio.gather(
+            *(task for task in self._tasks if task is not asyncio.current_task()), return_exceptions=True
+        )
+
+    async def deleted(self) -> None:
+        """The policy is gone from the store."""
+        await self.close(policy_deleted(self.spec_name))
+
+    def _check_open(self) -> None:
+        self._used_at = self._loop.time()
+        if self.closed is not None:
+            raise self.closed
+
+    def _shut(self, error: ServiceError) -> None:
+        if self.closed is None:
+            self.closed = error
+            for session in list(self.sessions.values()):
+                session.end(error)
+            self.queue.fail(error)
+            for call in self._on_closed:
+                call()
+        for event in self.changed:
+            event.set()
+
+    async def _run(self) -> None:
+        while True:
+            taken = await self.queue.take()
+            for start in range(0, len(taken), STEPS_PER_CALL):
+                await self._apply(taken[start : start + STEPS_PER_CALL])
+
+    async def _apply(self, batch: list[Pending]) -> None:
+        started = self._loop.time()
+        results, status = await self._device.run(lambda: self._apply_on_device(batch))
+        seconds = self._loop.time() - started
+        self.status = status
+        self._telemetry.batch(steps=len(batch))
+        self.log.add([entry for _, entry in results if entry is not None])
+        for pending, (result, _) in zip(batch, results, strict=True):
+            self._telemetry.stage(method="Exchange", stage="queue", seconds=started - pending.since)
+            self._telemetry.stage(method="Exchange", stage="compute", seconds=seconds)
+            self._answer(pending, result)
+        for event in self.changed:
+            event.set()
+
+    def _apply_on_device(
+        self, batch: list[Pending]
+    ) -> tuple[list[tuple[Answer | Exception, LogEntry | None]], PolicyStatus]:
+        now = self._wall_clock()
+        results: list[tuple[Answer | Exception, LogEntry | None]] = []
+        for position, pending in enumerate(batch):
+            try:
+                # evidence of a step that is followed by another in the same call would never be seen
+                results.append(self.policy.apply(pending.step, now=now, with_evidence=position == len(batch) - 1))
+            except Exception as error:  # a bug or a gap concerns its own step only
+                results.append((error, None))
+        return results, self.policy.status()
+
+    def _answer(self, pending: Pending, result: Answer | Exception) -> None:
+        if isinstance(result, Exception):
+            if not pending.answer.done():
+                pending.answer.set_exception(result)
+            return
+        step, applied_at = pending.step, self._loop.time()
+        self._telemetry.step(policy=self.spec_name, outcome=result.outcome.name.lower(), rows=step.num_rows)
+        if step.sequence and result.outcome in (Outcome.APPLIED, Outcome.REFUSED):
+            self._sequences.add(step.trainer_id, version=result.version, sequence=step.sequence)
+
+        def release() -> None:
+            self._telemetry.stage(method="Exchange", stage="log", seconds=self._loop.time() - applied_at)
+            if not pending.answer.done():  # done: the caller has gone
+                pending.answer.set_result(result)
+
+        if result.outcome is Outcome.READ or self.policy.spec.durability is Durability.BEHIND:
+            release()
+        else:
+            self.log.when_durable(result.version, release)
+
+    async def _write_log(self) -> None:
+        try:
+            await self.log.run()
+        except Fenced:
+            await self.close(fenced(self.spec_name))
+
+    async def _sweep_when_due(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_CHECK_S)
+            if self.log.appended_bytes <= max(self._limits.sweep.min_bytes, self.status.table_bytes):
+                continue
+            try:
+                await self.sweep()
+            except StoreError:
+                continue  # the log writer deals with the store; the pages are dirty again
+
+    async def sweep(self) -> None:
+        """Writes changed pages and trims the log, now."""
+        await sweep(
+            self.policy,
+            log=self.log,
+            store=self._store,
+            owner=self.log.owner,
+            device=self._device,
+            bytes_per_s=self._limits.sweep.bytes_per_s,
+        )
+
+    async def _republish(self) -> tuple[Ownership, int]:
+        snapshot = await self._device.run(lambda: Snapshot.of(self.policy))
+        version = snapshot.facts.progress.version
+        renewed = await self._store.republish(
+            self.log.owner,
+            self.stored,
+            version=version,
+            pages=snapshot.pages(),
+            progress=snapshot.facts.to_fields(),
+        )
+        return renewed, version
+
+    def _distrust_pages(self) -> None:
+        self.policy.dirty_pages[:] = True

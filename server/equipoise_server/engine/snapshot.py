@@ -1,0 +1,102 @@
+"""A whole policy at one version, apart from the tables in use: what forks, exports and re-publications need."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from equipoise_server.engine import tables
+from equipoise_server.engine.policy import Policy
+from equipoise_server.engine.progress import Progress
+from equipoise_server.engine.trainers import Trainers
+from equipoise_server.rules import PAGE_EXAMPLES, Scalars, TableState
+from equipoise_server.store import Page
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a policy keeps beside its tables, as of one version.
+
+    Attributes:
+        progress: version, losses, evidence.
+        trainers: deduplication table, as JSON.
+        scalars: of the last step.
+        guard_strength: g.
+    """
+
+    progress: Progress
+    trainers: str
+    scalars: Scalars
+    guard_strength: float
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Facts":
+        """The facts of now."""
+        return cls(
+            progress=policy.progress,
+            trainers=policy.trainers.to_json(),
+            scalars=dict(policy.state.scalars),
+            guard_strength=policy.state.guard_strength,
+        )
+
+    def put_into(self, state: TableState, trainers: Trainers) -> None:
+        """Gives the facts back to a state and a deduplication table."""
+        state.scalars = dict(self.scalars)
+        state.guard_strength = self.guard_strength
+        trainers.load_json(self.trainers)
+
+    def to_fields(self) -> dict[str, bytes]:
+        """As stored."""
+        return {
+            "progress": self.progress.to_json().encode(),
+            "trainers": self.trainers.encode(),
+            "scalars": json.dumps(self.scalars).encode(),
+            "guard_strength": repr(self.guard_strength).encode(),
+        }
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, bytes]) -> "Facts":
+        """As they were stored; a policy that was never swept has none."""
+        return cls(
+            progress=Progress.from_json(fields.get("progress", b"{}")),
+            trainers=fields.get("trainers", b"{}").decode(),
+            scalars=json.loads(fields.get("scalars", b"{}")),
+            guard_strength=float(fields.get("guard_strength", b"0")),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Facts and a copy of every table.
+
+    Attributes:
+        facts: see `Facts`.
+        columns: little-endian bytes of each table [N], by name.
+        item_sizes: bytes per example of each table.
+        num_examples: N.
+    """
+
+    facts: Facts
+    columns: dict[str, bytes]
+    item_sizes: dict[str, int]
+    num_examples: int
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Snapshot":
+        """A copy of now."""
+        state = policy.state
+        return cls(
+            facts=Facts.of(policy),
+            columns={name: tables.slice_bytes(column, 0, state.num_examples) for name, column in state.columns.items()},
+            item_sizes={name: column.element_size() for name, column in state.columns.items()},
+            num_examples=state.num_examples,
+        )
+
+    def pages(self) -> Iterator[tuple[int, Page]]:
+        """Every page, as the store takes them."""
+        for index, start in enumerate(range(0, self.num_examples, PAGE_EXAMPLES)):
+            stop = min(start + PAGE_EXAMPLES, self.num_examples)
+            columns = {
+                name: data[start * self.item_sizes[name] : stop * self.item_sizes[name]]
+                for name, data in self.columns.items()
+            }
+            yield index, Page(version=self.facts.progress.version, columns=columns)

@@ -1,0 +1,53 @@
+"""The sweep: writes changed pages to the store and trims the log to what they do not hold."""
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+
+from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.log import LogWriter
+from equipoise_server.engine.policy import Policy
+from equipoise_server.engine.snapshot import Facts
+from equipoise_server.store import Ownership, Page, RedisStore, StoreError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepLimits:
+    """When to sweep and how fast.
+
+    Attributes:
+        min_bytes: a log smaller than this is not swept.
+        bytes_per_s: pages are written no faster than this, so that appends go first.
+    """
+
+    min_bytes: int
+    bytes_per_s: float
+
+
+async def sweep(
+    policy: Policy, *, log: LogWriter, store: RedisStore, owner: Ownership, device: DeviceThread, bytes_per_s: float
+) -> None:
+    """Writes every page that is dirty now, then the facts of now, then trims the log to now.
+
+    The facts come last: until they are written, a restore starts from the old ones, for which the log is still there,
+    and skips for each page what it already holds. A page is written only after the log has reached its version, so
+    that no page is ever ahead of the log. Raises StoreError; the pages not written are dirty again.
+    """
+    facts = await device.run(lambda: Facts.of(policy))
+    dirty = np.flatnonzero(policy.dirty_pages).tolist()
+    unwritten = set(dirty)
+    try:
+        for index in dirty:
+            version, columns = await device.run(lambda index=index: policy.capture_page(index))  # type: ignore[misc]
+            await log.wait_durable(version)
+            await store.write_page(owner, index, Page(version=version, columns=columns))
+            unwritten.discard(index)
+            await asyncio.sleep(sum(map(len, columns.values())) / bytes_per_s)
+        await log.wait_durable(facts.progress.version)
+        await store.write_progress(owner, facts.to_fields())
+        await store.trim(owner, through_version=facts.progress.version)
+    except (StoreError, asyncio.CancelledError):
+        policy.dirty_pages[list(unwritten)] = True
+        raise
+    log.trimmed(facts.progress.version)

@@ -1,0 +1,53 @@
+"""What the engine reports about itself; the metrics module implements it."""
+
+from typing import Protocol
+
+
+class Telemetry(Protocol):
+    """Receives facts; every method is cheap, thread-safe and never raises."""
+
+    def step(self, *, policy: str, outcome: str, rows: int) -> None:
+        """A step was `applied`, found a `duplicate`, or `refused`; or a `read` was answered."""
+        ...
+
+    def stage(self, *, method: str, stage: str, seconds: float) -> None:
+        """A message of an RPC `method` spent `seconds` in `decode`, `queue`, `compute`, `log`, `encode` or `total`."""
+        ...
+
+    def batch(self, *, steps: int) -> None:
+        """So many steps were applied in one device call."""
+        ...
+
+    def rejected(self, *, reason: str) -> None:
+        """A request was refused for `reason` (the ErrorInfo's)."""
+        ...
+
+    def fenced(self) -> None:
+        """A write was refused because another server owns the policy."""
+        ...
+
+    def persisted(self) -> None:
+        """A write of a policy's log reached the store."""
+        ...
+
+
+class Silent:
+    """Telemetry that nobody hears."""
+
+    def step(self, *, policy: str, outcome: str, rows: int) -> None:
+        """Ignored."""
+
+    def stage(self, *, method: str, stage: str, seconds: float) -> None:
+        """Ignored."""
+
+    def batch(self, *, steps: int) -> None:
+        """Ignored."""
+
+    def rejected(self, *, reason: str) -> None:
+        """Ignored."""
+
+    def fenced(self) -> None:
+        """Ignored."""
+
+    def persisted(self) -> None:
+        """Ignored."""

@@ -1,0 +1,124 @@
+"""Errors of the service: each knows its canonical code, its reason and what to tell the caller."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Code(Enum):
+    """Canonical gRPC codes that the service uses, with their numbers."""
+
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One bad field: its path in the request, and what is wrong with which value under which rule."""
+
+    field: str
+    description: str
+
+
+class ServiceError(Exception):
+    """An answer to a caller who cannot be served.
+
+    Attributes:
+        code: canonical code.
+        reason: UPPER_SNAKE word that programs match on (google.rpc.ErrorInfo).
+        violations: bad fields, most important first (google.rpc.BadRequest).
+        metadata: facts for programs, such as the expected sequence (ErrorInfo.metadata).
+        retry_after_s: when to try again, seconds (google.rpc.RetryInfo); None: no use.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        reason: str,
+        message: str,
+        *,
+        violations: tuple[Violation, ...] = (),
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.violations = violations
+        self.metadata = dict(metadata or {})
+        self.retry_after_s = retry_after_s
+
+
+def invalid(reason: str, field: str, description: str) -> ServiceError:
+    """INVALID_ARGUMENT for one field; `description` names the value and the rule."""
+    violation = Violation(field, description)
+    return ServiceError(Code.INVALID_ARGUMENT, reason, f"{field}: {description}", violations=(violation,))
+
+
+def policy_not_found(name: str) -> ServiceError:
+    """NOT_FOUND: no policy of this name."""
+    return ServiceError(Code.NOT_FOUND, "POLICY_NOT_FOUND", f"policy {name!r} does not exist; create it first")
+
+
+def policy_deleted(name: str) -> ServiceError:
+    """NOT_FOUND: the policy was deleted while in use."""
+    return ServiceError(Code.NOT_FOUND, "POLICY_DELETED", f"policy {name!r} was deleted")
+
+
+def policy_exists(name: str, field: str, stored: object, asked: object) -> ServiceError:
+    """ALREADY_EXISTS: the stored policy differs in a field."""
+    description = f"the existing policy {name!r} has {stored!r}, this request asks for {asked!r}"
+    violation = Violation(field, description)
+    return ServiceError(
+        Code.ALREADY_EXISTS, "POLICY_EXISTS", f"{field}: {description}; use another name", violations=(violation,)
+    )
+
+
+def uid_mismatch(name: str, stored: str, asked: str) -> ServiceError:
+    """FAILED_PRECONDITION: the policy was deleted and created again since the caller knew it."""
+    message = f"policy {name!r} is now incarnation {stored}, not {asked}: it was created again since"
+    return ServiceError(Code.FAILED_PRECONDITION, "UID_MISMATCH", message, metadata={"uid": stored})
+
+
+def fenced(name: str) -> ServiceError:
+    """ABORTED: another server took the policy over."""
+    message = f"policy {name!r} is owned by another server now; reconnect"
+    return ServiceError(Code.ABORTED, "FENCED", message, retry_after_s=0.1)
+
+
+def unloaded(name: str) -> ServiceError:
+    """UNAVAILABLE: the policy left memory because nobody used it; the next call brings it back."""
+    message = f"policy {name!r} was idle and left memory; the next call brings it back"
+    return ServiceError(Code.UNAVAILABLE, "UNLOADED", message, retry_after_s=0.0)
+
+
+def sequence_gap(sequence: int, expected: int) -> ServiceError:
+    """OUT_OF_RANGE: steps of this trainer are missing."""
+    message = f"sequence {sequence} leaves a gap: this trainer's next step is {expected}"
+    return ServiceError(
+        Code.OUT_OF_RANGE,
+        "SEQUENCE_GAP",
+        message,
+        violations=(Violation("sequence", message),),
+        metadata={"expected_sequence": str(expected)},
+    )
+
+
+def store_down(detail: str) -> ServiceError:
+    """UNAVAILABLE: Redis cannot be reached for something that needs it."""
+    return ServiceError(Code.UNAVAILABLE, "STATE_STORE_DOWN", f"the state store failed: {detail}", retry_after_s=1.0)
+
+
+def draining() -> ServiceError:
+    """UNAVAILABLE: the server is about to stop."""
+    return ServiceError(Code.UNAVAILABLE, "DRAINING", "this server is stopping; reconnect", retry_after_s=0.5)

@@ -1,0 +1,165 @@
+"""What surrounds every RPC: errors become statuses, messages are decoded safely, calls are counted and logged."""
+
+from __future__ import annotations  # grpc's classes are generic for the type checker only
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from equipoise_server.errors import Code, ServiceError, invalid
+from equipoise_server.status import grpc_code, trailing_metadata
+
+log = structlog.get_logger("equipoise.rpc")
+
+
+class RpcTelemetry(Protocol):
+    """Receives facts about RPCs; every method is cheap and never raises."""
+
+    def rpc_started(self, *, method: str, kind: str) -> None:
+        """A call of `/package.Service/Method` began; kind is `unary`, `server_stream`, `client_stream`, `bidi_stream`."""
+        ...
+
+    def rpc_handled(self, *, method: str, kind: str, code: str, seconds: float) -> None:
+        """It ended with a canonical code (UPPER_SNAKE)."""
+        ...
+
+    def message_received(self, *, method: str, kind: str) -> None:
+        """A message came in."""
+        ...
+
+    def message_sent(self, *, method: str, kind: str) -> None:
+        """A message went out."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Stands for a message that is no valid protobuf of its type."""
+
+    type_name: str
+
+    def error(self) -> ServiceError:
+        """The error for the caller."""
+        return invalid("MALFORMED_REQUEST", "request", f"the bytes are no valid {self.type_name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One RPC under way."""
+
+    method: str
+    handler: grpc.RpcMethodHandler[Any, Any]
+
+    @property
+    def kind(self) -> str:
+        """Which sides stream."""
+        if self.handler.request_streaming:
+            return "bidi_stream" if self.handler.response_streaming else "client_stream"
+        return "server_stream" if self.handler.response_streaming else "unary"
+
+
+class EdgeInterceptor(grpc.aio.ServerInterceptor):
+    """The outermost layer: nothing but a ServiceError's status, or an opaque INTERNAL, leaves the server."""
+
+    def __init__(self, telemetry: RpcTelemetry) -> None:
+        self._telemetry = telemetry
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the method's handler."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        request_kind = "stream" if handler.request_streaming else "unary"
+        response_kind = "stream" if handler.response_streaming else "unary"
+        behavior = getattr(handler, f"{request_kind}_{response_kind}")
+        call = Call(handler_call_details.method, handler)
+        make = getattr(grpc, f"{request_kind}_{response_kind}_rpc_method_handler")
+        wrapped: grpc.RpcMethodHandler[Any, Any] = make(
+            self._guard(behavior, call),
+            request_deserializer=self._deserializer(call),
+            response_serializer=self._serializer(call),
+        )
+        return wrapped
+
+    def _deserializer(self, call: Call) -> Callable[[bytes], object]:
+        deserialize = call.handler.request_deserializer
+        type_name = getattr(getattr(deserialize, "__self__", None), "__name__", "request")
+
+        def decode(data: bytes) -> object:
+            self._telemetry.message_received(method=call.method, kind=call.kind)
+            try:
+                return data if deserialize is None else deserialize(data)
+            except DecodeError:
+                return Malformed(type_name)
+
+        return decode
+
+    def _serializer(self, call: Call) -> Callable[[Any], bytes]:
+        serialize = call.handler.response_serializer
+
+        def encode(message: Any) -> bytes:
+            self._telemetry.message_sent(method=call.method, kind=call.kind)
+            return message if serialize is None else serialize(message)
+
+        return encode
+
+    def _guard(self, behavior: Callable[..., Any], call: Call) -> Callable[..., Awaitable[Any]]:
+        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            started = time.perf_counter()
+            self._telemetry.rpc_started(method=call.method, kind=call.kind)
+            code = grpc.StatusCode.OK
+            try:
+                return await _invoke(behavior, request, context)
+            except ServiceError as error:
+                code = grpc_code(error)
+                await abort(context, error)
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED
+                raise
+            except grpc.aio.AbortError:
+                code = context.code() or grpc.StatusCode.UNKNOWN
+                raise
+            except Exception:
+                code = grpc.StatusCode.INTERNAL
+                await abort(context, _bug(call))
+            finally:
+                seconds = time.perf_counter() - started
+                self._telemetry.rpc_handled(method=call.method, kind=call.kind, code=code.name, seconds=seconds)
+                log.debug("rpc", method=call.method, code=code.name, seconds=round(seconds, 6), peer=context.peer())
+
+        return guarded
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
+    """Ends the RPC with the error's status and details."""
+    await context.abort(grpc_code(error), str(error), trailing_metadata(error))
+
+
+async def _invoke(behavior: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    if isinstance(request, Malformed):
+        raise request.error()
+    result = behavior(request, context)
+    if hasattr(result, "__aiter__"):
+        async for message in result:
+            await context.write(message)
+        return None
+    return await result
+
+
+def _bug(call: Call) -> ServiceError:
+    """INTERNAL with an opaque id; what happened is in the log under it."""
+    error_id = secrets.token_hex(8)
+    log.exception("unexpected error", method=call.method, error_id=error_id)
+    message = f"internal error {error_id}; please report it with the server's log"
+    return ServiceError(Code.INTERNAL, "BUG", message, metadata={"error_id": error_id})

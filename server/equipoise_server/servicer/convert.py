@@ -1,0 +1,163 @@
+"""Requests to steps, answers to responses."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise.v1 import policy_pb2 as pb
+from equipoise_server.engine import Answer, Kind, Policy, PolicyRunner, Step
+from equipoise_server.errors import ServiceError, invalid
+from equipoise_server.rules import RuleError, Statistics, aggregate
+from equipoise_server.servicer.arrays import parse_ids, parse_scored, parse_statistic, to_bytes
+from equipoise_server.status import to_status
+
+STATISTICS = ("contributions", "losses", "reference_losses", "gradient_sketches")
+LATER_STATISTICS = ("reference_losses", "gradient_sketches", "target_sketch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLimits:
+    """Bounds of one request: `max_batch_examples` rows."""
+
+    max_batch_examples: int
+
+
+def to_step(request: pb.StepRequest, *, trainer_id: str, policy: Policy, limits: StepLimits) -> Step:
+    """A validated step or read. Raises ServiceError (INVALID_ARGUMENT) naming field, index, value and rule."""
+    rows = _Rows.parse(request, num_examples=policy.spec.num_examples, limits=limits)
+    weights_for = _weights_for(request, rows, policy, limits)
+    if not is_step(request):
+        return _to_read(request, rows, weights_for, trainer_id)
+    statistics = _statistics(request, rows)
+    if statistics is not None:
+        _check_rule(policy, statistics)
+    return Step(
+        kind=Kind.STEP,
+        trainer_id=trainer_id,
+        sequence=request.sequence,
+        training_step=request.step,
+        statistics=statistics if statistics is not None and statistics.size else None,
+        target_loss=_loss(request, "target_loss"),
+        guard_loss=_loss(request, "guard_loss"),
+        wants_weights=not request.omit_weights,
+        weights_for=weights_for,
+        num_rows=rows.count,
+        size=request.ByteSize(),
+    )
+
+
+def to_refused(request: pb.StepRequest, error: ServiceError, *, trainer_id: str) -> Step:
+    """The empty step that stands for a refused one; a refused read consumes nothing."""
+    return Step(
+        kind=Kind.REFUSED if request.sequence else Kind.READ,
+        trainer_id=trainer_id,
+        sequence=request.sequence,
+        training_step=request.step,
+        wants_weights=False,
+        error=error,
+    )
+
+
+def to_response(answer: Answer, *, runner: PolicyRunner, trainer_id: str) -> pb.StepResponse:
+    """The answer as it goes out."""
+    return pb.StepResponse(
+        sequence=answer.sequence,
+        epoch=runner.epoch,
+        version=answer.version,
+        durable_sequence=runner.durable_sequence(trainer_id) if trainer_id else 0,
+        outcome=answer.outcome.value,  # type: ignore[arg-type]  # the wire's numbers
+        weights=b"" if answer.weights is None else to_bytes(answer.weights),
+        error=None if answer.error is None else to_status(answer.error),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a request: their ids (None: all examples in order) and how many; `given`: whether there are any."""
+
+    ids: NDArray[np.int64] | None
+    count: int
+    given: bool
+
+    @classmethod
+    def parse(cls, request: pb.StepRequest, *, num_examples: int, limits: StepLimits) -> "_Rows":
+        most = limits.max_batch_examples
+        which = request.WhichOneof("rows")
+        if which == "example_ids":
+            ids = parse_ids(request.example_ids, field="example_ids", num_examples=num_examples, most=most)
+            return cls(ids, len(ids), True)
+        if which is None or not request.all_examples:
+            return cls(np.empty(0, np.int64), 0, False)
+        if num_examples > most:
+            description = f"the policy has {num_examples} examples, the limit max_batch_examples is {most}"
+            raise invalid("TOO_MANY_EXAMPLES", "all_examples", description)
+        return cls(None, num_examples, True)
+
+
+def is_step(request: pb.StepRequest) -> bool:
+    """Whether a request carries statistics or losses."""
+    if request.HasField("target_loss") or request.HasField("guard_loss"):
+        return True
+    return any(getattr(request, name) for name in STATISTICS)
+
+
+def _to_read(request: pb.StepRequest, rows: _Rows, weights_for: NDArray[np.int64] | None, trainer_id: str) -> Step:
+    if not rows.given and not request.HasField("weights_for"):
+        raise invalid("EMPTY_REQUEST", "rows", "neither rows nor losses: send rows, weights_for, or a loss to report")
+    if request.sequence:
+        description = f"{request.sequence} on a read (no statistics); reads carry 0"
+        raise invalid("SEQUENCE_ON_READ", "sequence", description)
+    return Step(
+        kind=Kind.READ,
+        trainer_id=trainer_id,
+        wants_weights=not request.omit_weights,
+        weights_for=weights_for,
+        num_rows=rows.count,
+        size=request.ByteSize(),
+    )
+
+
+def _weights_for(request: pb.StepRequest, rows: _Rows, policy: Policy, limits: StepLimits) -> NDArray[np.int64] | None:
+    if not request.HasField("weights_for"):
+        return rows.ids
+    return parse_ids(
+        request.weights_for,
+        field="weights_for",
+        num_examples=policy.spec.num_examples,
+        most=limits.max_batch_examples,
+    )
+
+
+def _statistics(request: pb.StepRequest, rows: _Rows) -> Statistics | None:
+    for name in LATER_STATISTICS:
+        if getattr(request, name):
+            raise invalid("UNUSABLE_STATISTICS", name, "no rule of this server's version uses it; leave it out")
+    if not rows.given:
+        for name in ("contributions", "losses", "scored"):
+            if getattr(request, name):
+                raise invalid("SHAPE_MISMATCH", name, "sent without rows; send example_ids or all_examples with it")
+        return None
+    scored = parse_scored(request.scored, rows=rows.count)
+    contributions = parse_statistic(request.contributions, field="contributions", rows=rows.count, scored=scored)
+    losses = parse_statistic(request.losses, field="losses", rows=rows.count, scored=scored)
+    if contributions is None and losses is None:
+        return None
+    return aggregate(rows.ids, contributions=contributions, losses=losses, scored=scored)
+
+
+def _check_rule(policy: Policy, statistics: Statistics) -> None:
+    try:
+        policy.rule.check(statistics)
+    except RuleError as error:
+        raise invalid("UNUSABLE_STATISTICS", error.field, str(error)) from error
+
+
+def _loss(request: pb.StepRequest, name: str) -> float | None:
+    if not request.HasField(name):  # type: ignore[arg-type]  # one of the two optional losses
+        return None
+    value = float(getattr(request, name))
+    if not math.isfinite(value):
+        raise invalid("NON_FINITE_STAT", name, f"{value} is not finite")
+    return value

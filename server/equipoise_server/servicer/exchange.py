@@ -1,0 +1,167 @@
+"""The training loop's stream: requests in, answers out in the same order, many in flight."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc
+
+from equipoise.v1 import policy_pb2 as pb
+from equipoise_server.engine import Answer, Engine, PolicyRunner, Session, Step, Telemetry
+from equipoise_server.errors import Code, ServiceError, invalid
+from equipoise_server.interceptors import Malformed
+from equipoise_server.servicer.convert import StepLimits, is_step, to_refused, to_response, to_step
+
+MOST_IN_FLIGHT = 1024
+"""Answers that may wait in one stream before it is read no further."""
+RECONNECT_WITHIN_MS = 1000
+
+Outgoing = asyncio.Future[Answer] | ServiceError | pb.ReconnectRequest | None
+
+
+class Context(Protocol):
+    """What this module needs of `grpc.aio.ServicerContext`."""
+
+    async def read(self) -> object:
+        """Next message, or `grpc.aio.EOF`."""
+        ...
+
+    async def write(self, message: pb.ExchangeResponse) -> None:
+        """Sends a message."""
+        ...
+
+
+class Exchange:
+    """One stream, from its opening to its end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        context: Context,
+        *,
+        limits: StepLimits,
+        first_message_timeout_s: float,
+        telemetry: Telemetry,
+    ) -> None:
+        self._engine = engine
+        self._context = context
+        self._limits = limits
+        self._first_message_timeout_s = first_message_timeout_s
+        self._telemetry = telemetry
+        self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue(MOST_IN_FLIGHT)
+
+    async def serve(self, *, header_policy: str | None) -> None:
+        """Serves the stream. Raises ServiceError for what ends it before its client does."""
+        opening = await self._read_opening()
+        if opening is None:
+            return
+        if header_policy is not None and header_policy != opening.policy:
+            description = f"{opening.policy!r}, but header x-equipoise-policy says {header_policy!r}"
+            raise invalid("POLICY_MISMATCH", "open.policy", description)
+        runner = await self._engine.runner(opening.policy, uid=opening.uid)
+        session, answer = await runner.open(opening.trainer_id)
+        try:
+            await self._context.write(pb.ExchangeResponse(opened=_opened(runner, answer, opening.trainer_id)))
+            await self._serve(runner, session)
+        finally:
+            runner.close_session(session)
+
+    async def _serve(self, runner: PolicyRunner, session: Session) -> None:
+        reader = asyncio.create_task(self._read(runner, session.trainer_id))
+        writer = asyncio.create_task(self._write(runner, session.trainer_id))
+        session.on_drain = self._ask_to_reconnect
+        try:
+            ends: set[asyncio.Future[Any]] = {writer, session.ended}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not writer.done():
+                raise session.ended.result()
+            await writer
+        finally:
+            reader.cancel()
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+
+    async def _read_opening(self) -> pb.OpenRequest | None:
+        try:
+            async with asyncio.timeout(self._first_message_timeout_s):
+                message = await self._context.read()
+        except TimeoutError:
+            description = f"no opening message within {self._first_message_timeout_s} s"
+            raise ServiceError(Code.DEADLINE_EXCEEDED, "NOT_OPENED", description) from None
+        if message is grpc.aio.EOF:
+            return None
+        request = _exchange_request(message)
+        if request.WhichOneof("message") != "open":
+            raise invalid("NOT_OPENED", "message", "the first message of a stream must be `open`")
+        trainer_id = request.open.trainer_id
+        if not (1 <= len(trainer_id) <= 128 and trainer_id.isascii() and trainer_id.isprintable()):
+            description = f"{trainer_id!r} is not 1 to 128 printable ASCII characters"
+            raise invalid("INVALID_TRAINER_ID", "open.trainer_id", description)
+        return request.open
+
+    async def _read(self, runner: PolicyRunner, trainer_id: str) -> None:
+        """Queues every request; what ends the stream is answered behind all that came before it."""
+        try:
+            async for request in self._requests():
+                step = self._to_step(request, runner, trainer_id)
+                await self._outgoing.put(await runner.submit(step))
+        except ServiceError as error:
+            await self._outgoing.put(error)
+        else:
+            await self._outgoing.put(None)
+
+    async def _requests(self) -> AsyncIterator[pb.StepRequest]:
+        while (message := await self._context.read()) is not grpc.aio.EOF:
+            request = _exchange_request(message)
+            if request.WhichOneof("message") != "step":
+                raise invalid("MALFORMED_REQUEST", "message", "after the opening, every message must be `step`")
+            yield request.step
+
+    def _to_step(self, request: pb.StepRequest, runner: PolicyRunner, trainer_id: str) -> Step:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            step = to_step(request, trainer_id=trainer_id, policy=runner.policy, limits=self._limits)
+        except ServiceError as error:
+            self._telemetry.rejected(reason=error.reason)
+            step = to_refused(request, error, trainer_id=trainer_id)
+        if is_step(request) and not request.sequence:
+            raise invalid("MALFORMED_REQUEST", "step.sequence", "0 on a step; in a stream steps are numbered from 1")
+        self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - started)
+        return step
+
+    async def _write(self, runner: PolicyRunner, trainer_id: str) -> None:
+        loop = asyncio.get_running_loop()
+        while (outgoing := await self._outgoing.get()) is not None:
+            if isinstance(outgoing, ServiceError):
+                raise outgoing
+            if isinstance(outgoing, pb.ReconnectRequest):
+                await self._context.write(pb.ExchangeResponse(reconnect=outgoing))
+                continue
+            answer = await outgoing
+            started = loop.time()
+            response = to_response(answer, runner=runner, trainer_id=trainer_id)
+            await self._context.write(pb.ExchangeResponse(step=response))
+            self._telemetry.stage(method="Exchange", stage="encode", seconds=loop.time() - started)
+
+    def _ask_to_reconnect(self) -> None:
+        if not self._outgoing.full():  # a stream this far behind learns of the end by its status
+            self._outgoing.put_nowait(pb.ReconnectRequest(within_ms=RECONNECT_WITHIN_MS))
+
+
+def _exchange_request(message: object) -> pb.ExchangeRequest:
+    if isinstance(message, Malformed):
+        raise message.error()
+    assert isinstance(message, pb.ExchangeRequest)
+    return message
+
+
+def _opened(runner: PolicyRunner, answer: Answer, trainer_id: str) -> pb.OpenResponse:
+    return pb.OpenResponse(
+        uid=runner.policy.uid,
+        epoch=runner.epoch,
+        version=answer.version,
+        last_sequence=answer.last_sequence,
+        durable_sequence=runner.durable_sequence(trainer_id),
+        num_examples=runner.policy.spec.num_examples,
+    )

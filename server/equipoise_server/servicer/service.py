@@ -1,0 +1,268 @@
+"""The methods of `equipoise.v1.PolicyService`."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+import numpy as np
+
+from equipoise.v1 import policy_pb2 as pb
+from equipoise.v1 import policy_pb2_grpc
+from equipoise_server.engine import Engine, Policy, PolicyRunner, PolicySpec, Telemetry
+from equipoise_server.engine.sampling import draw
+from equipoise_server.engine.spec import check_name
+from equipoise_server.errors import Code, ServiceError, invalid
+from equipoise_server.rules import names
+from equipoise_server.servicer import specs, transfer
+from equipoise_server.servicer.arrays import parse_ids, to_bytes
+from equipoise_server.servicer.convert import StepLimits, to_response, to_step
+from equipoise_server.servicer.exchange import Exchange
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+POLICY_HEADER = "x-equipoise-policy"
+PAGE_SIZE_DEFAULT = 100
+PAGE_SIZE_MOST = 1000
+CHUNK_EXAMPLES = 262_144
+"""Values per chunk of ReadWeights: 1 MiB."""
+WATCH_INTERVAL_DEFAULT_MS = 1000
+WATCH_INTERVAL_LEAST_MS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLimits:
+    """Bounds and facts of the service.
+
+    Attributes:
+        step: of one step or read.
+        max_examples: most examples of a policy.
+        max_message_bytes: largest message.
+        max_streams: most open Exchange streams.
+        first_message_timeout_s: a stream that has not opened by then ends.
+        build_version: version of the build.
+        device: name of the device for people.
+    """
+
+    step: StepLimits
+    max_examples: int
+    max_message_bytes: int
+    max_streams: int
+    first_message_timeout_s: float
+    build_version: str
+    device: str
+
+
+class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
+    """Validates and converts; the engine does the rest. Errors are raised as ServiceError, see `interceptors`."""
+
+    def __init__(self, engine: Engine, *, limits: ServiceLimits, telemetry: Telemetry) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._telemetry = telemetry
+        self.open_streams = 0
+        """Exchange streams that are open now."""
+
+    async def CreatePolicy(self, request: pb.CreatePolicyRequest, context: Context) -> pb.CreatePolicyResponse:  # noqa: N802
+        """See the contract."""
+        message = request.policy
+        check_name(message.name, field="policy.name")
+        _check_header(context, message.name)
+        try:
+            stored = await self._engine.find(message.name)
+            created = False
+        except ServiceError as error:
+            if error.reason != "POLICY_NOT_FOUND":
+                raise
+            stored, created = await self._create(request)
+        if not created:
+            specs.check_same(message, PolicySpec.from_json(stored.spec))
+        runner = await self._engine.runner(message.name)
+        return pb.CreatePolicyResponse(status=specs.status_message(runner), created=created)
+
+    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:  # noqa: N802
+        """See the contract."""
+        return pb.GetPolicyResponse(status=specs.status_message(await self._runner(request.policy, context)))
+
+    async def ListPolicies(self, request: pb.ListPoliciesRequest, context: Context) -> pb.ListPoliciesResponse:  # noqa: N802
+        """See the contract; the page token is the last name of the page before."""
+        if request.page_token:
+            try:
+                check_name(request.page_token, field="page_token")
+            except ServiceError as error:
+                description = f"{request.page_token!r} is no token of this server"
+                raise invalid("INVALID_PAGE_TOKEN", "page_token", description) from error
+        size = min(request.page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MOST)
+        found = await self._engine.list(after=request.page_token, prefix=request.prefix, limit=size + 1)
+        page = found[:size]
+        return pb.ListPoliciesResponse(
+            policies=[specs.listed_message(stored) for stored in page],
+            next_page_token=page[-1].name if len(found) > size else "",
+        )
+
+    async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: Context) -> pb.DeletePolicyResponse:  # noqa: N802
+        """See the contract."""
+        check_name(request.policy, field="policy")
+        _check_header(context, request.policy)
+        return pb.DeletePolicyResponse(uid=await self._engine.delete(request.policy, uid=request.uid))
+
+    async def Exchange(  # type: ignore[override]  # noqa: N802  # answers through context.write
+        self, request_iterator: object, context: Context
+    ) -> None:
+        """See the contract."""
+        if self.open_streams >= self._limits.max_streams:
+            raise _too_many_streams(self._limits.max_streams)
+        exchange = Exchange(
+            self._engine,
+            context,
+            limits=self._limits.step,
+            first_message_timeout_s=self._limits.first_message_timeout_s,
+            telemetry=self._telemetry,
+        )
+        self.open_streams += 1
+        try:
+            await exchange.serve(header_policy=_header_policy(context))
+        finally:
+            self.open_streams -= 1
+
+    async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Context) -> pb.UpdateWeightsResponse:  # noqa: N802
+        """See the contract."""
+        runner = await self._runner(request.policy, context)
+        if request.step.sequence and not request.trainer_id:
+            raise invalid("INVALID_TRAINER_ID", "trainer_id", "is empty; a step with a sequence needs one")
+        try:
+            step = to_step(request.step, trainer_id=request.trainer_id, policy=runner.policy, limits=self._limits.step)
+        except ServiceError as error:
+            self._telemetry.rejected(reason=error.reason)
+            raise
+        answer = await runner.submit_now(step)
+        response = to_response(answer, runner=runner, trainer_id=request.trainer_id)
+        return pb.UpdateWeightsResponse(step=response)
+
+    async def ReadWeights(  # noqa: N802
+        self, request: pb.ReadWeightsRequest, context: Context
+    ) -> AsyncIterator[pb.ReadWeightsResponse]:
+        """See the contract."""
+        runner = await self._runner(request.policy, context)
+        if request.first_row or request.num_rows:
+            raise invalid("INVALID_FIELD", "first_row", f"rule {runner.policy.spec.rule!r} has no trajectory rows")
+        if request.field not in (pb.FIELD_UNSPECIFIED, pb.FIELD_WEIGHT, pb.FIELD_SCORE):
+            raise invalid("INVALID_FIELD", "field", f"{request.field} is neither WEIGHT nor SCORE")
+        num_examples = runner.policy.spec.num_examples
+        ids = None
+        if request.HasField("example_ids"):
+            ids = parse_ids(
+                request.example_ids,
+                field="example_ids",
+                num_examples=num_examples,
+                most=self._limits.step.max_batch_examples,
+            )
+        total = num_examples if ids is None else len(ids)
+        for start in range(0, total, CHUNK_EXAMPLES):
+            stop = min(start + CHUNK_EXAMPLES, total)
+            part = np.arange(start, stop, dtype=np.int64) if ids is None else ids[start:stop]
+            version, values = await runner.read(_reading(part, scores=request.field == pb.FIELD_SCORE))
+            yield pb.ReadWeightsResponse(offset=start, values=values, epoch=runner.epoch, version=version)
+
+    async def SampleExamples(self, request: pb.SampleExamplesRequest, context: Context) -> pb.SampleExamplesResponse:  # noqa: N802
+        """See the contract."""
+        runner = await self._runner(request.policy, context)
+        most = self._limits.step.max_batch_examples
+        if not 1 <= request.count <= most:
+            raise invalid("OUT_OF_RANGE_VALUE", "count", f"{request.count} is not in [1, {most}] (max_batch_examples)")
+        seed = request.seed if request.HasField("seed") else secrets.randbits(63)
+
+        def sample(policy: Policy) -> tuple[int, bytes]:
+            ids = draw(policy.weights(None), request.count, with_replacement=request.with_replacement, seed=seed)
+            return policy.version, ids.astype("<u8").tobytes()
+
+        version, ids = await runner.read(sample)
+        return pb.SampleExamplesResponse(example_ids=ids, epoch=runner.epoch, version=version, seed=seed)
+
+    async def WatchPolicy(  # noqa: N802
+        self, request: pb.WatchPolicyRequest, context: Context
+    ) -> AsyncIterator[pb.WatchPolicyResponse]:
+        """See the contract."""
+        runner = await self._runner(request.policy, context)
+        interval_ms = max(request.min_interval_ms or WATCH_INTERVAL_DEFAULT_MS, WATCH_INTERVAL_LEAST_MS)
+        changed = asyncio.Event()
+        runner.changed.add(changed)
+        try:
+            while runner.closed is None:
+                changed.clear()
+                yield pb.WatchPolicyResponse(status=specs.status_message(runner))
+                await asyncio.sleep(interval_ms / 1000)
+                await changed.wait()
+            raise runner.closed
+        finally:
+            runner.changed.discard(changed)
+
+    async def ExportPolicy(  # noqa: N802
+        self, request: pb.ExportPolicyRequest, context: Context
+    ) -> AsyncIterator[pb.ExportPolicyResponse]:
+        """See the contract."""
+        runner = await self._runner(request.policy, context)
+        async for message in transfer.export_messages(runner):
+            yield message
+
+    async def ImportPolicy(  # noqa: N802
+        self, request_iterator: AsyncIterator[object], context: Context
+    ) -> pb.ImportPolicyResponse:
+        """See the contract."""
+        spec, snapshot = await transfer.import_snapshot(request_iterator, max_examples=self._limits.max_examples)
+        _check_header(context, spec.name)
+        await self._engine.create_from(spec, snapshot)
+        return pb.ImportPolicyResponse(status=specs.status_message(await self._engine.runner(spec.name)))
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
+        """See the contract."""
+        return pb.GetServerInfoResponse(
+            api_version="v1",
+            build_version=self._limits.build_version,
+            device=self._limits.device,
+            max_batch_examples=self._limits.step.max_batch_examples,
+            max_examples=self._limits.max_examples,
+            max_message_bytes=self._limits.max_message_bytes,
+            rules=names(),
+        )
+
+    async def _runner(self, policy: str, context: Context) -> PolicyRunner:
+        check_name(policy, field="policy")
+        _check_header(context, policy)
+        return await self._engine.runner(policy)
+
+    async def _create(self, request: pb.CreatePolicyRequest) -> tuple[Any, bool]:
+        if not request.HasField("policy") or not getattr(request, "from"):
+            spec = specs.resolve_spec(request.policy, max_examples=self._limits.max_examples)
+            return await self._engine.create(spec)
+        source = await self._engine.runner(getattr(request, "from"))
+        spec = specs.forked_spec(request.policy, source.policy.spec)
+        return await self._engine.create_from(spec, await source.read(transfer.snapshot)), True
+
+
+def _reading(part: np.ndarray[Any, np.dtype[np.int64]], *, scores: bool) -> Any:
+    def read(policy: Policy) -> tuple[int, bytes]:
+        values = policy.rule.scores(policy.state, part) if scores else policy.weights(part)
+        return policy.version, to_bytes(values)
+
+    return read
+
+
+def _header_policy(context: Context) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == POLICY_HEADER:
+            return value if isinstance(value, str) else value.decode("ascii", "replace")
+    return None
+
+
+def _check_header(context: Context, policy: str) -> None:
+    header = _header_policy(context)
+    if header is not None and header != policy:
+        raise invalid("POLICY_MISMATCH", "policy", f"{policy!r}, but header {POLICY_HEADER} says {header!r}")
+
+
+def _too_many_streams(most: int) -> ServiceError:
+    message = f"{most} streams are open, the server's limit max_streams"
+    return ServiceError(Code.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", message, retry_after_s=1.0)

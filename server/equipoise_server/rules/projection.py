@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from equipoise_server.rules.sums import spans
+from equipoise_server.rules.sums import SPAN, spans
 
 ONE = 1 << 32
 """The weight 1 in fixed point."""
@@ -105,11 +105,12 @@ def _minus(values: NDArray[np.float64], offset: float) -> NDArray[np.float64]:
 
 
 def _clipped_sum(values: torch.Tensor, threshold: int, floor: int, cap: int) -> int:
-    rows = max(_MAX_SUM // cap, 1)
+    rows = min(_MAX_SUM // cap, SPAN)
     parts = [(values[span] - threshold).clamp_(floor, cap).sum() for span in spans(len(values), rows=rows)]
     return sum(torch.stack(parts).tolist())
 
 
 def _count_between(values: torch.Tensor, low: int, high: int) -> int:
     """How many values are in [low, high)."""
-    return int(((values >= low) & (values < high)).sum())
+    parts = [torch.count_nonzero((values[span] >= low) & (values[span] < high)) for span in spans(len(values))]
+    return sum(torch.stack(parts).tolist())

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-SPAN = 1 << 20
-"""Rows per partial sum: 2^20 products of two 21-bit limbs stay below 2^62."""
+SPAN = 1 << 18
+"""Rows per partial sum: temporaries fit the cache, and sums of products of two 21-bit limbs stay below 2^60."""
 
 LIMB_BITS = 21
 MAX_RAW = 1 << (2 * LIMB_BITS)
@@ -23,17 +23,11 @@ def spans(num_rows: int, *, rows: int = SPAN) -> Iterator[slice]:
 
 def table_sums(raw: torch.Tensor) -> tuple[int, int, int]:
     """Number, sum and sum of squares of the entries of `raw` [N] that are not -1; they are below 2^42."""
-    count = total = squares = 0
-    for span in spans(len(raw)):
-        piece = raw[span].to(torch.int64)
-        values = piece.clamp(min=0)
-        high, low = values >> LIMB_BITS, values & _LIMB_MASK
-        parts = torch.stack((piece >= 0, high, low, high * high, high * low, low * low)).sum(dim=1)
-        num, high_sum, low_sum, high_square, cross, low_square = parts.tolist()
-        count += num
-        total += (high_sum << LIMB_BITS) + low_sum
-        squares += (high_square << (2 * LIMB_BITS)) + (cross << (LIMB_BITS + 1)) + low_square
-    return count, total, squares
+    parts = [_span_sums(raw[span].to(torch.int64)) for span in spans(len(raw))]
+    columns = zip(*torch.stack(parts).tolist(), strict=True)
+    count, low, high, low_square, cross, high_square = (sum(column) for column in columns)
+    squares = low_square + (cross << (LIMB_BITS + 1)) + (high_square << (2 * LIMB_BITS))
+    return count, low + (high << LIMB_BITS), squares
 
 
 def change_sums(old: torch.Tensor, new: torch.Tensor) -> tuple[int, int, int]:
@@ -42,6 +36,16 @@ def change_sums(old: torch.Tensor, new: torch.Tensor) -> tuple[int, int, int]:
     before, after = (old - first).to(torch.int64), new.to(torch.int64)
     difference = after - before
     squares = difference * (after + before)  # below 2^61: summed in halves
-    parts = torch.stack((first, difference, squares >> _HALF_BITS, squares & _HALF_MASK)).sum(dim=1)
-    unseen, total, high, low = parts.tolist()
-    return -unseen, total, (high << _HALF_BITS) + low
+    unseen, total, low, high = _sums(first, difference, squares & _HALF_MASK, squares >> _HALF_BITS).tolist()
+    return -unseen, total, low + (high << _HALF_BITS)
+
+
+def _span_sums(raw: torch.Tensor) -> torch.Tensor:
+    values = raw.clamp(min=0)
+    low, high = values & _LIMB_MASK, values >> LIMB_BITS
+    return _sums(raw >= 0, low, high, low * low, low * high, high * high)
+
+
+def _sums(*values: torch.Tensor) -> torch.Tensor:
+    """Sums of integer tensors as one int64 tensor: a single read brings them off the device."""
+    return torch.stack([each.sum() for each in values])

@@ -4,6 +4,8 @@ The only package that imports `redis`. Payloads are opaque here: specs are text,
 """
 
 from equipoise_server.store.connect import COMMAND_TIMEOUT_S, without_password
+from equipoise_server.store.data_directory import DataDirectoryInUse
+from equipoise_server.store.embedded import EmbeddedRedis, EmbeddedRedisFailed, Fsync
 from equipoise_server.store.errors import (
     UNAVAILABLE_KINDS,
     Deleted,
@@ -19,6 +21,7 @@ from equipoise_server.store.limits import MAX_APPEND_BYTES, MAX_COMMAND_BYTES
 from equipoise_server.store.log import entry_bytes
 from equipoise_server.store.observer import Observer
 from equipoise_server.store.records import LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
+from equipoise_server.store.redis_binary import RedisBinaryMissing
 from equipoise_server.store.redis_store import RedisStore
 
 __all__ = [
@@ -26,8 +29,12 @@ __all__ = [
     "MAX_APPEND_BYTES",
     "MAX_COMMAND_BYTES",
     "UNAVAILABLE_KINDS",
+    "DataDirectoryInUse",
     "Deleted",
+    "EmbeddedRedis",
+    "EmbeddedRedisFailed",
     "Fenced",
+    "Fsync",
     "Interrupted",
     "InvalidStoreUrl",
     "LogEntry",
@@ -38,6 +45,7 @@ __all__ = [
     "Owner",
     "Ownership",
     "Page",
+    "RedisBinaryMissing",
     "RedisStore",
     "StoreError",
     "StoredPolicy",

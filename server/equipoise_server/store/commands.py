@@ -77,10 +77,20 @@ class Commands:
         try:
             # The client's own timeouts are per connection, write and read: this one bounds their sum.
             async with asyncio.timeout(2 * self._timeout_s):
-                return await call()
+                return await _heeding_cancellation(call())
         except REDIS_FAULTS as fault:
             error = as_unavailable(fault, command=name)
             self._observer.error(error.kind)
             raise error from fault
         finally:
             self._observer.command(name, time.perf_counter() - started)
+
+
+async def _heeding_cancellation(call: Awaitable[Any]) -> Any:
+    """Await the client, but lose no cancellation: before Python 3.12 the `wait_for` it uses may swallow one."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    answer = await call
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return answer

@@ -1,6 +1,7 @@
 """Redis's many exceptions, told apart once."""
 
 import re
+from collections.abc import Iterator
 
 from redis import exceptions
 
@@ -52,21 +53,28 @@ REDIS_FAULTS = (exceptions.RedisError, exceptions.RedisClusterException, OSError
 """What a call of the Redis client may raise."""
 
 
-def kind_of(fault: Exception) -> str:
+def kind_of(fault: BaseException) -> str:
     """The `Unavailable.kind` of an exception of the Redis client."""
-    for fault_class, kind in _BY_CLASS:
-        if isinstance(fault, fault_class):
-            return kind
+    # The client wraps what it meets while it tries a connection into another error: the first cause is told.
+    for each in _causes(fault):
+        for fault_class, kind in _BY_CLASS:
+            if isinstance(each, fault_class):
+                return kind
     text = str(fault)
-    if isinstance(fault, exceptions.ResponseError):
-        word = _WORD.search(text)
-        return _BY_WORD[word.group(1)] if word else "other"
+    if word := _WORD.search(text):
+        return _BY_WORD[word.group(1)]
     for phrase, kind in _PHRASES:
         if phrase in text:
             return kind
     if isinstance(fault, ConnectionRefusedError | FileNotFoundError):
         return "refused"
     return "disconnected" if isinstance(fault, exceptions.ConnectionError | OSError) else "other"
+
+
+def _causes(fault: BaseException | None) -> Iterator[BaseException]:
+    while fault is not None:
+        yield fault
+        fault = fault.__cause__
 
 
 def as_unavailable(fault: Exception, *, command: str) -> Unavailable:

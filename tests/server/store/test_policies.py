@@ -1,0 +1,174 @@
+import asyncio
+import dataclasses
+
+import pytest
+from redis.asyncio import Redis
+from tests.server.store.conftest import CountingObserver, entries, logged, policy
+
+from equipoise_server.store import Deleted, Fenced, NotFound, Ownership, Page, RedisStore
+
+
+async def test_creating_twice_returns_the_first(store: RedisStore) -> None:
+    assert await store.get("lm") is None
+    assert await store.create(policy(uid="u1")) == (policy(uid="u1"), True)
+    assert await store.create(policy(uid="u2", spec="{}")) == (policy(uid="u1"), False)
+    assert await store.get("lm") == policy(uid="u1")
+
+
+async def test_of_many_who_create_at_once_one_wins(store: RedisStore) -> None:
+    answers = await asyncio.gather(*(store.create(policy(uid=f"u{i}")) for i in range(20)))
+    assert sum(new for _, new in answers) == 1
+    assert len({stored.uid for stored, _ in answers}) == 1
+
+
+async def test_each_acquisition_fences_the_last_owner_everywhere(store: RedisStore, observer: CountingObserver) -> None:
+    await store.create(policy())
+    first = await store.acquire("lm", address="a:1")
+    second = await store.acquire("lm", address="b:1")
+    assert second.epoch == first.epoch + 1
+    assert second.token != first.token
+    owner = await store.owner("lm")
+    assert owner is not None
+    assert (owner.address, owner.epoch) == ("b:1", second.epoch)
+    writes = [
+        store.append(first, entries(1, 1)),
+        store.write_page(first, 0, Page(version=1, columns={"raw": b"x"})),
+        store.write_progress(first, {"k": b"v"}),
+        store.trim(first, through_version=0),
+    ]
+    for write in writes:
+        with pytest.raises(Fenced):
+            await write
+    assert observer.errors == ["fenced"] * len(writes)
+    assert await logged(store) == []
+    assert await store.read_page("lm", 0) is None
+    assert await store.read_progress("lm") == {}
+    await store.append(second, entries(1, 1))
+
+
+async def test_nobody_can_acquire_what_does_not_exist(store: RedisStore) -> None:
+    with pytest.raises(NotFound, match="lm"):
+        await store.acquire("lm", address="a:1")
+    with pytest.raises(NotFound):
+        await store.read_progress("lm")
+    assert await store.owner("lm") is None
+
+
+async def filled(store: RedisStore, *, uid: str = "u1") -> Ownership:
+    await store.create(policy(uid=uid))
+    owner = await store.acquire("lm", address="a:1")
+    await store.append(owner, entries(1, 3))
+    for index in (0, 7):
+        await store.write_page(owner, index, Page(version=3, columns={"raw": b"old"}))
+    await store.write_progress(owner, {"scalars": b"old"})
+    return owner
+
+
+async def test_deletion_leaves_a_tombstone_and_nothing_else(store: RedisStore, admin: Redis) -> None:
+    owner = await filled(store)
+    assert await store.delete("lm") == "u1"
+    assert await admin.keys() == [b"equipoise:{lm}:owner"]
+    assert await store.get("lm") is None
+    assert await store.list(limit=10) == []
+    for write in (store.append(owner, entries(4, 4)), store.write_page(owner, 1, Page(version=4, columns={}))):
+        with pytest.raises(Deleted):
+            await write
+    with pytest.raises(NotFound):
+        await store.delete("lm")
+
+
+async def test_a_policy_created_again_is_empty_with_a_higher_epoch(store: RedisStore) -> None:
+    dead = await filled(store, uid="u1")
+    await store.delete("lm")
+    await store.create(policy(uid="u2"))
+    with pytest.raises(Fenced):
+        await store.append(dead, entries(4, 4))
+    reborn = await store.acquire("lm", address="a:1")
+    assert reborn.epoch > dead.epoch
+    assert await logged(store) == []
+    assert await store.read_page(reborn, 0) is None
+    assert await store.read_progress(reborn) == {}
+    with pytest.raises(Fenced):
+        await store.append(dead, entries(1, 1))
+    with pytest.raises(Fenced):
+        await store.republish(dead, policy(uid="u1"), version=3, pages=[], progress={})
+    assert await store.get("lm") == policy(uid="u2")
+
+
+async def test_deletion_by_uid_spares_a_namesake_and_can_be_repeated(store: RedisStore) -> None:
+    await store.create(policy(uid="u1"))
+    with pytest.raises(NotFound):
+        await store.delete("lm", uid="u0")
+    assert await store.delete("lm", uid="u1") == "u1"
+    assert await store.delete("lm", uid="u1") == "u1"
+    await store.create(policy(uid="u2"))
+    with pytest.raises(NotFound):
+        await store.delete("lm", uid="u1")
+    assert await store.get("lm") == policy(uid="u2")
+
+
+async def test_listing_follows_names_and_prefix(store: RedisStore) -> None:
+    names = ["a", "b", "b-1", "b.x", "ba", "c"]
+    for name in reversed(names):
+        await store.create(policy(name))
+    assert [found.name for found in await store.list(limit=10)] == names
+    assert [found.name for found in await store.list(after="b-1", limit=2)] == ["b.x", "ba"]
+    assert [found.name for found in await store.list(prefix="b", limit=10)] == ["b", "b-1", "b.x", "ba"]
+    assert [found.name for found in await store.list(prefix="b", after="b.x", limit=10)] == ["ba"]
+    assert [found.name for found in await store.list(prefix="b", after="a", limit=1)] == ["b"]
+    assert await store.list(prefix="b", after="c", limit=10) == []
+    assert await store.list(prefix="d", limit=10) == []
+
+
+async def test_pages_of_a_listing_stay_apart_while_policies_come_and_go(store: RedisStore) -> None:
+    for number in range(0, 40, 2):
+        await store.create(policy(f"p{number:02}"))
+    seen: list[str] = []
+    after = ""
+    while found := await store.list(after=after, limit=3):
+        seen += [each.name for each in found]
+        after = seen[-1]
+        here = int(after[1:])
+        await store.create(policy(f"p{max(here - 3, 1):02}", uid="behind"))
+        if here + 4 < 40:
+            await store.delete(f"p{here + 4:02}")
+    assert seen == sorted(set(seen))
+    deleted = {f"p{n:02}" for n in range(0, 40, 2)} - set(seen)
+    assert [name for name in deleted if await store.get(name)] == []
+
+
+async def test_names_without_a_policy_do_not_shorten_a_listing(store: RedisStore, admin: Redis) -> None:
+    for name in ("a", "d"):
+        await store.create(policy(name))
+    # What a server leaves that died between the index and the spec.
+    await admin.zadd("equipoise:index", {"b": 0, "c": 0})
+    assert [found.name for found in await store.list(limit=2)] == ["a", "d"]
+
+
+async def test_creation_and_deletion_at_once_agree_with_the_listing(store: RedisStore) -> None:
+    async def churn(number: int) -> None:
+        for turn in range(20):
+            await store.create(policy(uid=f"u{number}-{turn}"))
+            try:
+                await store.delete("lm")
+            except NotFound:
+                continue
+
+    await asyncio.gather(*(churn(number) for number in range(3)), *(churn(number) for number in range(3, 6)))
+    await store.create(policy(uid="last"))
+    assert [found.uid for found in await store.list(limit=10)] == ["last"]
+
+
+async def test_prefixes_are_worlds_of_their_own(store: RedisStore, shared_redis: object, admin: Redis) -> None:
+    await store.create(policy())
+    other = RedisStore(admin, prefix="other")
+    assert await other.get("lm") is None
+    assert await other.list(limit=1) == []
+
+
+async def test_ownership_outlives_a_new_client(store: RedisStore, admin: Redis) -> None:
+    await store.create(policy())
+    owner = await store.acquire("lm", address="a:1")
+    again = RedisStore(admin)
+    await again.append(dataclasses.replace(owner), entries(1, 1))
+    assert await logged(store) == entries(1, 1)

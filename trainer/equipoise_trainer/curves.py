@@ -39,6 +39,7 @@ class Curve:
         test_accuracy: [L], in [0, 1].
         sim: [L], mean over standard deviation of contributions under the weights of the step; NaN where undefined.
         effective_examples: [L], 1/Σγ², in [1, N].
+        effective_share: [L], effective examples over N.
         flipped_weights: [L, 3], `QUANTILES` of the weights of flipped examples; NaN without any.
         clean_weights: [L, 3], the same for the others.
         flipped_share: [L], share of the total weight on flipped examples, in [0, 1].
@@ -51,6 +52,7 @@ class Curve:
     test_accuracy: Array
     sim: Array
     effective_examples: Array
+    effective_share: Array
     flipped_weights: Array
     clean_weights: Array
     flipped_share: Array
@@ -79,6 +81,7 @@ class CurveRecorder:
         row: dict[str, Any] = asdict(measured)
         row["sim"] = np.nan if contributions is None else similarity(contributions, batch_weights)
         row["effective_examples"] = effective_examples(weights)
+        row["effective_share"] = row["effective_examples"] / len(weights)
         flipped = np.zeros(len(weights), dtype=np.bool_) if self.flipped is None else self.flipped
         row["flipped_weights"] = _quantiles(weights[flipped])
         row["clean_weights"] = _quantiles(weights[~flipped])

@@ -43,7 +43,7 @@ def forward(parameters: Array, examples: Examples) -> Pass:
         signs = 2.0 * examples.labels[:, None] - 1.0
         signed = signs * logits
         losses = np.logaddexp(0.0, -signed)
-        residuals: Array = -signs * np.exp(-np.logaddexp(0.0, signed))
+        residuals: Array = np.asarray(-signs * np.exp(-np.logaddexp(0.0, signed)), dtype=np.float64)
         return Pass(losses=losses[:, 0], residuals=residuals)
     logits = logits - logits.max(axis=1, keepdims=True)
     exponentials = np.exp(logits)

@@ -53,7 +53,7 @@ class ExponentiatedGradient(VisitRule[ExponentiatedGradientSettings]):
 
 
 def exponential(values: torch.Tensor) -> torch.Tensor:
-    """exp of float64 values in [-5, 5] within 1e-10, relative; one result on every device, thread and position.
+    """exp of float64 values in [-5, 5] within 1e-12, relative; one result on every device, thread and position.
 
     Library functions differ between processors, and between the vector body and the tail of one array: here
     exp(x) = exp(x/256)^256 from products and sums alone, each correctly rounded.

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise_server.rules import aggregate
+
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+
+ROW = st.tuples(
+    st.integers(0, 5),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.floats(0, 1000, width=32),
+    st.booleans(),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(ROW, max_size=30), mask=st.booleans())
+def test_equals_a_loop_over_rows(rows: list[tuple[int, float, float, bool]], mask: bool) -> None:
+    expected: dict[int, list[tuple[float, float]]] = {}
+    for key, contribution, loss, scored in rows:
+        if scored or not mask:
+            expected.setdefault(key, []).append((contribution, loss))
+    statistics = aggregate(
+        np.array([row[0] for row in rows], np.int64),
+        np.array([row[1] for row in rows], np.float32),
+        np.array([row[2] for row in rows], np.float32),
+        np.array([row[3] for row in rows], np.bool_) if mask else None,
+    )
+    assert statistics.ids is not None
+    assert statistics.contributions is not None
+    assert statistics.losses is not None
+    assert statistics.size == len(expected)
+    assert sorted(statistics.ids.tolist()) == sorted(expected)
+    assert statistics.contributions.dtype == statistics.losses.dtype == np.float32
+    for key, contribution, loss in zip(statistics.ids, statistics.contributions, statistics.losses, strict=True):
+        pairs = np.array(expected[int(key)], np.float64)
+        scale = np.abs(pairs).max(axis=0)
+        assert abs(contribution - pairs[:, 0].mean()) <= 1e-6 * scale[0] + SMALLEST
+        assert abs(loss - pairs[:, 1].mean()) <= 1e-6 * scale[1] + SMALLEST
+
+
+def test_distinct_ids_keep_the_order_of_the_request() -> None:
+    ids, contributions = np.array([9, 2, 5]), np.array([1, 2, 3], np.float32)
+    statistics = aggregate(ids, contributions, None, np.array([True, False, True]))
+    assert statistics.ids is not None
+    assert statistics.contributions is not None
+    assert statistics.ids.tolist() == [9, 5]
+    assert statistics.contributions.tolist() == [1, 3]
+    assert statistics.losses is None
+
+
+def test_row_order_is_irrelevant() -> None:
+    rng = np.random.default_rng(50)
+    ids, contributions = rng.integers(0, 40, 1000), rng.normal(size=1000).astype(np.float32)
+    order = rng.permutation(1000)
+    straight, mixed = aggregate(ids, contributions, None, None), aggregate(ids[order], contributions[order], None, None)
+    assert straight.contributions is not None
+    assert mixed.contributions is not None
+    np.testing.assert_array_equal(straight.ids, mixed.ids)
+    np.testing.assert_allclose(straight.contributions, mixed.contributions, atol=1e-6)
+
+
+def test_all_examples_stay_implicit_until_some_are_not_scored() -> None:
+    contributions = np.array([1, np.nan, 3], np.float32)
+    assert aggregate(None, contributions, None, np.ones(3, bool)).ids is None
+    some = aggregate(None, contributions, None, np.array([True, False, True]))
+    assert some.ids is not None
+    assert some.contributions is not None
+    assert some.ids.tolist() == [0, 2]
+    assert some.contributions.tolist() == [1, 3]
+
+
+def test_largest_floats_average_to_a_finite_value() -> None:
+    largest = np.finfo(np.float32).max
+    statistics = aggregate(np.zeros(3, np.int64), np.full(3, largest, np.float32), None, None)
+    assert statistics.contributions is not None
+    assert statistics.contributions.tolist() == [pytest.approx(float(largest))]
+
+
+@pytest.mark.parametrize("ids", [None, np.arange(3)])
+def test_rows_without_statistics_score_nothing(ids: np.ndarray | None) -> None:
+    statistics = aggregate(ids, None, None, None)
+    assert statistics.size == 0
+    assert statistics.ids is not None
+    assert len(statistics.ids) == 0
+
+
+def test_nothing_scored_gives_no_entries() -> None:
+    statistics = aggregate(np.arange(3), np.full(3, np.nan, np.float32), None, np.zeros(3, bool))
+    assert statistics.size == 0
+    assert statistics.ids is not None
+    assert len(statistics.ids) == 0

@@ -1,0 +1,211 @@
+"""What holds for every rule."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from equipoise_server.rules import Rule, RuleError, Statistics, TableState, aggregate, build, names
+
+Start = Callable[[Rule, int], TableState]
+MakeStep = Callable[..., Statistics]
+
+N = 60
+
+
+def _check_policy(rule: Rule, state: TableState) -> None:
+    weights = rule.weights(state, None)
+    assert np.isfinite(weights).all()
+    assert (weights >= 0).all()
+    assert abs(weights.astype(np.float64).mean() - 1.0) < 1e-6
+    assert 1.0 <= rule.effective_examples(state) <= state.num_examples
+
+
+def _same(left: TableState, right: TableState) -> bool:
+    columns = all(left.columns[key].equal(right.columns[key]) for key in left.columns)
+    sums = (left.scored, left.raw_sum, left.raw_square_sum) == (right.scored, right.raw_sum, right.raw_square_sum)
+    return columns and sums and left.scalars == right.scalars
+
+
+def _copy(state: TableState) -> TableState:
+    return TableState(
+        num_examples=state.num_examples,
+        columns={name: column.clone() for name, column in state.columns.items()},
+        scalars=dict(state.scalars),
+        scored=state.scored,
+        raw_sum=state.raw_sum,
+        raw_square_sum=state.raw_square_sum,
+        guard_strength=state.guard_strength,
+    )
+
+
+def test_mean_one_after_ten_thousand_steps(rule: Rule, start: Start) -> None:
+    rng = np.random.default_rng(5)
+    state = start(rule, N)
+    ids = rng.permuted(np.tile(np.arange(N), (10_000, 1)), axis=1)[:, :8].copy()
+    scales = np.exp(rng.normal(size=(10_000, 1)) * 3)
+    contributions = (rng.normal(size=(10_000, 8)) * scales).astype(np.float32)
+    for step in range(10_000):
+        state = rule.update(state, Statistics(ids=ids[step], contributions=contributions[step]))
+        if step % 500 == 0:
+            _check_policy(rule, state)
+    _check_policy(rule, state)
+    kept = _copy(state)
+    assert _same(rule.restore(state), kept)
+
+
+@pytest.mark.parametrize("name", names())
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_float32_gives_a_policy(name: str, data: st.DataObject) -> None:
+    rule = build(name, {})
+    state = rule.init(7, device=torch.device("cpu"))
+    values = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    for _ in range(data.draw(st.integers(1, 5))):
+        ids = data.draw(hnp.arrays(np.int64, st.integers(0, 7), elements=st.integers(0, 6), unique=True))
+        contributions = data.draw(hnp.arrays(np.float32, len(ids), elements=values))
+        state = rule.update(state, Statistics(ids=ids, contributions=contributions))
+        _check_policy(rule, state)
+        scores = rule.scores(state, None)
+        assert np.isfinite(scores[~np.isnan(scores)]).all()
+        assert np.isnan(scores).sum() == 7 - state.scored
+
+
+@pytest.mark.parametrize("scale", [1e-30, 2.0**-90, 1e-3, 7.0, 2.0**100, 1e30])
+def test_scale_of_contributions_is_irrelevant(rule: Rule, scale: float, start: Start, make_step: MakeStep) -> None:
+    plain, large = start(rule, N), start(rule, N)
+    for seed in range(60):
+        plain = rule.update(plain, make_step(np.random.default_rng(seed), N, 20))
+        large = rule.update(large, make_step(np.random.default_rng(seed), N, 20, scale=scale))
+    np.testing.assert_allclose(rule.weights(large, None), rule.weights(plain, None), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rule.scores(large, None), rule.scores(plain, None), rtol=1e-5, atol=1e-6)
+    if np.log2(scale) % 1 == 0:
+        assert all(plain.columns[name].equal(large.columns[name]) for name in plain.columns)
+
+
+def test_row_order_is_irrelevant(rule: Rule, start: Start, make_step: MakeStep) -> None:
+    rng = np.random.default_rng(6)
+    straight, shuffled = start(rule, N), start(rule, N)
+    for _ in range(60):
+        step = make_step(rng, N, 25)
+        assert step.ids is not None
+        assert step.contributions is not None
+        order = rng.permutation(25)
+        straight = rule.update(straight, step)
+        mixed = Statistics(ids=step.ids[order], contributions=step.contributions[order])
+        shuffled = rule.update(shuffled, mixed)
+    np.testing.assert_allclose(rule.weights(shuffled, None), rule.weights(straight, None), rtol=1e-6, atol=1e-6)
+
+
+def test_repeated_ids_count_as_their_mean(rule: Rule, start: Start) -> None:
+    rows = aggregate(
+        np.array([3, 1, 3, 3]), np.array([1, -2, 5, 9], np.float32), None, np.array([True, True, True, False])
+    )
+    means = Statistics(ids=np.array([1, 3]), contributions=np.array([-2, 3], np.float32))
+    assert _same(rule.update(start(rule, N), rows), rule.update(start(rule, N), means))
+
+
+def test_all_examples_equal_their_ids_in_order(rule: Rule, start: Start, make_step: MakeStep) -> None:
+    step = make_step(np.random.default_rng(7), N, None)
+    named = Statistics(ids=np.arange(N), contributions=step.contributions)
+    assert _same(rule.update(start(rule, N), step), rule.update(start(rule, N), named))
+
+
+def test_step_without_rows_changes_no_table(rule: Rule, start: Start, make_step: MakeStep) -> None:
+    state = rule.update(start(rule, N), make_step(np.random.default_rng(8), N, 20))
+    kept = _copy(state)
+    for empty in (aggregate(None, None, None, None), Statistics(ids=None), aggregate(np.arange(3), None, None, None)):
+        state = rule.update(state, empty)
+        assert _same(state, kept)
+
+
+def test_threads_and_position_do_not_change_a_bit(
+    rule: Rule, start: Start, make_step: MakeStep, torch_threads: Callable[[int], None]
+) -> None:
+    num_examples, rows = 150_000, 120_001
+    states = []
+    for threads in (1, 2):
+        torch_threads(threads)
+        rng = np.random.default_rng(9)
+        state = start(rule, num_examples)
+        for _ in range(3):
+            state = rule.update(state, make_step(rng, num_examples, rows))
+        states.append(state)
+    assert _same(*states)
+
+    step = make_step(rng, num_examples, rows)
+    assert step.ids is not None
+    assert step.contributions is not None
+    backwards = Statistics(ids=step.ids[::-1].copy(), contributions=step.contributions[::-1].copy())
+    scalars = rule.prepare(states[0], step)
+    assert _same(rule.apply(states[0], step, scalars), rule.apply(states[1], backwards, scalars))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_step_that_is_not_finite_changes_nothing(rule: Rule, bad: float, start: Start, make_step: MakeStep) -> None:
+    state = rule.update(start(rule, N), make_step(np.random.default_rng(10), N, 20))
+    kept = _copy(state)
+    with pytest.raises(RuleError, match=rf"contributions\[2\] = {bad}.*{rule.name}"):
+        rule.update(state, Statistics(ids=np.arange(4), contributions=np.array([1, 2, bad, bad], np.float32)))
+    assert _same(state, kept)
+
+
+def test_step_with_an_unknown_id_changes_nothing(rule: Rule, start: Start, make_step: MakeStep) -> None:
+    state = rule.update(start(rule, N), make_step(np.random.default_rng(11), N, 20))
+    kept = _copy(state)
+    with pytest.raises(IndexError):
+        rule.update(state, Statistics(ids=np.array([0, N]), contributions=np.ones(2, np.float32)))
+    assert _same(state, kept)
+
+
+@pytest.mark.parametrize("mean_square", [np.nan, np.inf, -1.0, 1e-60])
+def test_step_with_foreign_scalars_changes_nothing(
+    rule: Rule, mean_square: float, start: Start, make_step: MakeStep
+) -> None:
+    step = make_step(np.random.default_rng(12), N, 20)
+    state = rule.update(start(rule, N), step)
+    kept = _copy(state)
+    with pytest.raises(RuleError, match="mean_square"):
+        rule.apply(state, step, {**state.scalars, "mean_square": mean_square})
+    assert _same(state, kept)
+
+
+@pytest.mark.parametrize("threshold", [np.nan, np.inf, 0.5, 2.0**53])
+def test_threshold_must_be_an_exact_integer(threshold: float, start: Start, make_step: MakeStep) -> None:
+    rule = build("projected_gradient", {})
+    step = make_step(np.random.default_rng(13), N, 20)
+    state = rule.update(start(rule, N), step)
+    kept = _copy(state)
+    with pytest.raises(RuleError, match="threshold"):
+        rule.apply(state, step, {**state.scalars, "threshold": threshold})
+    assert _same(state, kept)
+
+
+def test_wrong_number_of_contributions_is_refused(rule: Rule, start: Start) -> None:
+    with pytest.raises(RuleError, match="3 values for 2 examples"):
+        rule.update(start(rule, N), Statistics(ids=np.arange(2), contributions=np.ones(3, np.float32)))
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "uniform"])
+def test_contributions_are_required(name: str) -> None:
+    with pytest.raises(RuleError, match=f"contributions is absent: rule {name}") as caught:
+        build(name, {}).check(Statistics(ids=np.arange(2), losses=np.ones(2, np.float32)))
+    assert caught.value.field == "contributions"
+
+
+def test_prepare_changes_nothing(rule: Rule, start: Start, make_step: MakeStep) -> None:
+    rng = np.random.default_rng(14)
+    state = rule.update(start(rule, N), make_step(rng, N, 20))
+    kept = _copy(state)
+    rule.prepare(state, make_step(rng, N, 20))
+    assert _same(state, kept)
+
+
+def test_tables_take_at_most_sixteen_bytes_per_example(rule: Rule, start: Start) -> None:
+    state = start(rule, 1000)
+    assert {name: column.dtype for name, column in state.columns.items()} == dict(rule.columns)
+    assert state.nbytes <= 16 * 1000

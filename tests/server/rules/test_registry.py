@@ -1,0 +1,57 @@
+import math
+
+import pytest
+
+from equipoise_server.rules import RuleError, build, names
+
+
+def test_names_are_sorted_and_build() -> None:
+    assert names() == ["ema_relu", "ema_sign", "exponentiated_gradient", "projected_gradient", "uniform"]
+    assert [build(name, {}).name for name in names()] == names()
+
+
+def test_unknown_rule_lists_the_known_ones() -> None:
+    with pytest.raises(RuleError, match=r"'ema' is not a rule; available: ema_relu, .*uniform") as caught:
+        build("ema", {})
+    assert caught.value.field == "rule.name"
+
+
+@pytest.mark.parametrize("name", ["rho", "boltzmann", "loss_linear_upper", "trajectory"])
+def test_later_rule_is_named_as_such(name: str) -> None:
+    with pytest.raises(RuleError, match=f"'{name}' is not available in this version; available: ema_relu"):
+        build(name, {})
+
+
+def test_settings_are_resolved() -> None:
+    settings = build("ema_sign", {"floor": 1, "ema_decay": 0.5}).settings
+    assert settings == {"floor": 1.0, "ema_decay": 0.5, "rms_decay": 0.99, "threshold": 0.0}
+    assert all(type(value) is float for value in settings.values())
+    assert build("ema_sign", settings).settings == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "allowed"),
+    [
+        ("ema_sign", "floor", 1e-5, r"a value 0 or in \[0.0001, 1\]"),
+        ("ema_sign", "floor", -1, r"a value 0 or in \[0.0001, 1\]"),
+        ("exponentiated_gradient", "floor", 0, r"a value in \[0.0001, 1\]"),
+        ("ema_sign", "ema_decay", 1.0, r"a value in \[0, 0.9999\]"),
+        ("ema_sign", "ema_decay", math.nan, r"a value in \[0, 0.9999\]"),
+        ("ema_sign", "ema_decay", 10**400, r"a value in \[0, 0.9999\]"),
+        ("projected_gradient", "cap", math.inf, r"a value in \[1.01, 1000\]"),
+        ("projected_gradient", "floor", 1.0, r"a value in \[0, 0.99\]"),
+        ("ema_relu", "saturation", "1", r"a number in \[0.001, 1000\]"),
+        ("ema_relu", "saturation", True, r"a number in \[0.001, 1000\]"),
+        ("uniform", "floor", 0.1, r"no such setting; it has ema_decay, rms_decay"),
+    ],
+)
+def test_bad_setting_names_field_value_rule_and_range(
+    name: str, key: str, value: float | bool | str, allowed: str
+) -> None:
+    with pytest.raises(RuleError, match=allowed) as caught:
+        build(name, {key: value})
+    assert caught.value.field == f"rule.settings.{key}"
+    message = str(caught.value)
+    assert name in message
+    assert f"rule.settings.{key}" in message
+    assert "no such setting" in message or repr(value) in message

@@ -1,0 +1,94 @@
+"""Restoring: pages of different versions, replayed with the logged scalars, equal the straight run."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from equipoise_server.rules import PAGE_EXAMPLES, Rule, RuleError, Statistics, TableState
+
+Start = Callable[[Rule, int], TableState]
+MakeStep = Callable[..., Statistics]
+
+N = 3 * PAGE_EXAMPLES - 1000
+PAGE_VERSIONS = [4, 0, 7]
+STEPS = 10
+
+
+def _equal(left: TableState, right: TableState) -> bool:
+    columns = all(left.columns[key].equal(right.columns[key]) for key in left.columns)
+    sums = (left.scored, left.raw_sum, left.raw_square_sum) == (right.scored, right.raw_sum, right.raw_square_sum)
+    return columns and sums and left.scalars == right.scalars
+
+
+def _rows(page: int) -> slice:
+    return slice(page * PAGE_EXAMPLES, min((page + 1) * PAGE_EXAMPLES, N))
+
+
+def test_pages_of_different_versions_replay_to_the_same_bits(rule: Rule, start: Start, make_step: MakeStep) -> None:
+    rng = np.random.default_rng(20)
+    state, stored, log = start(rule, N), start(rule, N), []
+    for version in range(STEPS + 1):
+        for page in np.flatnonzero(np.array(PAGE_VERSIONS) == version).tolist():
+            for name, column in state.columns.items():
+                stored.columns[name][_rows(page)] = column[_rows(page)]
+        if version == STEPS:
+            break
+        step = make_step(rng, N, None if version == 5 else 500)
+        if version == 8:  # all rows on one page: the others must still feel a step that touches all rows
+            step = make_step(rng, PAGE_EXAMPLES, 300)
+        state = rule.update(state, step)
+        log.append((step, state.scalars))
+    for version, (step, scalars) in enumerate(log):
+        pages = np.array([version >= captured for captured in PAGE_VERSIONS])
+        stored = rule.apply(stored, step, scalars, pages=pages)
+    assert _equal(rule.restore(stored), state)
+
+
+def test_fork_by_copying_columns_goes_on_alike(rule: Rule, start: Start, make_step: MakeStep) -> None:
+    rng = np.random.default_rng(21)
+    state = start(rule, 5000)
+    for _ in range(5):
+        state = rule.update(state, make_step(rng, 5000, 100))
+    fork = start(rule, 5000)
+    for name, column in state.columns.items():
+        fork.columns[name].copy_(column)
+    fork.scalars = dict(state.scalars)
+    fork = rule.restore(fork)
+    assert _equal(fork, state)
+    step = make_step(rng, 5000, 100)
+    assert _equal(rule.update(fork, step), rule.update(state, step))
+
+
+@pytest.mark.parametrize("raw", [-2, 1 << 30 | 1])
+def test_raw_weight_out_of_range_is_refused(rule: Rule, raw: int, start: Start) -> None:
+    state = start(rule, 100)
+    top = raw if raw < 0 or not rule.touches_all_rows else (10 << 32) + 1
+    state.columns["raw"][42] = top
+    with pytest.raises(RuleError, match=rf"state.raw\[42\] = {top}.*{rule.name}"):
+        rule.restore(state)
+
+
+def test_statistic_that_is_not_finite_is_refused(rule: Rule, start: Start) -> None:
+    state = start(rule, 100)
+    statistic = next(name for name in rule.columns if name != "raw")
+    state.columns[statistic][7] = torch.nan
+    with pytest.raises(RuleError, match=rf"state.{statistic}\[7\] = nan"):
+        rule.restore(state)
+
+
+def test_column_of_another_shape_or_type_is_refused(rule: Rule, start: Start) -> None:
+    for column in (torch.zeros(99), torch.zeros(100, dtype=torch.float64)):
+        state = start(rule, 100)
+        name = next(name for name in rule.columns if name != "raw")
+        state.columns[name] = column
+        with pytest.raises(RuleError, match=f"state.{name}"):
+            rule.restore(state)
+
+
+def test_scalar_that_is_not_finite_is_refused(rule: Rule, start: Start) -> None:
+    state = start(rule, 100)
+    state.scalars = {"mean_square": float("nan")}
+    with pytest.raises(RuleError, match="mean_square"):
+        rule.restore(state)

@@ -1,11 +1,9 @@
 """The client for synchronous code."""
 
 import logging
-import os
-import threading
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import grpc
 import numpy as np
@@ -16,7 +14,6 @@ from equipoise.calls import Field
 from equipoise.channel import OPTIONS
 from equipoise.policies import PolicyStatus, ServerInfo
 from equipoise.results import StepResult
-from equipoise.stats import Stats
 from equipoise.stream import Stream
 from equipoise.trainer import Trainer
 from equipoise.window import Ticket
@@ -153,31 +150,6 @@ class PolicyClient(Trainer):
             self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call)
         return self._admin
 
-    @property
-    def stats(self) -> Stats:
-        """A copy of the counters."""
-        self._follow_fork()
-        with self._lock:
-            return self._session.stats
-
-    def weights(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Per id the weight of the newest answer that held it, else 1. Asks nobody, never waits.
-
-        All 1 when more than `max_staleness` steps are newer than the newest answer.
-        """
-        self._follow_fork()
-        with self._lock:
-            return self._session.cached_weights(ids)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a restarted trainer needs to go on exactly once: for its checkpoint.
-
-        A policy does not roll back: to go on from an older checkpoint, fork or import a policy.
-        """
-        self._follow_fork()
-        with self._lock:
-            return self._session.state_dict()
-
     def close(self) -> None:
         """Waits for submitted steps if the server is there, and disconnects; within `timeout.close`."""
         if self._closed:
@@ -216,7 +188,6 @@ class PolicyClient(Trainer):
 
     def _start(self, trainer_id: str | None) -> None:
         super()._start(trainer_id)
-        self._lock = threading.Lock()
         self._stream = None
         self._admin = None
 
@@ -229,9 +200,9 @@ class PolicyClient(Trainer):
                 self._stream = Stream(self._session, channel, lock=self._lock, address=self.address)
             return self._stream
 
-    def _follow_fork(self) -> None:
-        """In a forked child: a connection, a numbering and a trainer_id of its own."""
-        if os.getpid() != self._pid:
-            # Kept, because letting go of the parent's connection closes it, which hangs without the parent's threads.
-            self._inherited = (self._stream, self._admin)
-            self._start(None)
+    def _leave_to_parent(self) -> None:
+        # Kept for ever: letting go of the parent's connection would close it, which hangs without the parent's threads.
+        _inherited.extend((self._stream, self._admin))
+
+
+_inherited: list[object] = []

@@ -1,6 +1,6 @@
 """One trainer's conversation with one policy, without I/O: the whole logic of both clients.
 
-A transport tells the session what happened and when (`begin`, `received`, `lost`, `expire`) and sends what
+A transport tells the session what happened and when (`begin`, `received`, `ended`, `expire`) and sends what
 `next_message` gives. The session numbers steps, keeps those that are not durable, decides what is replayed to the next
 stream, and gives every caller weights or an error.
 
@@ -11,7 +11,7 @@ kept and sent again. `wait`: steps wait, and what was lost is an error.
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal, TypeAlias
@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipoise import errors, wire
+from equipoise.checkpoint import Checkpoint
 from equipoise.config import Backoff, Limits, Timeout
 from equipoise.errors import EquipoiseError
 from equipoise.policies import PolicySpec
 from equipoise.results import OUTCOMES, Outcome, Source, StepResult
 from equipoise.stats import Stats
 from equipoise.v1 import policy_pb2 as pb
-from equipoise.weights_cache import WeightsCache
+from equipoise.view import PolicyView
 from equipoise.window import Ticket, Window
 
 logger = logging.getLogger("equipoise")
@@ -35,7 +36,6 @@ WhenLost: TypeAlias = Literal["continue", "wait"]
 """What a step does when the server is lost: go on with the newest weights known, or wait."""
 
 _PERMANENT = (
-    errors.InvalidRequestError,
     errors.PolicyNotFoundError,
     errors.PolicyExistsError,
     errors.AccessDeniedError,
@@ -90,12 +90,14 @@ class Opening:
     """What a transport does to open a stream.
 
     Attributes:
-        create: the policy to create first; None: it exists.
         generation: number of the stream; what belongs to an earlier one is void.
+        create: the policy to create first; None: it exists.
+        asks_limits: whether to ask the server for its limits first, and tell them to `limit`.
     """
 
-    create: pb.CreatePolicyRequest | None
     generation: int
+    create: pb.CreatePolicyRequest | None
+    asks_limits: bool
 
 
 class Session:
@@ -104,63 +106,60 @@ class Session:
     Args:
         options: how it behaves.
         trainer_id: id of the trainer.
-        random: uniform numbers in [0, 1).
+        random: uniform numbers in [0, 1), for jitter.
     """
 
     def __init__(self, options: SessionOptions, *, trainer_id: str, random: Callable[[], float]) -> None:
         self.options = options
         self.trainer_id = trainer_id
-        self.generation = 0
         self.connect_at: float | None = None
         """When the next stream may be opened; None: there is one, or nobody has asked for anything yet."""
         self.failure: EquipoiseError | None = None
         """What ended the session for good."""
         self._random = random
         self._stats = Stats()
-        self._link = Link.DOWN
-        self._outage = False
-        self._attempts = 0
-        self._streams = 0
-        self._bounds = wire.Bounds(num_examples=options.spec.num_examples)
-        self._create = options.spec.num_examples > 0
-        self._cache = WeightsCache(capacity=options.limits.cached_examples)
-        self._cache.resize(options.spec.num_examples)
+        self._view = PolicyView(
+            num_examples=options.spec.num_examples,
+            max_staleness=options.max_staleness,
+            cached_examples=options.limits.cached_examples,
+        )
         self._window = Window(limits=options.limits)
         self._reads: deque[Ticket] = deque()
         self._outbox: deque[Ticket] = deque()
         self._in_flight: deque[Ticket] = deque()
+        self._link = Link.DOWN
+        self._generation = 0
+        self._streams = 0
+        self._attempts = 0
+        self._leave_within = 0.0
+        self._outage = False
+        self._opening: pb.OpenRequest | None = None
+        self._create = options.spec.num_examples > 0
+        self._lost_policy = False
+        self._loaded: int | None = None
         self._unreported: EquipoiseError | None = None
         self._warned: set[str] = set()
-        self._uid = ""
-        self._lost_policy = False
-        self._unopened = False
-        self._leave_within = 0.0
-        self._seen = (0, 0)
-        self._durable_sequence = 0
-        self._made = 0
-        self._made_when_served: int | None = None
-        self._loaded = False
 
     # What a caller asks for.
 
     def step(self, ids: ArrayLike | None, fields: wire.StepFields, *, now: float, waits: bool) -> Ticket:
-        """Makes a step; `waits`: its caller waits for the answer (and else learns of a refusal at the next call).
+        """Makes a step; `waits`: its caller waits for the answer (and else learns of a refusal at a later call).
 
         Raises:
-            EquipoiseError: the input breaks a rule, or the session has failed, or an earlier step was refused.
+            EquipoiseError: the input breaks a rule, the session has failed, or an earlier step was refused.
         """
         self.raise_unreported()
-        request = wire.build_step(ids, fields, self._bounds)
-        self._made += 1
+        request = wire.build_step(ids, fields, self._view.bounds)
+        self._view.made += 1
         self._stats.steps += 1
         ticket = self._ticket(request, now, waits=waits)
         if not self._make_room(request):
             return self._turn_away(ticket, now)
         self._window.add(ticket)
+        self._stats.unacked += 1
         if self._link is Link.OPEN:  # else the next opening finds it in the window
             self._outbox.append(ticket)
-        self._stats.unacked += 1
-        self._wake(now)
+        self.connect(now)
         if self._outage and self._continues:
             self._fall_back(ticket, now)
         return ticket
@@ -169,22 +168,20 @@ class Session:
         """Makes a read.
 
         Raises:
-            EquipoiseError: the ids break a rule, or the session has failed.
+            EquipoiseError: the ids break a rule, the session has failed, or an earlier step was refused.
         """
         self.raise_unreported()
-        return self._read(wire.build_read(ids, self._bounds), now)
+        return self._read(wire.build_read(ids, self._view.bounds), now)
 
     def probe(self, now: float) -> None:
         """Asks how far the steps are durable, unless an answer that will tell is under way already."""
-        if self._link is Link.OPEN and not self._in_flight and not self._outbox:
+        if self._link is Link.OPEN and not (self._outage or self._in_flight or self._outbox):
             self._read(wire.build_read([0], wire.Bounds()), now)
 
     def cached_weights(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Per id the weight of the newest answer that held it, else 1; all 1 beyond `max_staleness`."""
-        rows = wire.example_ids("ids", ids, wire.Bounds(num_examples=self._bounds.num_examples))
-        if self.staleness > self.options.max_staleness:
-            return np.ones(len(rows), np.float32)
-        return self._cache.lookup(rows)[0]
+        bounds = wire.Bounds(num_examples=self._view.bounds.num_examples)
+        return self._view.weights(wire.example_ids("ids", ids, bounds))[0]
 
     def raise_unreported(self) -> None:
         """Raises what ended the session, or once what was refused of steps that nobody waited for."""
@@ -195,11 +192,6 @@ class Session:
             raise error
 
     @property
-    def staleness(self) -> int:
-        """How many steps were made since the newest one whose answer has come (since the start, without one)."""
-        return self._made - (self._made_when_served or 0)
-
-    @property
     def stats(self) -> Stats:
         """A copy of the counters."""
         return replace(self._stats, undurable=len(self._window))
@@ -207,103 +199,11 @@ class Session:
     @property
     def unreachable(self) -> bool:
         """Whether the server is known to be lost, or silent, now."""
-        return self._outage
+        return self._outage or self.failure is not None
 
     def flushed(self, *, durable: bool) -> bool:
         """Whether every step is answered (and durable)."""
         return self.failure is not None or (not self._window if durable else self._stats.unacked == 0)
-
-    # What a transport asks and tells.
-
-    def connect(self, now: float) -> None:
-        """Asks for a stream."""
-        self._wake(now)
-
-    def begin(self, now: float) -> Opening:
-        """A stream is about to be opened."""
-        assert self._link is Link.DOWN
-        assert self.connect_at is not None
-        self.generation += 1
-        self.connect_at = None
-        self._link = Link.OPENING
-        self._unopened = True
-        create = pb.CreatePolicyRequest(policy=self.options.spec.to_proto()) if self._create else None
-        return Opening(create=create, generation=self.generation)
-
-    def next_message(self) -> pb.ExchangeRequest | None:
-        """What to send now; None: nothing."""
-        if self._link is Link.OPENING and self._unopened:
-            self._unopened = False
-            opening = pb.OpenRequest(policy=self.options.spec.name, trainer_id=self.trainer_id, uid=self._uid)
-            return pb.ExchangeRequest(open=opening)
-        if self._link is not Link.OPEN or not self._outbox or len(self._in_flight) >= self.options.limits.in_flight:
-            return None
-        ticket = self._outbox.popleft()
-        self._in_flight.append(ticket)
-        return pb.ExchangeRequest(step=ticket.request.message)
-
-    @property
-    def opened(self) -> bool:
-        """Whether the stream is open."""
-        return self._link in (Link.OPEN, Link.LEAVING)
-
-    @property
-    def down(self) -> bool:
-        """Whether there is no stream."""
-        return self._link is Link.DOWN
-
-    @property
-    def left(self) -> bool:
-        """Whether the stream has nothing more to give: the transport ends it and calls `leave`."""
-        return self._link is Link.LEAVING and not self._in_flight
-
-    def limit(self, max_batch_examples: int) -> None:
-        """The server's largest batch is known."""
-        self._bounds = replace(self._bounds, max_batch_examples=max_batch_examples)
-
-    def received(self, message: pb.ExchangeResponse, now: float) -> None:
-        """A message arrived.
-
-        Raises:
-            EquipoiseError: it cannot be; the transport ends the stream and calls `lost` with the error.
-        """
-        kind = message.WhichOneof("message")
-        if kind == "opened":
-            self._opened(message.opened, now)
-        elif kind == "step":
-            self._answered(message.step, now)
-        elif kind == "reconnect":
-            self._link = Link.LEAVING
-            self._leave_within = message.reconnect.within_ms / 1000
-        if self._outage and self.failure is None:
-            self._outage = False
-            logger.info("%s: the server answers again", self.options.spec.name)
-
-    def leave(self, now: float) -> None:
-        """The stream ended because the server asked to reconnect: no outage."""
-        self._link = Link.DOWN
-        self._outbox.clear()
-        self.connect_at = now + self._random() * self._leave_within
-
-    def lost(self, error: EquipoiseError, now: float) -> None:
-        """The stream ended, or could not be opened."""
-        waiting = [t for t in (*self._in_flight, *self._outbox) if t.request.reads and not t.settled]
-        self._link = Link.DOWN
-        self._in_flight.clear()
-        self._outbox.clear()
-        self._reads = deque(waiting)
-        if self._is_final(error):
-            self.fail(error, now)
-            return
-        self._adapt(error)
-        delay = self.options.backoff.delay(self._attempts, self._random)
-        self.connect_at = now + max(delay, error.retry_after or 0.0)
-        self._attempts += 1
-        self._begin_outage(str(error))
-        if self._continues:
-            for ticket in (*self._window, *waiting):
-                self._fall_back(ticket, now)
-            self._reads.clear()
 
     def expire(self, ticket: Ticket, now: float) -> None:
         """The caller of a step or read has waited long enough."""
@@ -314,68 +214,147 @@ class Session:
             self._fall_back(ticket, now)
             return
         what = f"step {ticket.sequence}" if ticket.sequence else "a read"
-        ticket.error = errors.DeadlineError(
-            f"{self.options.spec.name}: {what} was not answered within {now - ticket.since:.3g} s; "
-            "it is kept and may still be applied"
+        self._settle(
+            ticket,
+            errors.DeadlineError(
+                f"{self._name}: {what} was not answered within {now - ticket.since:.3g} s; it may still be applied"
+            ),
+            now,
         )
-        self._note_stall(ticket, now)
-
-    def fail(self, error: EquipoiseError, now: float) -> None:
-        """Ends the session for good: everyone who waits gets the error, and so does every later call."""
-        self.failure = error
-        self.connect_at = None
-        self._link = Link.DOWN
-        for ticket in (*self._window, *self._reads, *self._in_flight, *self._outbox):
-            if not ticket.settled:
-                ticket.error = error
-                self._note_stall(ticket, now)
-        self._reads.clear()
-        self._in_flight.clear()
-        self._outbox.clear()
-
-    # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
         """What a restarted trainer needs to go on exactly once: strings, integers and bytes."""
-        return {
-            "format": 1,
-            "policy": self.options.spec.name,
-            "trainer_id": self.trainer_id,
-            "uid": self._uid,
-            "sequence": self._window.last_sequence,
-            "durable_sequence": self._durable_sequence,
-            "epoch": self._seen[0],
-            "version": self._seen[1],
-            "window": [ticket.request.message.SerializeToString() for ticket in self._window],
-        }
+        epoch, version = self._view.seen
+        return Checkpoint(
+            policy=self._name,
+            uid=self._view.uid,
+            trainer_id=self.trainer_id,
+            sequence=self._window.last_sequence,
+            durable_sequence=self._view.durable_sequence,
+            epoch=epoch,
+            version=version,
+            window=[ticket.request.message.SerializeToString() for ticket in self._window],
+        ).to_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up where another session stopped; before the first step.
 
         Raises:
             InvalidRequestError: the state is not one of this policy, or the session was used already.
         """
-        for field, want in (("format", 1), ("policy", self.options.spec.name)):
-            if state.get(field) != want:
-                raise errors.InvalidRequestError(
-                    field=f"state[{field!r}]", value=repr(state.get(field)), rule=f"must be {want!r}"
-                )
-        if self._made or self._streams or self._link is not Link.DOWN:
+        checkpoint = Checkpoint.from_dict(state, policy=self._name)
+        if self._view.made or self._generation:
             raise errors.InvalidRequestError(field="state", rule="must be loaded before the client is used")
-        self.trainer_id = state["trainer_id"]
-        self._uid = state["uid"]
-        self._seen = (state["epoch"], state["version"])
-        self._durable_sequence = state["durable_sequence"]
-        self._loaded = True
-        self._window.renumber(state["sequence"] - len(state["window"]))
-        for data in state["window"]:
+        self.trainer_id = checkpoint.trainer_id
+        self._view.uid = checkpoint.uid
+        self._view.seen = (checkpoint.epoch, checkpoint.version)
+        self._view.durable_sequence = checkpoint.durable_sequence
+        self._loaded = checkpoint.sequence
+        self._window.renumber(checkpoint.sequence - len(checkpoint.window))
+        for data in checkpoint.window:
             message = pb.StepRequest.FromString(data)
-            ids = wire.answer_ids(message, self._bounds.num_examples)
+            ids = wire.answer_ids(message, self._view.bounds.num_examples)
             request = wire.Request(message=message, answer_ids=ids, reads=False)
             self._window.add(Ticket(request=request, made=0, since=0.0, deadline=0.0, waits=False))
             self._stats.unacked += 1
 
-    # Inside.
+    # What a transport asks and tells.
+
+    def connect(self, now: float) -> None:
+        """Asks for a stream, unless there is one or one is planned."""
+        if self._link is Link.DOWN and self.connect_at is None and self.failure is None:
+            self.connect_at = now
+
+    def begin(self) -> Opening:
+        """A stream is about to be opened."""
+        assert self._link is Link.DOWN
+        self.connect_at = None
+        self._generation += 1
+        self._link = Link.OPENING
+        self._opening = pb.OpenRequest(policy=self._name, trainer_id=self.trainer_id, uid=self._view.uid)
+        return Opening(
+            generation=self._generation,
+            create=pb.CreatePolicyRequest(policy=self.options.spec.to_proto()) if self._create else None,
+            asks_limits=not self._view.bounds.max_batch_examples,
+        )
+
+    def limit(self, max_batch_examples: int) -> None:
+        """The server takes this many rows."""
+        self._view.limit(max_batch_examples)
+
+    def next_message(self, generation: int) -> pb.ExchangeRequest | None:
+        """What to send now on a stream; None: nothing."""
+        if self.is_void(generation):
+            return None
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            return pb.ExchangeRequest(open=opening)
+        if self._link is not Link.OPEN or not self._outbox or len(self._in_flight) >= self.options.limits.in_flight:
+            return None
+        self._in_flight.append(self._outbox.popleft())
+        return pb.ExchangeRequest(step=self._in_flight[-1].request.message)
+
+    def is_void(self, generation: int) -> bool:
+        """Whether nothing more is to be sent on a stream, ever."""
+        return self.failure is not None or generation != self._generation or self._link is Link.DOWN
+
+    def is_opening(self, generation: int) -> bool:
+        """Whether a stream waits for the answer to its opening."""
+        return generation == self._generation and self._link is Link.OPENING
+
+    @property
+    def left(self) -> bool:
+        """Whether the stream has nothing more to give: the transport ends it."""
+        return self.failure is not None or (self._link is Link.LEAVING and not self._in_flight)
+
+    def received(self, message: pb.ExchangeResponse, now: float) -> None:
+        """A message arrived.
+
+        Raises:
+            EquipoiseError: it cannot be; the transport ends the stream and calls `ended` with the error.
+        """
+        kind = message.WhichOneof("message")
+        if kind == "opened":
+            self._open(message.opened, now)
+        elif kind == "step":
+            self._answer(message.step, now)
+        elif kind == "reconnect":
+            self._link = Link.LEAVING
+            self._leave_within = message.reconnect.within_ms / 1000
+        if self._outage and self.failure is None:
+            self._outage = False
+            logger.info("%s: the server answers again", self._name)
+
+    def ended(self, error: EquipoiseError | None, now: float) -> None:
+        """The stream ended, or could not be opened; None: it was `left`, which is no outage."""
+        if self.failure is not None:
+            return
+        unsettled = [t for t in (*self._in_flight, *self._outbox, *self._reads) if t.request.reads and not t.settled]
+        self._link = Link.DOWN
+        self._reads = deque(unsettled)
+        self._in_flight.clear()
+        self._outbox.clear()
+        if error is None:
+            self.connect_at = now + self._random() * self._leave_within
+        elif self._is_final(error):
+            self.fail(error, now)
+        else:
+            self._lose_stream(error, now)
+
+    def fail(self, error: EquipoiseError, now: float) -> None:
+        """Ends the session for good: everyone who waits gets the error, and so does every later call."""
+        self.failure = error
+        self.connect_at = None
+        for ticket in (*self._window, *self._reads, *self._in_flight, *self._outbox):
+            self._settle(ticket, error, now)
+        for queue in (self._reads, self._in_flight, self._outbox):
+            queue.clear()
+
+    # Tickets.
+
+    @property
+    def _name(self) -> str:
+        return self.options.spec.name
 
     @property
     def _continues(self) -> bool:
@@ -386,11 +365,11 @@ class Session:
         patience = timeout.wait
         if self._continues:
             patience = timeout.step if self._streams else max(timeout.step, timeout.connect)
-        return Ticket(request=request, made=self._made, since=now, deadline=now + patience, waits=waits)
+        return Ticket(request=request, made=self._view.made, since=now, deadline=now + patience, waits=waits)
 
     def _read(self, request: wire.Request, now: float) -> Ticket:
         ticket = self._ticket(request, now, waits=True)
-        self._wake(now)
+        self.connect(now)
         if self._outage and self._continues:
             self._fall_back(ticket, now)
         elif self._link is Link.OPEN:
@@ -398,6 +377,25 @@ class Session:
         else:
             self._reads.append(ticket)
         return ticket
+
+    def _settle(self, ticket: Ticket, outcome: StepResult | EquipoiseError, now: float) -> None:
+        """Gives a caller what he waits for, if he still does."""
+        if ticket.settled or not ticket.waits:
+            return
+        if isinstance(outcome, StepResult):
+            ticket.result = outcome
+        else:
+            ticket.error = outcome
+        self._stats.longest_stall = max(self._stats.longest_stall, now - ticket.since)
+
+    def _fall_back(self, ticket: Ticket, now: float, outcome: Outcome = Outcome.PENDING) -> None:
+        """Gives a caller the newest weights known."""
+        if ticket.settled or not ticket.waits:
+            return
+        self._stats.fallbacks += 1
+        if ticket.request.reads:
+            outcome = Outcome.DROPPED
+        self._settle(ticket, self._view.fallback(ticket.request.answer_ids, outcome), now)
 
     def _make_room(self, request: wire.Request) -> bool:
         while self._window.full_for(request):
@@ -410,181 +408,136 @@ class Session:
     def _turn_away(self, ticket: Ticket, now: float) -> Ticket:
         if not self._continues:
             raise errors.WindowFullError(
-                f"{self.options.spec.name}: {len(self._window)} steps wait for their answers; "
+                f"{self._name}: {len(self._window)} steps wait for their answers; "
                 "wait for them with flush(), or raise limits.window_steps and limits.window_bytes"
             )
         self._stats.dropped += 1
         self._warn("dropped", "the window is full: dropping the statistics of new steps until the server answers")
-        self._fall_back(ticket, now, outcome=Outcome.DROPPED)
+        self._fall_back(ticket, now, Outcome.DROPPED)
         return ticket
 
-    def _wake(self, now: float) -> None:
-        if self._link is Link.DOWN and self.connect_at is None:
-            self.connect_at = now
+    # Openings.
 
-    def _opened(self, message: pb.OpenResponse, now: float) -> None:
+    def _open(self, message: pb.OpenResponse, now: float) -> None:
         if self._link is not Link.OPENING:
-            raise errors.ServerBugError("the server opened a stream twice")
-        self._check_num_examples(message.num_examples)
+            raise errors.ServerBugError(f"{self._name}: the server opened a stream twice")
+        self._view.resize(message.num_examples)
         self._reconcile(message, now)
         if self.failure is not None:
             return
         self._link = Link.OPEN
         self._create = False
+        self._loaded = None
         self._stats.reconnects += self._streams > 0
         self._streams += 1
-        self._loaded = False
-        self._durable_sequence = message.durable_sequence
+        self._view.durable_sequence = message.durable_sequence
         self._window.release(message.durable_sequence)
-        replayed = [t for t in self._window if not t.answered or t.sequence > message.last_sequence]
-        self._outbox.extend((*replayed, *self._reads))
+        self._outbox.extend(t for t in self._window if not t.answered or t.sequence > message.last_sequence)
+        self._outbox.extend(self._reads)
         self._reads.clear()
-
-    def _check_num_examples(self, num_examples: int) -> None:
-        if self._bounds.num_examples != num_examples:
-            self._bounds = replace(self._bounds, num_examples=num_examples)
-            self._cache.resize(num_examples)
 
     def _reconcile(self, message: pb.OpenResponse, now: float) -> None:
         """Brings our numbering together with what the server holds of this trainer."""
-        name, last, ours = self.options.spec.name, message.last_sequence, self._window.last_sequence
-        if self._uid != message.uid:
-            if self._uid or self._lost_policy:
-                self._cache.clear()
-                self._lose(self._durable_sequence, f"{name} is another incarnation of the policy now", now)
-            self._uid, self._seen, self._lost_policy = message.uid, (0, 0), False
+        last = message.last_sequence
+        ours = self._window.last_sequence if self._loaded is None else self._loaded
+        if self._view.uid != message.uid:
+            if self._view.uid or self._lost_policy:
+                self._stats.lost += self._view.durable_sequence
+                self._complain(f"{self._name} is another incarnation of the policy now", now)
+            self._view.become(message.uid)
+            self._lost_policy = False
             self._window.renumber(last)
         elif last > ours:
-            text = f"{name} is {last - ours} steps of this trainer ahead of the state that was loaded"
-            if self._loaded and not self._continues:
-                self.fail(errors.StateLostError(f"{text}: fork or import a policy to resume an old checkpoint"), now)
-                return
-            self._warn("ahead", text)
-            self._stats.unacked -= sum(not t.answered for t in self._window)
-            self._window.drop_applied(last)
+            text = f"{self._name} is {last - ours} steps ahead of what this trainer remembers"
+            self._complain(f"{text}: to resume an old checkpoint, fork or import a policy", now)
+            self._stats.unacked -= self._window.drop(through=ours)
+            self._window.renumber(last)
         elif last + 1 < self._window.first_sequence:
             missing = self._window.first_sequence - 1 - last
-            self._lose(missing, f"{name} has lost {missing} steps of this trainer that it had acknowledged", now)
+            self._stats.lost += missing
+            self._complain(f"{self._name} has lost {missing} steps of this trainer that it had acknowledged", now)
             self._window.renumber(last)
         self._observe(message.epoch, message.version, now)
 
-    def _lose(self, steps: int, text: str, now: float) -> None:
-        self._stats.lost += steps
-        if self._continues:
-            logger.error("%s; going on with what is there", text)
-        else:
-            self.fail(errors.StateLostError(text), now)
-
     def _observe(self, epoch: int, version: int, now: float) -> None:
         """Holds the promise that (epoch, version) never goes back."""
-        if (epoch, version) < self._seen:
+        seen = self._view.seen
+        if not self._view.observe(epoch, version):
             self._stats.regressions += 1
-            text = f"{self.options.spec.name} went back from (epoch, version) {self._seen} to {(epoch, version)}"
-            if self._continues:
-                self._warn("regression", text)
-            elif self.failure is None:
-                self.fail(errors.StateLostError(text), now)
-        self._seen = (epoch, version)
+            self._complain(f"{self._name} went back from (epoch, version) {seen} to {(epoch, version)}", now)
 
-    def _answered(self, answer: pb.StepResponse, now: float) -> None:
-        if not self._in_flight or self._in_flight[0].sequence != answer.sequence:
-            raise errors.ServerBugError(f"the server answered sequence {answer.sequence} out of order")
-        ticket = self._in_flight[0]
-        weights = wire.float32s(answer.weights)
+    def _complain(self, text: str, now: float) -> None:
+        """The server's state does not go together with ours: the end in `wait` mode, logged in `continue` mode."""
+        if self._continues:
+            logger.error("%s; going on with what is there", text)
+        elif self.failure is None:
+            self.fail(errors.StateLostError(text), now)
+
+    # Answers.
+
+    def _answer(self, answer: pb.StepResponse, now: float) -> None:
+        ticket = self._in_flight[0] if self._in_flight else None
+        if ticket is None or ticket.sequence != answer.sequence:
+            raise errors.ServerBugError(f"{self._name}: the server answered sequence {answer.sequence} out of order")
         refused = answer.outcome == pb.OUTCOME_REFUSED
-        if not refused and (answer.outcome not in OUTCOMES or len(weights) != len(ticket.request.answer_ids)):
+        weights = wire.float32s(answer.weights)
+        ids = ticket.request.answer_ids
+        if not refused and (answer.outcome not in OUTCOMES or len(weights) != len(ids)):
             raise errors.ServerBugError(
-                f"the server answered sequence {answer.sequence} with outcome {answer.outcome} and "
-                f"{len(weights)} weights for {len(ticket.request.answer_ids)} ids"
+                f"{self._name}: the server answered sequence {answer.sequence} with outcome {answer.outcome} and "
+                f"{len(weights)} weights for {len(ids)} ids"
             )
-        self._in_flight.popleft()
-        self._attempts = 0
         self._observe(answer.epoch, answer.version, now)
         if self.failure is not None:
             return
-        first_answer = not ticket.answered and not ticket.request.reads
+        self._in_flight.popleft()
+        self._attempts = 0
+        is_new = not ticket.answered and not ticket.request.reads
         ticket.answered = True
-        self._stats.unacked -= first_answer
+        self._stats.unacked -= is_new
         if refused:
             self._refuse(ticket, answer, now)
         else:
-            self._serve(ticket, answer, weights, now, first_answer=first_answer)
-        self._durable_sequence = max(self._durable_sequence, answer.durable_sequence)
-        self._window.release(self._durable_sequence)
-
-    def _serve(
-        self, ticket: Ticket, answer: pb.StepResponse, weights: NDArray[np.float32], now: float, *, first_answer: bool
-    ) -> None:
-        outcome = OUTCOMES[answer.outcome]
-        if first_answer:
-            self._stats.applied += outcome is Outcome.APPLIED
-            self._stats.duplicates += outcome is Outcome.DUPLICATE
-        self._cache.store(ticket.request.answer_ids, weights, version=answer.version)
-        self._made_when_served = max(self._made_when_served or 0, ticket.made)
-        if ticket.settled or not ticket.waits:
-            return
-        ticket.result = StepResult(
-            weights=weights,
-            source=Source.SERVED,
-            outcome=outcome,
-            version=answer.version,
-            epoch=answer.epoch,
-            durable_sequence=answer.durable_sequence,
-            staleness=0,
-        )
-        self._note_stall(ticket, now)
+            self._stats.applied += is_new and answer.outcome == pb.OUTCOME_APPLIED
+            self._stats.duplicates += is_new and answer.outcome == pb.OUTCOME_DUPLICATE
+            self._view.serve(answer, ids, weights, made=ticket.made)
+            self._settle(ticket, _served(answer, weights), now)
+        self._view.durable_sequence = max(self._view.durable_sequence, answer.durable_sequence)
+        self._window.release(self._view.durable_sequence)
 
     def _refuse(self, ticket: Ticket, answer: pb.StepResponse, now: float) -> None:
         self._stats.refused += 1
         error = errors.from_status(answer.error, sequence=answer.sequence)
-        if ticket.settled or not ticket.waits:
-            logger.error("%s: step %d was refused: %s", self.options.spec.name, ticket.sequence, error)
+        if ticket.settled or not ticket.waits:  # its caller has gone on: the next call raises
+            logger.error("%s: step %d was refused: %s", self._name, ticket.sequence, error)
             self._unreported = self._unreported or error
-            return
-        ticket.error = error
-        self._note_stall(ticket, now)
+        self._settle(ticket, error, now)
 
-    def _fall_back(self, ticket: Ticket, now: float, *, outcome: Outcome = Outcome.PENDING) -> None:
-        """Gives a caller the newest weights known."""
-        if ticket.settled or not ticket.waits:
-            return
-        ids = ticket.request.answer_ids
-        weights, known = self._cache.lookup(ids)
-        staleness = self.staleness
-        stale = staleness <= self.options.max_staleness and bool(known.any())
-        ticket.result = StepResult(
-            weights=weights if stale else np.ones(len(ids), np.float32),
-            source=Source.STALE if stale else Source.UNIFORM,
-            outcome=Outcome.DROPPED if ticket.request.reads else outcome,
-            version=self._seen[1],
-            epoch=self._seen[0],
-            durable_sequence=self._durable_sequence,
-            staleness=staleness,
-        )
-        self._stats.fallbacks += 1
-        self._note_stall(ticket, now)
-
-    def _note_stall(self, ticket: Ticket, now: float) -> None:
-        self._stats.longest_stall = max(self._stats.longest_stall, now - ticket.since)
+    # Losses.
 
     def _is_final(self, error: EquipoiseError) -> bool:
         if isinstance(error, errors.TrainerReplacedError | errors.InvalidRequestError):
             return True
-        if not self._streams:
-            return isinstance(error, _PERMANENT)
-        lost = isinstance(error, errors.PolicyNotFoundError | errors.PolicyChangedError)
-        return not self._continues and (lost or isinstance(error, _PERMANENT))
+        if isinstance(error, errors.PolicyChangedError):
+            return not self._continues
+        return isinstance(error, _PERMANENT) and not (self._continues and self._streams)
 
-    def _adapt(self, error: EquipoiseError) -> None:
-        """Makes the next opening fit this one's error: a policy that is gone, but not deleted, is created anew."""
-        if isinstance(error, errors.PolicyDeletedError):
-            return
-        if isinstance(error, errors.PolicyNotFoundError):
+    def _lose_stream(self, error: EquipoiseError, now: float) -> None:
+        if isinstance(error, errors.PolicyNotFoundError | errors.PolicyChangedError) and not isinstance(
+            error, errors.PolicyDeletedError
+        ):
+            # The server's store has lost the policy, or someone made another: go on with a new one.
             self._create = self.options.spec.num_examples > 0
-        elif not isinstance(error, errors.PolicyChangedError):
-            return
-        self._lost_policy = self._lost_policy or bool(self._uid)
-        self._uid = ""
+            self._lost_policy = self._lost_policy or bool(self._view.uid)
+            self._view.uid = ""
+        delay = self.options.backoff.delay(self._attempts, self._random)
+        self.connect_at = now + max(delay, error.retry_after or 0.0)
+        self._attempts += 1
+        self._begin_outage(str(error))
+        if self._continues:
+            for ticket in (*self._window, *self._reads):
+                self._fall_back(ticket, now)
+            self._reads.clear()
 
     def _begin_outage(self, cause: str) -> None:
         if self._outage:
@@ -592,10 +545,22 @@ class Session:
         self._outage = True
         self._stats.outages += 1
         then = "training goes on with the newest weights known" if self._continues else "waiting for it"
-        logger.warning("%s: the server is lost (%s); %s", self.options.spec.name, cause, then)
+        logger.warning("%s: the server is lost (%s); %s", self._name, cause, then)
 
     def _warn(self, topic: str, text: str) -> None:
         """Logs once per session and topic."""
         if topic not in self._warned:
             self._warned.add(topic)
-            logger.warning("%s: %s", self.options.spec.name, text)
+            logger.warning("%s: %s", self._name, text)
+
+
+def _served(answer: pb.StepResponse, weights: NDArray[np.float32]) -> StepResult:
+    return StepResult(
+        weights=weights,
+        source=Source.SERVED,
+        outcome=OUTCOMES[answer.outcome],
+        version=answer.version,
+        epoch=answer.epoch,
+        durable_sequence=answer.durable_sequence,
+        staleness=0,
+    )

@@ -34,7 +34,6 @@ class Stream:
         self._address = address
         self._stub = PolicyServiceStub(channel)
         self._call: Any = None
-        self._closed = False
         self._lock = lock
         self._work = threading.Condition(lock)
         self._answers = threading.Condition(lock)
@@ -63,7 +62,6 @@ class Stream:
     def close(self, timeout: float) -> None:
         """Ends the stream, within the timeout."""
         with self._lock:
-            self._closed = True
             if self._session.failure is None:
                 self._session.fail(errors.ClientClosedError("the client was closed"), monotonic())
             self._work.notify_all()
@@ -90,11 +88,11 @@ class Stream:
 
     def _next_opening(self) -> Opening | None:
         with self._lock:
-            while not self._closed and self._session.failure is None:
+            while self._session.failure is None:
                 at = self._session.connect_at
                 now = monotonic()
                 if at is not None and at <= now:
-                    return self._session.begin(now)
+                    return self._session.begin()
                 self._work.wait(None if at is None else at - now)
         return None
 
@@ -103,11 +101,14 @@ class Stream:
         metadata = headers(self._session.options.spec.name)
         if opening.create is not None:
             self._stub.CreatePolicy(opening.create, timeout=timeout, metadata=metadata)
-            self._limit(timeout)
+        if opening.asks_limits:
+            info = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+            with self._lock:
+                self._session.limit(info.max_batch_examples)
         call = self._stub.Exchange(self._messages(opening.generation), metadata=metadata)
         with self._lock:
             self._call = call
-            if self._closed:
+            if self._session.failure is not None:
                 call.cancel()
         # A server that takes the stream and says nothing must not hold it for ever.
         watchdog = threading.Timer(timeout, self._cancel_unopened, (opening.generation,))
@@ -119,48 +120,31 @@ class Stream:
                     self._session.received(message, monotonic())
                     self._work.notify_all()
                     self._answers.notify_all()
-                    if self._session.left or self._session.failure is not None:
+                    if self._session.left:
                         return
         finally:
             watchdog.cancel()
             call.cancel()
         raise errors.UnavailableError(f"{self._address}: the server ended the stream")
 
-    def _limit(self, timeout: float) -> None:
-        info = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
-        with self._lock:
-            self._session.limit(info.max_batch_examples)
-
     def _messages(self, generation: int) -> Iterator[pb.ExchangeRequest]:
         while True:
             with self._lock:
-                while (message := self._next_message(generation)) is None:
-                    if self._is_void(generation):
+                while (message := self._session.next_message(generation)) is None:
+                    if self._session.is_void(generation):
                         return
                     self._work.wait()
             yield message
 
-    def _next_message(self, generation: int) -> pb.ExchangeRequest | None:
-        return None if self._is_void(generation) else self._session.next_message()
-
-    def _is_void(self, generation: int) -> bool:
-        session = self._session
-        return self._closed or session.failure is not None or session.generation != generation or session.down
-
     def _cancel_unopened(self, generation: int) -> None:
         with self._lock:
-            if self._session.generation == generation and not self._session.opened and self._call is not None:
+            if self._session.is_opening(generation) and self._call is not None:
                 self._call.cancel()
 
     def _ended(self, error: errors.EquipoiseError | None) -> None:
         with self._lock:
             self._call = None
-            now = monotonic()
-            if self._session.failure is None:
-                if error is None:
-                    self._session.leave(now)
-                else:
-                    self._session.lost(error, now)
+            self._session.ended(error, monotonic())
             self._work.notify_all()
             self._answers.notify_all()
 

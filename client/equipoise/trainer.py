@@ -3,6 +3,7 @@
 import os
 import random
 import secrets
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,41 +64,61 @@ class Trainer:
 
     @property
     def trainer_id(self) -> str:
-        """Id of this trainer: random unless it was given."""
+        """Id of this trainer: random unless it was given; a forked child has its own."""
+        self._follow_fork()
         return self._session.trainer_id
 
     @property
     def stats(self) -> Stats:
         """A copy of the counters."""
-        return self._session.stats
+        self._follow_fork()
+        with self._lock:
+            return self._session.stats
 
     def weights(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Per id the weight of the newest answer that held it, else 1. Asks nobody.
+        """Per id the weight of the newest answer that held it, else 1: float32 [len(ids)]. Asks nobody, never waits.
 
         All 1 when more than `max_staleness` steps are newer than the newest answer.
         """
-        return self._session.cached_weights(ids)
+        self._follow_fork()
+        with self._lock:
+            return self._session.cached_weights(ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a restarted trainer needs to go on exactly once: for its checkpoint.
+        """What a restarted trainer needs to go on exactly once, for its checkpoint: strings, integers and bytes.
 
         A policy does not roll back: to go on from an older checkpoint, fork or import a policy.
         """
-        return self._session.state_dict()
+        self._follow_fork()
+        with self._lock:
+            return self._session.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up where the client stopped that gave `state`; before the first step.
 
         Raises:
             InvalidRequestError: the state is not one of this policy, or this client was used already.
         """
-        self._session.load_state_dict(state)
+        self._follow_fork()
+        with self._lock:
+            self._session.load_state_dict(state)
 
     def _start(self, trainer_id: str | None) -> None:
+        """Begins a session, and the connection-less state around it."""
         self._pid = os.getpid()
+        self._lock = threading.Lock()
         # Of its own, so that a trainer's seeded generator stays as it is.
         jitter = random.SystemRandom().random
         self._session = Session(self._options, trainer_id=trainer_id or secrets.token_hex(16), random=jitter)
+
+    def _follow_fork(self) -> None:
+        """In a forked child: a connection, a numbering and a trainer_id of its own."""
+        if os.getpid() != self._pid:
+            self._leave_to_parent()
+            self._start(None)
+
+    def _leave_to_parent(self) -> None:
+        """Lets go of nothing that the parent uses."""
 
     def _check_open(self) -> None:
         if self._closed:

@@ -97,12 +97,13 @@ class Window:
             self.last_sequence += 1
             ticket.request.message.sequence = self.last_sequence
 
-    def drop_applied(self, last_sequence: int) -> None:
-        """Lets go of the steps up to `last_sequence`, answered or not, and goes on after it."""
-        while self._steps and self._steps[0].sequence <= last_sequence:
+    def drop(self, *, through: int) -> int:
+        """Lets go of the steps up to a sequence; how many of them were not answered."""
+        unanswered = 0
+        while self._steps and self._steps[0].sequence <= through:
+            unanswered += not self._steps[0].answered
             self._pop()
-        if not self._steps:
-            self.last_sequence = max(self.last_sequence, last_sequence)
+        return unanswered
 
     def _pop(self) -> None:
         self._bytes -= self._steps.popleft().request.message.ByteSize()

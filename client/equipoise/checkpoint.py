@@ -1,0 +1,57 @@
+"""What of a session goes into the trainer's checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from equipoise.errors import InvalidRequestError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """State of a session.
+
+    Attributes:
+        format: version of this layout.
+        policy: name of the policy.
+        uid: its incarnation; empty: never connected.
+        trainer_id: id of the trainer.
+        sequence: sequence of the newest step.
+        durable_sequence: all steps up to it are in the server's store.
+        epoch: newest epoch seen.
+        version: newest version seen.
+        window: the steps not known to be durable, serialised, the newest last.
+    """
+
+    format: int = FORMAT
+    policy: str
+    uid: str
+    trainer_id: str
+    sequence: int
+    durable_sequence: int
+    epoch: int
+    version: int
+    window: list[bytes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strings, integers and bytes, for any way of saving."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any], *, policy: str) -> "Checkpoint":
+        """Reads what `to_dict` gave.
+
+        Raises:
+            InvalidRequestError: it is something else, or of another policy.
+        """
+        for field, want in (("format", FORMAT), ("policy", policy)):
+            if state.get(field) != want:
+                raise InvalidRequestError(
+                    field=f"state[{field!r}]", value=repr(state.get(field)), rule=f"must be {want!r}"
+                )
+        try:
+            return cls(**state)
+        except TypeError as error:
+            raise InvalidRequestError(field="state", rule=f"must be what state_dict() gave ({error})") from error

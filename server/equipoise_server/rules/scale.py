@@ -17,7 +17,8 @@ MAX_SCALED = 1e12
 def next_mean_square(previous: float, signal: NDArray[np.float32], *, decay: float, name: str, rule: str) -> float:
     """Running mean square with this step's B values included; the first step that is not all zero initialises it.
 
-    Squares of float32 are exact in float64, and numpy adds them pairwise in one thread: the number of threads cannot change the result.
+    Squares of float32 are exact in float64, and numpy adds them pairwise in one thread: the number of threads cannot
+    change the result.
 
     Raises:
         RuleError: a value is not finite.

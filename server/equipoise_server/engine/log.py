@@ -103,7 +103,7 @@ class LogWriter:
         """Bytes in the store's log since the last trim."""
         self._store = store
         self._log_timeout_s = log_timeout_s
-        self._most_backlog_bytes = most_backlog_bytes
+        self.most_backlog_bytes = most_backlog_bytes
         self._telemetry = telemetry
         self._republish = republish
         self._on_rollback = on_rollback
@@ -210,7 +210,7 @@ class LogWriter:
 
     def _check_overrun(self) -> None:
         """Bounds the memory of a long outage: the tables hold what the dropped entries did."""
-        if self.tail.size > self._most_backlog_bytes:
+        if self.tail.size > self.most_backlog_bytes:
             self._overrun = True
             self.tail.forget(self.tail.last_version)
 

@@ -1,0 +1,65 @@
+"""Engines on a real Redis: each test has a Redis of its own, so that it may stop, flush or stall it."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from equipoise_server.engine import (
+    DeviceThread,
+    Engine,
+    EngineLimits,
+    QueueLimits,
+    RunnerLimits,
+    Silent,
+    SweepLimits,
+)
+from equipoise_server.errors import draining
+from equipoise_server.store import EmbeddedRedis, RedisStore
+
+LIMITS = EngineLimits(
+    trainer_idle_s=86_400.0,
+    runner=RunnerLimits(
+        queue=QueueLimits(steps=64, size=1 << 24),
+        log_timeout_s=0.25,
+        most_backlog_bytes=1 << 28,
+        sweep=SweepLimits(min_bytes=1 << 40, bytes_per_s=1e12),
+    ),
+)
+
+
+@pytest.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[EmbeddedRedis]:
+    embedded = EmbeddedRedis(tmp_path / "redis")
+    await embedded.start()
+    yield embedded
+    await embedded.stop()
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Makes engines that share the test's Redis, each like a server process of its own."""
+
+    make: Callable[..., Awaitable[Engine]]
+
+
+@pytest.fixture
+async def servers(redis: EmbeddedRedis) -> AsyncIterator[Servers]:
+    made: list[tuple[Engine, DeviceThread, RedisStore]] = []
+
+    async def make(address: str = "127.0.0.1:1", *, sweep: SweepLimits | None = None) -> Engine:
+        store = RedisStore.connect(redis.url)
+        device = DeviceThread(torch.device("cpu"))
+        runner_limits = LIMITS.runner if sweep is None else replace(LIMITS.runner, sweep=sweep)
+        limits = replace(LIMITS, runner=runner_limits)
+        engine = Engine(store, device, address=address, limits=limits, telemetry=Silent())
+        made.append((engine, device, store))
+        return engine
+
+    yield Servers(make)
+    for engine, device, store in made:
+        await engine.close(draining(), flush_timeout_s=0.0)
+        device.close()
+        await store.close()

@@ -1,0 +1,51 @@
+"""Runs of made-up trainers for engine tests."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from equipoise_server.engine import Answer, Durability, Kind, PolicyRunner, PolicySpec, Step
+from equipoise_server.rules import aggregate, build
+
+PAGE = 65_536
+
+
+def spec(
+    name: str = "policy", *, num_examples: int = 2 * PAGE + 100, rule: str = "ema_sign",
+    durability: Durability = Durability.LOGGED,
+) -> PolicySpec:  # fmt: skip
+    settings = dict(build(rule, {}).settings)
+    return PolicySpec(
+        name=name, num_examples=num_examples, rule=rule, settings=settings, durability=durability, reference_nats=2.0
+    )
+
+
+def steps(
+    num_examples: int, *, seed: int = 0, batch: int = 200, trainer_id: str = "trainer", first: int = 1
+) -> Iterator[Step]:
+    """An endless run of one trainer: random ids (some repeated), contributions and losses."""
+    random = np.random.default_rng(seed)
+    for sequence in itertools.count(first):
+        ids = random.integers(0, num_examples, batch)
+        statistics = aggregate(
+            ids,
+            contributions=(random.standard_normal(batch) + 0.3 * np.sin(ids)).astype(np.float32),
+            losses=random.random(batch).astype(np.float32),
+            scored=None,
+        )
+        yield Step(
+            kind=Kind.STEP,
+            trainer_id=trainer_id,
+            sequence=sequence,
+            training_step=sequence,
+            statistics=statistics,
+            target_loss=1.0 / sequence,
+            weights_for=ids,
+            num_rows=batch,
+            size=24 * batch,
+        )
+
+
+async def send(runner: PolicyRunner, step: Step) -> Answer:
+    return await (await runner.submit(step))

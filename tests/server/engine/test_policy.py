@@ -1,0 +1,130 @@
+"""The deterministic machine: the same steps give the same policy, live, fused or from the log."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from tests.server.engine.runs import PAGE, spec, steps
+
+from equipoise_server.engine import Kind, Outcome, Policy, PolicySpec, Step, tables
+from equipoise_server.engine.trainers import Trainers
+from equipoise_server.errors import ServiceError, invalid
+from equipoise_server.rules import Statistics, build, names
+from equipoise_server.store import LogEntry
+
+
+def fresh(of: PolicySpec) -> Policy:
+    rule = build(of.rule, of.settings)
+    state = rule.init(of.num_examples, device=torch.device("cpu"))
+    return Policy(of, "uid", rule=rule, state=state, trainers=Trainers(86_400.0))
+
+
+def run(policy: Policy, given: list[Step]) -> list[LogEntry]:
+    entries = [policy.apply(step, now=float(step.sequence))[1] for step in given]
+    return [entry for entry in entries if entry is not None]
+
+
+def same_bits(left: Policy, right: Policy) -> bool:
+    return all(torch.equal(left.state.columns[name], right.state.columns[name]) for name in left.state.columns)
+
+
+@pytest.mark.parametrize("rule", names())
+def test_the_log_replays_to_the_same_bits(rule: str) -> None:
+    of = spec(rule=rule, num_examples=5000)
+    live, replayed = fresh(of), fresh(of)
+    for entry in run(live, list(islice(steps(of.num_examples), 30))):
+        replayed.replay(entry)
+    assert same_bits(live, replayed)
+    assert replayed.state.scalars == live.state.scalars
+    assert replayed.progress == live.progress
+    assert replayed.trainers.known == live.trainers.known
+    np.testing.assert_array_equal(live.weights(None), replayed.weights(None))
+
+
+@pytest.mark.parametrize("rule", names())
+def test_pages_captured_at_different_versions_replay_to_the_same_bits(rule: str) -> None:
+    of = spec(rule=rule)
+    live, restored = fresh(of), fresh(of)
+    given = list(islice(steps(of.num_examples, batch=2000), 12))
+    entries = run(live, given[:4])
+    captured = {0: live.capture_page(0)}
+    entries += run(live, given[4:8])
+    captured[2] = live.capture_page(2)  # page 1 was never captured
+    entries += run(live, given[8:])
+    for index, (_, columns) in captured.items():
+        tables.load_page(restored.state, index, columns)
+    restored.load(restored.progress, {index: version for index, (version, _) in captured.items()})
+    for entry in entries:
+        restored.replay(entry)
+    assert same_bits(live, restored)
+    assert (restored.state.scored, restored.state.raw_sum) == (live.state.scored, live.state.raw_sum)
+    assert restored.state.raw_square_sum == live.state.raw_square_sum
+    assert restored.version == 12
+
+
+def test_a_page_is_dirty_exactly_when_it_changed_since_its_capture() -> None:
+    of = spec()
+    policy = fresh(of)
+    one_page = Statistics(ids=np.array([PAGE + 3]), contributions=np.array([1.0], np.float32))
+    policy.apply(Step(kind=Kind.STEP, statistics=one_page), now=0.0)
+    assert policy.dirty_pages.tolist() == [False, True, False]
+    policy.capture_page(1)
+    assert not policy.dirty_pages.any()
+
+
+def test_a_duplicate_changes_nothing_and_is_answered_with_the_weights_of_now() -> None:
+    of = spec(num_examples=1000)
+    policy = fresh(of)
+    first, second = islice(steps(of.num_examples), 2)
+    run(policy, [first, second])
+    before = policy.weights(None)
+    answer, entry = policy.apply(first, now=9.0)
+    assert (answer.outcome, answer.version, entry) == (Outcome.DUPLICATE, 2, None)
+    assert answer.weights is not None
+    np.testing.assert_array_equal(answer.weights, before[first.weights_for])
+    np.testing.assert_array_equal(policy.weights(None), before)
+
+
+def test_a_gap_names_the_expected_sequence_and_changes_nothing() -> None:
+    of = spec(num_examples=1000)
+    policy = fresh(of)
+    third = list(islice(steps(of.num_examples), 3))[2]
+    with pytest.raises(ServiceError, match="next step is 1") as caught:
+        policy.apply(third, now=0.0)
+    assert caught.value.metadata == {"expected_sequence": "1"}
+    assert policy.version == 0
+
+
+def test_a_refused_step_consumes_its_sequence_and_nothing_else() -> None:
+    of = spec(num_examples=1000)
+    policy, without = fresh(of), fresh(of)
+    first, _, third = islice(steps(of.num_examples), 3)
+    refused = Step(kind=Kind.REFUSED, trainer_id="trainer", sequence=2, error=invalid("NON_FINITE_STAT", "c", "nan"))
+    answers = [policy.apply(step, now=0.0)[0] for step in (first, refused, third)]
+    assert [answer.outcome for answer in answers] == [Outcome.APPLIED, Outcome.REFUSED, Outcome.APPLIED]
+    assert [answer.version for answer in answers] == [1, 2, 3]
+    run(without, [first])
+    without.apply(Step(kind=Kind.STEP, statistics=third.statistics), now=0.0)
+    assert same_bits(policy, without)
+
+
+def test_many_steps_in_one_call_equal_single_calls() -> None:
+    of = spec(num_examples=3000)
+    fused, single = fresh(of), fresh(of)
+    given = list(islice(steps(of.num_examples), 20))
+    fused_answers = [fused.apply(step, now=0.0, with_evidence=step is given[-1])[0] for step in given]
+    single_answers = [single.apply(step, now=0.0)[0] for step in given]
+    for left, right in zip(fused_answers, single_answers, strict=True):
+        np.testing.assert_array_equal(left.weights, right.weights)
+    assert same_bits(fused, single)
+    assert fused.status() == single.status()
+
+
+def test_the_compression_ratio_is_reference_over_mean_target_loss() -> None:
+    of = spec(num_examples=1000)
+    policy = fresh(of)
+    run(policy, list(islice(steps(of.num_examples), 4)))
+    mean = (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+    assert policy.progress.compression_ratio(of.reference_nats) == pytest.approx(2.0 / mean)
+    assert policy.progress.compression_ratio(None) is None

@@ -1,6 +1,7 @@
 """Calls about any policy of a server."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -8,7 +9,7 @@ import grpc
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from equipoise import calls, errors
+from equipoise import archive, calls, errors
 from equipoise.calls import Call, Field
 from equipoise.channel import OPTIONS, headers
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
@@ -24,7 +25,8 @@ class PolicyAdmin:
 
     Args:
         address: `host:port` of the server.
-        timeout: deadline of each call (of each message, for calls that stream), seconds.
+        timeout: deadline of each call that does not stream, seconds. Calls that stream have none: a lost server ends
+            them within 15 s.
     """
 
     def __init__(self, address: str, *, timeout: float = 10.0) -> None:
@@ -43,7 +45,7 @@ class PolicyAdmin:
 
     def fork(self, source: str, name: str) -> PolicyStatus:
         """Creates the policy `name` with the state of `source`."""
-        return self._do(calls.create(PolicySpec(name=name, num_examples=0), fork_of=source))
+        return self._do(calls.fork(source, name))
 
     def get(self, policy: str) -> PolicyStatus:
         """A policy as it stands.
@@ -72,7 +74,7 @@ class PolicyAdmin:
     def read_weights(self, policy: str, field: Field = "weight", ids: ArrayLike | None = None) -> NDArray[np.float32]:
         """Served weights or scores (NaN where never scored): float32 [len(ids)], or [N] without ids."""
         values = calls.Values()
-        for chunk in self._stream(calls.read_values(policy, field, ids), timeout=self._bulk_timeout):
+        for chunk in self._stream(calls.read_values(policy, field, ids), timeout=None):
             values.add(chunk)
         return values.array()
 
@@ -81,6 +83,20 @@ class PolicyAdmin:
     ) -> NDArray[np.uint64]:
         """Draws ids with probability proportional to their weights: uint64 [count]."""
         return self._do(calls.sample(policy, count, with_replacement=with_replacement, seed=seed))
+
+    def export_policy(self, policy: str, path: str | Path) -> int:
+        """Writes the whole state of a policy to a .npz file; returns its version."""
+        state = archive.export_policy(self.address, policy)
+        state.save(Path(path))
+        return state.version
+
+    def import_policy(self, path: str | Path, name: str) -> PolicyStatus:
+        """Creates the policy `name` with the state that `export_policy` wrote.
+
+        Raises:
+            PolicyExistsError: there is one of this name.
+        """
+        return archive.import_policy(self.address, archive.PolicyArchive.load(Path(path)), name)
 
     def server_info(self) -> ServerInfo:
         """The server."""
@@ -97,10 +113,6 @@ class PolicyAdmin:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def _bulk_timeout(self) -> float:
-        return self._timeout * 6
 
     def _do(self, call: Call[T]) -> T:
         try:

@@ -45,6 +45,11 @@ def create(spec: PolicySpec, *, fork_of: str = "") -> Call[PolicyStatus]:
     return Call(method="CreatePolicy", policy=spec.name, request=request, parse=_status)
 
 
+def fork(source: str, name: str) -> Call[PolicyStatus]:
+    """Creates a policy with the state of another."""
+    return create(PolicySpec(name=name, num_examples=0), fork_of=source)
+
+
 def get(policy: str) -> Call[PolicyStatus]:
     """Status of a policy."""
     return Call(method="GetPolicy", policy=policy, request=pb.GetPolicyRequest(policy=policy), parse=_status)

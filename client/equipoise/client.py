@@ -1,6 +1,6 @@
 """The client for synchronous code."""
 
-import logging
+from collections.abc import Iterator
 from time import monotonic
 from types import TracebackType
 from typing import Self, Unpack
@@ -18,8 +18,6 @@ from equipoise.stream import Stream
 from equipoise.trainer import Trainer
 from equipoise.window import Ticket
 from equipoise.wire import StepFields
-
-logger = logging.getLogger("equipoise")
 
 
 class PolicyClient(Trainer):
@@ -107,12 +105,9 @@ class PolicyClient(Trainer):
             StepRefusedError: the server refused a submitted step.
             EquipoiseError: what no retry mends.
         """
-        if timeout is None:
-            timeouts = self._options.timeout
-            timeout = timeouts.wait if self._options.when_lost == "wait" else timeouts.call
         stream = self._connected()
         with self._lock:
-            done = stream.flush(timeout, durable=durable)
+            done = stream.flush(self._patience if timeout is None else timeout, durable=durable)
             self._session.raise_unreported()
             return done
 
@@ -132,6 +127,10 @@ class PolicyClient(Trainer):
     def status(self) -> PolicyStatus:
         """The policy as it stands."""
         return self.admin.get(self.policy)
+
+    def watch(self, *, min_interval: float = 1.0) -> Iterator[PolicyStatus]:
+        """The status now and whenever it changes, at most once per `min_interval` seconds."""
+        return self.admin.watch(self.policy, min_interval=min_interval)
 
     def server_info(self) -> ServerInfo:
         """The server."""
@@ -164,9 +163,7 @@ class PolicyClient(Trainer):
         with self._lock:
             while not self._session.unreachable and not self._stream.flush(0.02, durable=False) and monotonic() < end:
                 pass
-            unacked = self._session.stats.unacked
-        if unacked:
-            logger.warning("%s: closed with %d steps that the server has not answered", self.policy, unacked)
+            self._note_unanswered()
         self._stream.close(max(0.1, end - monotonic()))
 
     def __enter__(self) -> Self:
@@ -181,10 +178,7 @@ class PolicyClient(Trainer):
         """Waits for a ticket; the caller holds the lock."""
         stream.notify()
         stream.wait(ticket)
-        if ticket.error is not None:
-            raise ticket.error
-        assert ticket.result is not None
-        return ticket.result
+        return ticket.value()
 
     def _start(self, trainer_id: str | None) -> None:
         super()._start(trainer_id)

@@ -16,7 +16,7 @@ class Timeout:
         step: longest wait of a step or read with `when_lost="continue"`.
         wait: longest wait of a step or read with `when_lost="wait"`.
         connect: longest wait for a stream to open; a step before the first opening waits this long, if longer.
-        call: deadline of every other call (of each message, for calls that stream).
+        call: deadline of every other call. Calls that stream have none: a lost server ends them within 15 s.
         close: longest time that `close` takes, submitted steps included.
     """
 

@@ -1,5 +1,6 @@
 """What the sync and the asyncio client share: their options, and all that needs no network."""
 
+import logging
 import os
 import random
 import secrets
@@ -15,6 +16,8 @@ from equipoise.errors import ClientClosedError, InvalidRequestError
 from equipoise.policies import Durability, PolicySpec, SettingValue
 from equipoise.session import Session, SessionOptions, WhenLost
 from equipoise.stats import Stats
+
+logger = logging.getLogger("equipoise")
 
 ADDRESS = "localhost:50051"
 """Where a server listens unless told otherwise."""
@@ -119,6 +122,17 @@ class Trainer:
 
     def _leave_to_parent(self) -> None:
         """Lets go of nothing that the parent uses."""
+
+    @property
+    def _patience(self) -> float:
+        """How long a flush waits unless told otherwise, seconds."""
+        timeout = self._options.timeout
+        return timeout.wait if self._options.when_lost == "wait" else timeout.call
+
+    def _note_unanswered(self) -> None:
+        unacked = self._session.stats.unacked
+        if unacked:
+            logger.warning("%s: closed with %d steps that the server has not answered", self.policy, unacked)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -39,6 +39,13 @@ class Ticket:
         """Whether its caller has something to go on with."""
         return self.result is not None or self.error is not None
 
+    def value(self) -> StepResult:
+        """What its caller gets; raises when that is an error."""
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result
+
     @property
     def sequence(self) -> int:
         """Position among the trainer's steps, from 1; 0: a read."""

@@ -1,0 +1,136 @@
+"""Settings: flags beat variables beat the file, and what is wrong is said aloud."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from equipoise_server.settings import ENV_PREFIX, Settings, SettingsError, host_and_port, load
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
+        monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "equipoise.toml"
+
+
+def problem(*arguments: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(arguments)
+    return str(caught.value)
+
+
+def test_without_anything_the_server_listens_to_this_machine_alone_and_brings_its_redis() -> None:
+    settings = load([])
+    assert settings.listen == "127.0.0.1:50051"
+    assert settings.metrics_listen == "127.0.0.1:9464"
+    assert settings.redis is None
+
+
+def test_flags_beat_variables_beat_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text('listen = ":1"\nmax_streams = 11\ndrain_grace_s = 1.5\n')
+    monkeypatch.setenv("EQUIPOISE_CONFIG", str(file))
+    monkeypatch.setenv("EQUIPOISE_LISTEN", ":2")
+    monkeypatch.setenv("EQUIPOISE_MAX_STREAMS", "12")
+    settings = load(["--listen", ":3"])
+    assert (settings.listen, settings.max_streams, settings.drain_grace_s) == (":3", 12, 1.5)
+
+
+def test_the_flag_for_the_file_beats_the_variable(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text("max_streams = 11\n")
+    monkeypatch.setenv("EQUIPOISE_CONFIG", str(file.with_name("absent.toml")))
+    assert load(["--config", str(file)]).max_streams == 11
+
+
+def test_an_unknown_variable_is_an_error_that_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQUIPOISE_LISTN", ":1")
+    assert problem() == "environment: EQUIPOISE_LISTN is no setting; did you mean EQUIPOISE_LISTEN?"
+
+
+def test_an_unknown_name_in_the_file_is_an_error_that_names_the_nearest(file: Path) -> None:
+    file.write_text("max_stream = 1\n")
+    assert problem("--config", str(file)) == f"{file}: max_stream is no setting; did you mean max_streams?"
+
+
+def test_an_unknown_flag_ends_with_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--max-stream", "1"])  # no abbreviation either
+    assert caught.value.code == 2
+    assert "--max-stream" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--listen", "here"], "listen: 'here' is not HOST:PORT"),
+        (["--listen", "::1:50051"], "listen: '::1:50051' is not HOST:PORT"),
+        (["--listen", ":65536"], "listen: ':65536' is not HOST:PORT"),
+        (["--max-streams", "0"], "max_streams: '0' should be greater than or equal to 1"),
+        (["--max-streams", "many"], "max_streams: 'many' should be a valid integer"),
+        (["--log-timeout-s", "0"], "log_timeout_s: '0' should be greater than 0"),
+        (["--config", "/absent/equipoise.toml"], "config: /absent/equipoise.toml: No such file"),
+        (["--redis-url", "http://redis"], "redis_url: does not start with one of redis://"),
+        (["--redis-url", "redis://a", "--redis-url-file", "b"], "redis_url and redis_url_file are both set"),
+    ],
+)
+def test_a_value_out_of_rule_is_named_with_the_rule(arguments: list[str], said: str) -> None:
+    assert problem(*arguments).startswith(said)
+
+
+def test_a_file_that_is_not_toml_is_named(file: Path) -> None:
+    file.write_text("listen =")
+    assert f"{file} is not TOML" in problem("--config", str(file))
+
+
+def test_a_bad_variable_is_named_by_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQUIPOISE_DEVICE", "gpu")
+    assert problem() == "device: 'gpu' should be 'auto', 'cpu' or 'cuda'"
+
+
+def test_the_redis_url_may_come_from_a_file(tmp_path: Path) -> None:
+    secret = tmp_path / "url"
+    secret.write_text("rediss://:secret@redis:6379/0\n")
+    assert load(["--redis-url-file", str(secret)]).redis == "rediss://:secret@redis:6379/0"
+
+
+def test_a_file_without_a_redis_url_is_named_but_not_quoted(tmp_path: Path) -> None:
+    secret = tmp_path / "url"
+    secret.write_text("secret@redis")
+    with pytest.raises(SettingsError, match="redis_url_file") as caught:
+        _ = load(["--redis-url-file", str(secret)]).redis
+    assert "secret@" not in str(caught.value)
+
+
+def test_passwords_are_neither_shown_nor_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "secret" not in repr(load(["--redis-url", "redis://:secret@redis"]))
+    monkeypatch.setenv("EQUIPOISE_REDIS_URL", "http://:secret@redis")
+    assert "secret" not in problem()
+
+
+def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown
+        assert field.description
+        assert field.description.split(";")[0] in shown
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [(":0", ("", 0)), ("localhost:50051", ("localhost", 50051)), ("[::1]:9464", ("::1", 9464))],
+)
+def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
+    assert host_and_port(address) == parts
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load([]).listen = ":1"  # type: ignore[misc]

@@ -27,10 +27,6 @@ class Commands:
         self._timeout_s = timeout_s
         self._observer: Observer = observer or NoObserver()
 
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._client.aclose()
-
     async def run(self, name: str, *arguments: Argument) -> Any:
         """One command of Redis, counted under `name`."""
         return await self._timed(name, lambda: self._client.execute_command(*arguments))

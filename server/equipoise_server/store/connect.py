@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 from equipoise_server.store.commands import Client
@@ -43,6 +43,14 @@ def client_for(url: str, *, command_timeout_s: float = COMMAND_TIMEOUT_S) -> Cli
         case "redis+cluster":
             return _cluster(parts, options=options)
     raise _invalid(parts, f"unknown scheme {parts.scheme!r}; known: {_SCHEMES}")
+
+
+async def close_client(client: Client) -> None:
+    """Close all connections of a client, those to its sentinels too."""
+    await client.aclose()
+    if isinstance(client, Redis) and isinstance(client.connection_pool, SentinelConnectionPool):
+        for sentinel in client.connection_pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
 
 
 def without_password(url: str) -> str:

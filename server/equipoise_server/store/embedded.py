@@ -145,7 +145,7 @@ class EmbeddedRedis:
             try:
                 await self.restart()
                 pause = shortest
-            except EmbeddedRedisFailed:
+            except StoreError:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Seq
 
 from equipoise_server.store import scripts
 from equipoise_server.store.commands import Client, Commands
-from equipoise_server.store.connect import COMMAND_TIMEOUT_S, client_for
+from equipoise_server.store.connect import COMMAND_TIMEOUT_S, client_for, close_client
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.log import PolicyLog
 from equipoise_server.store.observer import Observer
@@ -31,6 +31,7 @@ class RedisStore:
         command_timeout_s: float = COMMAND_TIMEOUT_S,
         observer: Observer | None = None,
     ) -> None:
+        self._client = client
         self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)
         self._prefix = prefix
         self._policies = PolicyTable(self._commands, prefix=prefix)
@@ -66,7 +67,7 @@ class RedisStore:
 
     async def close(self) -> None:
         """Close all connections; the store cannot be used afterwards."""
-        await self._commands.close()
+        await close_client(self._client)
 
     async def create(self, policy: StoredPolicy) -> tuple[StoredPolicy, bool]:
         """Store a policy unless its name is taken; the stored one, and whether it is new."""

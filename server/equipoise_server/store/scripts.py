@@ -41,10 +41,10 @@ local function last_version(log)
 end
 """
 
-# Stream ids start after 0-0, so the empty log of version 0 remembers 0-1; the version is the part before the dash.
+# For a generation nobody has written yet. Stream ids start after 0-0, so the empty log of version 0 remembers 0-1; the
+# version is the part before the dash.
 _START_LOG = """
 local function start_log(log, version)
-  redis.call('UNLINK', log)
   redis.call('XADD', log, string.format('%.0f', version) .. (version == 0 and '-1' or '-0'), '', '')
   redis.call('XTRIM', log, 'MAXLEN', 0)
 end

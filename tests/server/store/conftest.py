@@ -75,12 +75,13 @@ def wait_until_answering(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def running_redis(directory: Path, *settings: str) -> Iterator[RedisProcess]:
+def running_redis(directory: Path, *settings: str, config: Path | None = None) -> Iterator[RedisProcess]:
     """A Redis in a directory whose path is short enough for a socket."""
     path = directory / "redis.sock"
     path.unlink(missing_ok=True)
     defaults = ("--port", "0", "--unixsocket", str(path), "--save", "", "--logfile", "redis.log")
-    process = subprocess.Popen([find_redis_server(), *defaults, *settings], cwd=directory)
+    file = () if config is None else (str(config),)
+    process = subprocess.Popen([find_redis_server(), *file, *defaults, *settings], cwd=directory)
     try:
         wait_until_answering(path, process)
         yield RedisProcess(path, process)

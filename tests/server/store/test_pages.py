@@ -4,7 +4,16 @@ import pytest
 from redis.asyncio import Redis
 from tests.server.store.conftest import CountingObserver, RedisProcess, policy
 
-from equipoise_server.store import MAX_COMMAND_BYTES, Fenced, LogLost, Ownership, Page, RedisStore, Unavailable
+from equipoise_server.store import (
+    MAX_COMMAND_BYTES,
+    Fenced,
+    Interrupted,
+    LogLost,
+    Ownership,
+    Page,
+    RedisStore,
+    Unavailable,
+)
 
 
 @pytest.fixture
@@ -75,6 +84,22 @@ async def test_pages_written_at_once_do_not_mix(store: RedisStore, owner: Owners
     await asyncio.gather(*(store.write_page(owner, index, page(index)) for index in range(6)))
     for index in range(6):
         assert await store.read_page(owner, index) == page(index)
+
+
+async def test_two_attempts_at_one_page_do_not_mix_even_without_the_lock_between_them(
+    store: RedisStore, owner: Ownership, admin: Redis
+) -> None:
+    """As when a command of an attempt that timed out arrives late."""
+    twin = RedisStore(admin)
+    interrupted = 0
+    for _ in range(10):
+        both = [store.write_page(owner, 0, page(1)), twin.write_page(owner, 0, page(2))]
+        failures = [failure for failure in await asyncio.gather(*both, return_exceptions=True) if failure]
+        assert all(isinstance(failure, Interrupted) for failure in failures)
+        interrupted += len(failures)
+        assert await store.read_page(owner, 0) in (page(1), page(2), None)
+    assert interrupted > 0
+    assert await store.read_page(owner, 0) is not None
 
 
 async def half_written(store: RedisStore, owner: Ownership, observer: CountingObserver) -> None:

@@ -33,16 +33,9 @@ class MissingExtraError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 2 for a usage error, 130 when interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    name, *rest = arguments
-    if name in ("-V", "--version", "version"):
-        print(f"equipoise {version('equipoise')}")
-        return 0
     try:
-        return load(name)(rest)
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
     except (UnknownCommandError, MissingExtraError) as error:
         print(f"equipoise: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -51,6 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has left, as in `equipoise policy list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer must not fail too
         return BROKEN_PIPE
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    name, *rest = arguments
+    if name in ("-V", "--version", "version"):
+        print(f"equipoise {version('equipoise')}")
+        return 0
+    return load(name)(rest)
 
 
 def commands() -> dict[str, EntryPoint]:

@@ -37,7 +37,7 @@ class Curve:
         guard_loss: [L], nats, on B.
         test_loss: [L], nats.
         test_accuracy: [L], in [0, 1].
-        sim: [L], mean over standard deviation of contributions under the weights of the step; NaN where undefined.
+        sim: [L], mean over standard deviation of contributions under the weights before the step; NaN where undefined.
         effective_examples: [L], 1/Σγ², in [1, N].
         effective_share: [L], effective examples over N.
         flipped_weights: [L, 3], `QUANTILES` of the weights of flipped examples; NaN without any.
@@ -69,17 +69,17 @@ class CurveRecorder:
     flipped: NDArray[np.bool_] | None
     _rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, measured: Measurement, weights: Array, batch_weights: Array, contributions: Array | None) -> None:
+    def add(self, measured: Measurement, weights: Array, before: Array, contributions: Array | None) -> None:
         """Adds a logged step.
 
         Args:
             measured: losses.
             weights: [N], in use at this step.
-            batch_weights: [B], those of the batch.
+            before: [B], of the batch before this step: weights that answer the contributions would flatter SIM.
             contributions: [B]; None: not measured.
         """
         row: dict[str, Any] = asdict(measured)
-        row["sim"] = np.nan if contributions is None else similarity(contributions, batch_weights)
+        row["sim"] = np.nan if contributions is None else similarity(contributions, before)
         row["effective_examples"] = effective_examples(weights)
         row["effective_share"] = row["effective_examples"] / len(weights)
         flipped = np.zeros(len(weights), dtype=np.bool_) if self.flipped is None else self.flipped

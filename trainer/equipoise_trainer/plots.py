@@ -49,7 +49,7 @@ def save_picture(runs: Sequence[Run], config: ExperimentConfig, *, path: Path) -
         figure = Figure(figsize=(13, 7.6), dpi=150, facecolor="white")
         served = of(runs, "served")
         grid = figure.add_gridspec(
-            3, 2, width_ratios=(1.45, 1), left=0.06, right=0.97, bottom=0.085, top=0.83, hspace=0.5, wspace=0.32
+            3, 2, width_ratios=(1.45, 1), left=0.05, right=0.945, bottom=0.085, top=0.83, hspace=0.5, wspace=0.48
         )
         losses = figure.add_subplot(grid[:, 0] if served else grid[:, :])
         _draw_losses(losses, runs)
@@ -59,8 +59,8 @@ def save_picture(runs: Sequence[Run], config: ExperimentConfig, *, path: Path) -
             _draw_effective(panels[1], served)
             _draw_sim(panels[2], served)
         headline, detail = _headline(runs, config)
-        figure.text(0.06, 0.945, headline, fontsize=17, fontweight="bold", va="center")
-        figure.text(0.06, 0.9, detail, fontsize=10.5, color=MUTED, va="center")
+        figure.text(0.05, 0.945, headline, fontsize=17, fontweight="bold", va="center")
+        figure.text(0.05, 0.9, detail, fontsize=10.5, color=MUTED, va="center")
         figure.savefig(path)
 
 

@@ -79,7 +79,7 @@ class ServedWeigher:
         )
 
     def weigh(self, observation: Observation) -> Array:
-        """Sends the statistics and waits for the weights of `weights_for`. Raises equipoise.EquipoiseError."""
+        """Sends the statistics and waits for the weights. Raises equipoise.EquipoiseError."""
         fields: StepFields = {
             "contributions": observation.contributions.astype(np.float32),
             "losses": observation.losses.astype(np.float32),
@@ -89,9 +89,7 @@ class ServedWeigher:
         }
         if observation.ids is None:
             fields["all_examples"] = True
-        if observation.weights_for is not None:
-            fields["weights_for"] = observation.weights_for
-        elif observation.ids is not None:
+        elif observation.wants_all:
             fields["weights_for"] = np.arange(self._spec.num_examples)
         result = self._client.step(observation.ids, **fields)
         self._sources[result.source] += 1

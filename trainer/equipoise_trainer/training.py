@@ -31,7 +31,7 @@ class Observation:
         losses: [B], nats, unweighted, at the same parameters.
         target_loss: mean loss on A there, nats.
         guard_loss: mean loss on B there, nats.
-        weights_for: ids whose weights are wanted for the next step; None: all N in order.
+        wants_all: whether the weights of all N are wanted, rather than those of the batch.
     """
 
     step: int
@@ -40,14 +40,14 @@ class Observation:
     losses: Array
     target_loss: float
     guard_loss: float
-    weights_for: Ids
+    wants_all: bool
 
 
 class Weigher(Protocol):
-    """Says how much each example counts at the next step. A run starts with all weights 1."""
+    """Says how much each example counts in the step whose statistics it is given."""
 
     def weigh(self, observation: Observation) -> Array:
-        """Weights of the examples `weights_for`, mean 1 over all N."""
+        """Weights of the batch, [B], or of all examples, [N]; mean 1 over all N. Before the first step all are 1."""
         ...
 
 
@@ -86,11 +86,13 @@ class Trained:
         parameters: θ after step T, [F, K].
         curve: measurements at the logged steps.
         gradient_norms: [T], of the weighted gradient that each step followed.
+        weights: the newest weights of all N, [N].
     """
 
     parameters: Array
     curve: Curve
     gradient_norms: Array
+    weights: Array
 
 
 def train(
@@ -103,53 +105,46 @@ def train(
 ) -> Trained:
     """Trains on `examples`; without a weigher all weights are 1.
 
-    With a weigher, `examples` is the task's training set. Test examples are measured at the logged steps and
-    influence nothing; guard examples influence nothing but what the weigher makes of their mean loss.
+    With a weigher, `examples` is the task's training set. Each step's statistics are known in closed form before its
+    parameters move, so the weights that answer them are those of the same step. Test examples are measured at the
+    logged steps and influence nothing; guard examples influence nothing but what the weigher makes of their mean loss.
 
     Args:
         task: what is learned, and what is measured.
         examples: what is trained on.
         plan: how.
-        weigher: weighs the examples of the next step.
+        weigher: weighs the examples of each step.
         on_step: called after each step with the number of steps done.
     """
     parameters = perceptron.initial_parameters(task.features, task.classes)
     logged = frozenset(logged_steps(plan.steps))
     recorder = CurveRecorder(flipped=task.flipped if weigher is not None else None)
+    everyone = np.ones(len(examples))  # the newest weights of all N that are known
     norms = np.zeros(plan.steps)
-    batches = _batches(len(examples), plan)
-    ids = next(batches)
-    everyone = np.ones(len(examples))  # the weights of all N, known at logged steps
-    weights = _take(everyone, ids)
-    for step in range(plan.steps):
+    for step, ids in zip(range(plan.steps), _batches(len(examples), plan), strict=False):
         batch = examples if ids is None else examples.take(ids)
         now = perceptron.forward(parameters, batch)
-        following = next(batches)
-        observation: Observation | None = None
+        before, contributions = _take(everyone, ids), None
+        weights = before
         if weigher is not None:
-            wanted = None if step + 1 in logged else following
-            observation = _observe(task, parameters, batch, now, step=step, ids=ids, weights_for=wanted)
+            # A logged step needs all weights before it and after it.
+            wants_all = ids is None or step in logged or step + 1 in logged
+            seen = _observe(task, parameters, batch, now, step=step, ids=ids, wants_all=wants_all)
+            contributions, weights = seen.contributions, weigher.weigh(seen)
+            if wants_all:
+                everyone, weights = weights, _take(weights, ids)
         if step in logged:
-            contributions = None if observation is None else observation.contributions
-            recorder.add(_measure(task, parameters, step=step), everyone, _take(everyone, ids), contributions)
+            recorder.add(_measure(task, parameters, step=step), everyone, before, contributions)
         direction = perceptron.gradient(batch, now.residuals, weights)
         norms[step] = np.linalg.norm(direction)
         if plan.gradient_norms is not None and norms[step] > 0:
             direction *= plan.gradient_norms[step] / norms[step]
             norms[step] = plan.gradient_norms[step]
         parameters = parameters - plan.learning_rate * direction
-        if weigher is not None and observation is not None:
-            answer = weigher.weigh(observation)
-            if observation.weights_for is None:
-                everyone = answer
-            weights = _take(answer, following) if observation.weights_for is None else answer
-        else:
-            weights = _take(everyone, following)
-        ids = following
         if on_step is not None:
             on_step(step + 1)
     recorder.add(_measure(task, parameters, step=plan.steps), everyone, everyone, None)
-    return Trained(parameters=parameters, curve=recorder.curve(), gradient_norms=norms)
+    return Trained(parameters=parameters, curve=recorder.curve(), gradient_norms=norms, weights=everyone)
 
 
 def logged_steps(steps: int) -> list[int]:
@@ -166,7 +161,7 @@ def _observe(
     *,
     step: int,
     ids: Ids,
-    weights_for: Ids,
+    wants_all: bool,
 ) -> Observation:
     target = perceptron.forward(parameters, task.target)
     direction = perceptron.gradient(task.target, target.residuals)
@@ -177,7 +172,7 @@ def _observe(
         losses=now.losses,
         target_loss=float(target.losses.mean()),
         guard_loss=perceptron.mean_loss(parameters, task.guard),
-        weights_for=weights_for,
+        wants_all=wants_all,
     )
 
 

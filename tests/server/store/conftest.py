@@ -141,7 +141,7 @@ async def logged(store: RedisStore, name: str = "lm", *, after: int = 0) -> list
 async def eventually(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 20) -> None:
     """Wait for something that announces itself to nobody."""
     async with asyncio.timeout(timeout_s):
-        while not await condition():  # noqa: ASYNC110 - there is no event to wait for
+        while not await condition():
             await asyncio.sleep(0.01)
 
 

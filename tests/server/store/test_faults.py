@@ -91,7 +91,7 @@ async def test_unable_to_persist(store: RedisStore, admin: Redis, short_dir: Pat
         await admin.bgsave()
 
         async with asyncio.timeout(20):
-            while (await admin.info("persistence"))["rdb_last_bgsave_status"] == "ok":  # noqa: ASYNC110
+            while (await admin.info("persistence"))["rdb_last_bgsave_status"] == "ok":
                 await asyncio.sleep(0.01)
         assert await kind_of_failure(store) == "misconf"
     finally:

@@ -1,9 +1,11 @@
 import asyncio
 import dataclasses
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from redis.asyncio import Redis
-from tests.server.store.conftest import CountingObserver, entries, logged, policy
+from tests.server.store.conftest import CountingObserver, RedisProcess, entries, logged, policy
 
 from equipoise_server.store import Deleted, Fenced, NotFound, Ownership, Page, RedisStore
 
@@ -145,21 +147,54 @@ async def test_names_without_a_policy_do_not_shorten_a_listing(store: RedisStore
     assert [found.name for found in await store.list(limit=2)] == ["a", "d"]
 
 
-async def test_creation_and_deletion_at_once_agree_with_the_listing(store: RedisStore) -> None:
-    async def churn(number: int) -> None:
-        for turn in range(20):
-            await store.create(policy(uid=f"u{number}-{turn}"))
-            try:
-                await store.delete("lm")
-            except NotFound:
-                continue
+class Interleaved:
+    """Lets another server act, once, right after a command of this one."""
 
-    await asyncio.gather(*(churn(number) for number in range(3)), *(churn(number) for number in range(3, 6)))
-    await store.create(policy(uid="last"))
-    assert [found.uid for found in await store.list(limit=10)] == ["last"]
+    def __init__(self, command: str, act: Callable[[], Coroutine[None, None, None]]) -> None:
+        self._command = command
+        self._act: Callable[[], Coroutine[None, None, None]] | None = act
+
+    def command(self, name: str, seconds: float) -> None:
+        if name == self._command and self._act is not None:
+            act, self._act = self._act, None
+            with ThreadPoolExecutor(1) as other:
+                other.submit(lambda: asyncio.run(act())).result()
+
+    def error(self, kind: str) -> None:
+        raise AssertionError(kind)
 
 
-async def test_prefixes_are_worlds_of_their_own(store: RedisStore, shared_redis: object, admin: Redis) -> None:
+async def test_a_policy_created_while_its_namesake_is_deleted_stays_listed(
+    store: RedisStore, shared_redis: RedisProcess
+) -> None:
+    async def create_anew() -> None:
+        other = RedisStore.connect(shared_redis.url, command_timeout_s=5)
+        await other.create(policy(uid="u2"))
+        await other.close()
+
+    await store.create(policy(uid="u1"))
+    deleting = RedisStore.connect(shared_redis.url, command_timeout_s=5, observer=Interleaved("delete", create_anew))
+    assert await deleting.delete("lm") == "u1"
+    await deleting.close()
+    assert [found.uid for found in await store.list(limit=10)] == ["u2"]
+
+
+async def test_a_policy_whose_namesake_is_deleted_while_it_is_created_is_listed(
+    store: RedisStore, shared_redis: RedisProcess
+) -> None:
+    async def delete_namesake() -> None:
+        other = RedisStore.connect(shared_redis.url, command_timeout_s=5)
+        await other.delete("lm")
+        await other.close()
+
+    await store.create(policy(uid="u1"))
+    creating = RedisStore.connect(shared_redis.url, command_timeout_s=5, observer=Interleaved("index", delete_namesake))
+    assert await creating.create(policy(uid="u2")) == (policy(uid="u2"), True)
+    await creating.close()
+    assert [found.uid for found in await store.list(limit=10)] == ["u2"]
+
+
+async def test_prefixes_are_worlds_of_their_own(store: RedisStore, admin: Redis) -> None:
     await store.create(policy())
     other = RedisStore(admin, prefix="other")
     assert await other.get("lm") is None

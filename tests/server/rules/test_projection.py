@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -125,12 +125,19 @@ def test_large_vector_is_projected_exactly() -> None:
     _check_kkt(values, weights, 0.0, math.inf, tolerance=1e-8)
 
 
-@settings(max_examples=100, deadline=None)
+FIXED = st.one_of(
+    st.integers(-(1 << 40), 1 << 40),
+    st.builds(lambda whole, rest: whole * ONE + rest, st.integers(-2, 4), st.integers(-2, 2)),  # meets the bounds
+)
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    values=st.lists(st.integers(-(1 << 40), 1 << 40), min_size=1, max_size=20),
-    starts=st.lists(st.integers(-(1 << 53), 1 << 53), min_size=2, max_size=2),
+    values=st.lists(FIXED, min_size=1, max_size=20),
+    starts=st.lists(st.one_of(st.integers(-3, 3), st.integers(-(1 << 53), 1 << 53)), min_size=2, max_size=2),
     cap=st.sampled_from([ONE + ONE // 64, 2 * ONE, 1000 * ONE]),
 )
+@example(values=[4 * ONE + 3, 0, 0, 0], starts=[0, 1 << 53], cap=1000 * ONE)
 def test_threshold_is_exact_wherever_the_search_starts(values: list[int], starts: list[int], cap: int) -> None:
     def clipped(threshold: int) -> list[int]:
         return [min(max(value - threshold, 0), cap) for value in values]

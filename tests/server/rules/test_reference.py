@@ -171,6 +171,13 @@ def test_zero_contributions_leave_the_scale_unset(rule: Rule, start: Callable[[R
     assert state.scalars["mean_square"] == 9.0
 
 
+def test_full_weight_needs_more_than_the_threshold(start: Callable[[Rule, int], TableState]) -> None:
+    for threshold, contributions in ((0.0, [0.0, 1.0]), (1.0, [1.0, -1.0])):
+        rule = build("ema_sign", {"threshold": threshold})
+        step = Statistics(ids=np.arange(2), contributions=np.array(contributions, np.float32))
+        assert not rule.above_floor(rule.update(start(rule, 2), step), np.array([0])).any()
+
+
 def test_uniform_takes_steps_without_contributions(start: Callable[[Rule, int], TableState]) -> None:
     rule = build("uniform", {})
     state = rule.update(start(rule, 8), Statistics(ids=np.arange(4), losses=np.ones(4, np.float32)))

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from equipoise import PolicySpec
 from equipoise.policies import Durability, SettingValue
@@ -121,8 +122,8 @@ class Run:
         return float(self.trained.curve.guard_loss[self.chosen])
 
 
-OnStep = Callable[[str, int], None]
-"""Called after each training step with the method's name and the step within the run, from 1."""
+OnStep: TypeAlias = Callable[[Method, int], None]
+"""Called after each training step with the method and the step within the run, from 1."""
 
 
 def run_experiment(config: ExperimentConfig, *, address: str, on_step: OnStep | None = None) -> Iterator[Run]:

@@ -1,0 +1,1 @@
+"""Subcommands of `equipoise` that belong to the trainer."""

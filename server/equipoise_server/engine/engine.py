@@ -10,12 +10,21 @@ from equipoise_server.engine import tables
 from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.log import LogTail
 from equipoise_server.engine.policy import Policy
+from equipoise_server.engine.progress import Progress
 from equipoise_server.engine.runner import PolicyRunner, RunnerLimits
 from equipoise_server.engine.snapshot import Facts, Snapshot
 from equipoise_server.engine.spec import PolicySpec
 from equipoise_server.engine.telemetry import Telemetry
 from equipoise_server.engine.trainers import Trainers
-from equipoise_server.errors import ServiceError, policy_exists, policy_not_found, store_down, uid_mismatch, unloaded
+from equipoise_server.errors import (
+    ServiceError,
+    invalid,
+    policy_exists,
+    policy_not_found,
+    store_down,
+    uid_mismatch,
+    unloaded,
+)
 from equipoise_server.rules import build
 from equipoise_server.store import Fenced, NotFound, RedisStore, StoredPolicy, StoreError
 
@@ -71,8 +80,10 @@ class Engine:
     async def create_from(self, spec: PolicySpec, snapshot: Snapshot) -> StoredPolicy:
         """Stores a policy with the tables of a snapshot; it appears only when all of it is there.
 
-        Raises ServiceError (POLICY_EXISTS) when the name is taken.
+        Raises ServiceError: POLICY_EXISTS when the name is taken, INVALID_STATE when the rule can never have made
+        such tables.
         """
+        await self.device.run(lambda: self._check_tables(spec, snapshot))
         fresh = self._fresh(spec)
         facts = replace(snapshot.facts, progress=replace(snapshot.facts.progress, version=0), trainers="{}")
         snapshot = replace(snapshot, facts=facts)
@@ -204,6 +215,15 @@ class Engine:
             telemetry=self._telemetry,
             wall_clock=self._wall_clock,
         )
+
+    def _check_tables(self, spec: PolicySpec, snapshot: Snapshot) -> None:
+        policy = self._empty(spec, "")
+        try:
+            for index, page in snapshot.pages():
+                tables.load_page(policy.state, index, page.columns)
+            policy.load(Progress(), {})
+        except ValueError as error:  # a RuleError among them
+            raise invalid("INVALID_STATE", "chunk.data", str(error)) from error
 
     def _empty(self, spec: PolicySpec, uid: str) -> Policy:
         rule = build(spec.rule, spec.settings)

@@ -1,0 +1,23 @@
+"""Real servers in processes of their own."""
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from equipoise.testing import ServerProcess, serve
+from equipoise.v1 import policy_pb2_grpc
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    """A server that all tests share; each uses policies of its own."""
+    with serve() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def stub(server: ServerProcess) -> Iterator[policy_pb2_grpc.PolicyServiceStub]:
+    """The generated stub, without our client."""
+    with grpc.insecure_channel(server.address) as channel:
+        yield policy_pb2_grpc.PolicyServiceStub(channel)

@@ -11,10 +11,11 @@ from tests.client.conversations import Conversation, Server, make_session
 
 ACTIONS = st.lists(
     st.sampled_from(
-        ["step", "step", "submit", "connect", "send", "send", "serve", "serve", "receive", "receive", "persist", "cut"]
-        + ["crash", "wait"]
+        ["step", "step", "step", "submit", "connect", "send", "serve", "receive", "settle", "persist", "cut", "crash"]
+        + ["wait"]
     ),
-    max_size=120,
+    min_size=40,
+    max_size=80,
 )
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from equipoise.archive import ArchiveError, PolicyArchive
 from equipoise.client import PolicyClient
 from equipoise.commands.policy import FAILED, NOT_FOUND, UNREACHABLE, USAGE_ERROR, main
 from equipoise.policies import PolicySpec
+from equipoise.testing import serve
 
 NUM_EXAMPLES = 50
 NUM_STEPS = 3
@@ -34,18 +34,9 @@ Command = Callable[..., Said]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    ready = folder / "ready"
-    flags = ["--listen=127.0.0.1:0", "--metrics-listen=", f"--data-dir={folder / 'data'}", f"--ready-file={ready}"]
-    with subprocess.Popen([sys.executable, "-m", "equipoise", "serve", *flags]) as process:
-        deadline = time.monotonic() + 60
-        while not ready.exists():
-            assert process.poll() is None, "the server did not start"
-            assert time.monotonic() < deadline, "the server was not ready in time"
-            time.sleep(0.05)
-        yield json.loads(ready.read_text())["address"]
-        process.terminate()
+def server() -> Iterator[str]:
+    with serve() as process:
+        yield process.address
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from equipoise_server.engine.step import Answer, Kind, Outcome, Step
 from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import invalid
 from equipoise_server.rules import PAGE_EXAMPLES, Rule, RuleError, Statistics, TableState, evidence
-from equipoise_server.store import LogEntry
+from equipoise_server.store import LogEntry, LogLost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class Policy:
         return self._answer(step, Outcome.REFUSED if step.kind is Kind.REFUSED else Outcome.APPLIED), entry
 
     def replay(self, entry: LogEntry, *, with_evidence: bool = True) -> None:
-        """Applies a log entry to every page that does not hold it yet."""
+        """Applies a log entry to every page that does not hold it yet. Raises LogLost when entries are missing."""
         logged = decode(entry.fields)
         step = logged.step
         if step.statistics is not None:
@@ -98,7 +98,8 @@ class Policy:
             found = None
         if entry.version <= self.version:
             return
-        assert entry.version == self.version + 1, f"log jumps from version {self.version} to {entry.version}"
+        if entry.version != self.version + 1:
+            raise LogLost(self.spec.name, last_version=self.version)
         refused = step.kind is Kind.REFUSED
         self.progress = self.progress.after_refusal() if refused else self.progress.after(step, found)
         if step.sequence:

@@ -19,8 +19,11 @@ QUIET = ("asyncio", "grpc")
 """Libraries whose everyday messages are not news."""
 
 
-def configure(*, level: str, form: Literal["json", "console"], stream: TextIO | None = None) -> None:
-    """Sends everything logged in this process, by whatever library, to `stream` (default: standard error)."""
+def configure(*, level: str, form: Literal["auto", "json", "console"], stream: TextIO | None = None) -> None:
+    """Sends everything logged in this process, by whatever library, to `stream` (default: standard error).
+
+    With `auto` a terminal gets `console`, anything else `json`.
+    """
     stream = stream or sys.stderr
     common: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -29,7 +32,7 @@ def configure(*, level: str, form: Literal["json", "console"], stream: TextIO | 
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if form == "json":
+    if form == "json" or (form == "auto" and not stream.isatty()):
         last: list[Processor] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     else:  # plain tracebacks, as in JSON: the others print local variables, secrets among them
         plain = structlog.dev.plain_traceback

@@ -133,7 +133,9 @@ class Settings(BaseSettings):
     drain_grace_s: float = Field(20.0, ge=0, description="longest wait for open requests while stopping")
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
-    log_format: Literal["json", "console"] = Field("json", description="json: one object a line; console: for eyes")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="json: one object a line; console: for eyes; auto: console on a terminal, else json"
+    )
     metrics_max_policies: int = Field(100, ge=0, description="most policies with metrics of their own")
 
     @model_validator(mode="after")

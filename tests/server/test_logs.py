@@ -69,5 +69,16 @@ def test_an_exception_keeps_its_traceback_but_shows_no_local_variables(form: Any
     assert password not in stream.getvalue()
 
 
+def test_programs_get_json_and_people_get_text() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, is_json in ((io.StringIO(), True), (Terminal(), False)):
+        logs.configure(level="info", form="auto", stream=stream)
+        structlog.get_logger("a").info("served")
+        assert stream.getvalue().startswith("{") is is_json
+
+
 def test_ids_differ() -> None:
     assert len({logs.new_id() for _ in range(100)}) == 100

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from equipoise import wire
 from equipoise.errors import InvalidRequestError, ServerBugError
-from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
+from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo, check_name
 from equipoise.v1 import policy_pb2 as pb
 
 Field: TypeAlias = Literal["weight", "score"]
@@ -40,6 +40,7 @@ class Call(Generic[T]):
 
 def create(spec: PolicySpec, *, fork_of: str = "") -> Call[PolicyStatus]:
     """Creates a policy."""
+    check_name(spec.name)
     request = pb.CreatePolicyRequest(policy=spec.to_proto())
     setattr(request, "from", fork_of)  # a keyword of Python
     return Call(method="CreatePolicy", policy=spec.name, request=request, parse=_status)

@@ -41,7 +41,7 @@ class Backoff:
     """
 
     first: float = 0.1
-    longest: float = 5.0
+    longest: float = 2.0
 
     def __post_init__(self) -> None:
         _check_positive("backoff.first", self.first)

@@ -1,5 +1,6 @@
 """Policies as values: what one is, how it stands, and the server that holds it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -7,6 +8,9 @@ from typing import Literal, TypeAlias, get_args
 
 from equipoise.errors import InvalidRequestError
 from equipoise.v1 import policy_pb2 as pb
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+"""Names of policies."""
 
 Durability: TypeAlias = Literal["logged", "behind"]
 """When a step is answered: once it is in the log, or at once."""
@@ -195,6 +199,17 @@ class ServerInfo:
             max_message_bytes=message.max_message_bytes,
             rules=tuple(message.rules),
         )
+
+
+def check_name(name: str) -> str:
+    """The name.
+
+    Raises:
+        InvalidRequestError: it is none for a policy.
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidRequestError(field="policy", value=repr(name), rule=f"must match {NAME.pattern}")
+    return name
 
 
 def _setting(value: SettingValue) -> pb.SettingValue:

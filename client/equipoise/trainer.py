@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import secrets
 import threading
 from collections.abc import Mapping
@@ -13,11 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from equipoise.config import Backoff, Limits, Timeout
 from equipoise.errors import ClientClosedError, InvalidRequestError
-from equipoise.policies import Durability, PolicySpec, SettingValue
+from equipoise.policies import Durability, PolicySpec, SettingValue, check_name
 from equipoise.session import Session, SessionOptions, WhenLost
 from equipoise.stats import Stats
 
 logger = logging.getLogger("equipoise")
+
+TRAINER_ID = re.compile(r"[ -~]{1,128}")
 
 ADDRESS = "localhost:50051"
 """Where a server listens unless told otherwise."""
@@ -45,8 +48,12 @@ class Trainer:
     ) -> None:
         if num_examples is not None and num_examples < 1:
             raise InvalidRequestError(field="num_examples", value=num_examples, rule="must be at least 1")
+        if trainer_id is not None and not TRAINER_ID.fullmatch(trainer_id):
+            raise InvalidRequestError(
+                field="trainer_id", value=repr(trainer_id), rule="must be 1 to 128 printable ASCII characters"
+            )
         self.address = address
-        self.policy = policy
+        self.policy = check_name(policy)
         self._options = SessionOptions(
             spec=PolicySpec(
                 name=policy,

@@ -49,7 +49,7 @@ def save_picture(runs: Sequence[Run], config: ExperimentConfig, *, path: Path) -
         figure = Figure(figsize=(13, 7.6), dpi=150, facecolor="white")
         served = of(runs, "served")
         grid = figure.add_gridspec(
-            3, 2, width_ratios=(1.45, 1), left=0.05, right=0.945, bottom=0.085, top=0.83, hspace=0.5, wspace=0.48
+            3, 2, width_ratios=(1.35, 1), left=0.05, right=0.945, bottom=0.085, top=0.83, hspace=0.5, wspace=0.56
         )
         losses = figure.add_subplot(grid[:, 0] if served else grid[:, :])
         _draw_losses(losses, runs)

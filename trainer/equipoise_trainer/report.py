@@ -94,8 +94,9 @@ def table(rows: Sequence[MethodSummary], config: ExperimentConfig) -> Table:
     """One row per method; `beaten`: the seeds in which the served policy has the lower test loss. Fits 80 columns."""
     result = Table(
         title=describe(config),
-        caption=f"{_count(config)}; nats, read at the step of the lowest loss on guard B",
+        caption=f"{_count(config)}; nats, at the step of the lowest loss on guard B",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         title_style="bold",
         title_justify="left",
         caption_justify="left",
@@ -122,9 +123,9 @@ def sentences(served: ServedSummary) -> list[str]:
     lines: list[str] = []
     areas = [area for area in served.auroc if area is not None]
     if areas:
-        lines.append(f"Flipped labels are found from the scores with AUROC {sum(areas) / len(areas):.3f}")
+        lines.append(f"Flipped labels found from the scores: AUROC {sum(areas) / len(areas):.3f}")
         shares = served.flipped_share
-        lines[-1] += f" and end with {100 * sum(shares) / len(shares):.1f} % of\nthe weight."
+        lines[-1] += f"; they keep {100 * sum(shares) / len(shares):.1f} % of weight."
     effective = served.effective_share
     lines.append(f"Effective examples at the end: {100 * sum(effective) / len(effective):.0f} % of N.")
     if served.reached_at and served.uniform_best_step:
@@ -132,7 +133,7 @@ def sentences(served: ServedSummary) -> list[str]:
             f"{'never' if reached is None else reached}/{best}"
             for reached, best in zip(served.reached_at, served.uniform_best_step, strict=True)
         ]
-        lines.append(f"Steps to uniform's best test loss, served/uniform by seed: {', '.join(pairs)}.")
+        lines.append(f"Steps to uniform's best loss, served/uniform: {', '.join(pairs)}.")
     return lines
 
 

@@ -103,8 +103,8 @@ def _play(config: ExperimentConfig, *, output: Path, console: Console) -> None:
     console.print("[bold]Equipoise[/bold] tells a training job at every step how much each example counts.\n")
     console.print("Starting a policy server, a process of its own with its own Redis …")
     with serve() as server:
-        console.print(f"It serves on {server.address}. Now training on handwritten digits, 20 % of them with")
-        console.print("wrong labels: once with all examples equal, once asking the server at every step.\n")
+        console.print(f"It serves on {server.address}. Now learning handwritten digits, 20 % of them")
+        console.print("with wrong labels: first with all equal, then asking the server at every step.\n")
         accident = Accident(server, at_step=config.steps // 2)
         with progress_bar(config.total_steps, console=console) as show, _both(show, accident.on_step) as on_step:
             runs = list(run_experiment(config, address=server.address, on_step=on_step))
@@ -137,8 +137,8 @@ def _both(first: OnStep, second: OnStep) -> Iterator[OnStep]:
 def _tell_accident(killed: Run, accident: Accident, *, console: Console) -> None:
     facts = killed.facts
     assert facts is not None, "a served run has facts"
-    console.print(f"At step {accident.at_step} of the first served run the server was killed (SIGKILL). It was back")
-    console.print(f"{accident.down_s:.1f} s later, read its state from Redis, and the waiting trainer went on:")
+    console.print(f"At step {accident.at_step} of the first served run the server was killed with SIGKILL. It was")
+    console.print(f"back {accident.down_s:.1f} s later with its state from Redis, and the waiting trainer went on:")
     intact = facts.steps_sent == facts.version == facts.durable_version
     verdict = "[bold green]nothing lost[/bold green]" if intact else "[bold red]NOT the same[/bold red]"
     console.print(

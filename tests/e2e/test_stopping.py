@@ -1,0 +1,88 @@
+"""The orderly end of a server, and what keeps two from standing in each other's way."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from equipoise import PolicyClient
+from equipoise.errors import UnavailableError
+from equipoise.testing import ServerProcess, serve
+from equipoise_server.store import EmbeddedRedis
+
+
+def test_sigterm_under_load_loses_nothing_and_no_step_fails() -> None:
+    with serve() as server:
+        done, halfway = threading.Event(), threading.Event()
+        failures: list[BaseException] = []
+
+        def train() -> None:
+            random = np.random.default_rng(0)
+            try:
+                with PolicyClient(server.address, policy="p", num_examples=1000, when_lost="wait") as client:
+                    for index in range(400):
+                        ids = random.integers(0, 1000, 32)
+                        client.step(ids, contributions=random.standard_normal(32))
+                        if index == 100:
+                            halfway.set()
+                    assert client.flush(durable=True)
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                done.set()
+                halfway.set()
+
+        training = threading.Thread(target=train)
+        training.start()
+        assert halfway.wait(60)
+        assert server.stop() == 0
+        assert not done.is_set()
+        server.start()
+        training.join(120)
+        assert failures == []
+        with PolicyClient(server.address, policy="p") as client:
+            status = client.status()
+        assert (status.version, status.durable_version, status.epoch) == (400, 400, 2)
+
+
+def test_an_idle_server_stops_at_once() -> None:
+    with serve() as server:
+        assert server.stop() == 0
+        assert '"event": "stopped"' in server.log
+
+
+def test_a_port_is_not_shared(server: ServerProcess, tmp_path: Path) -> None:
+    second = ServerProcess(tmp_path, {"listen": server.address})
+    with pytest.raises(UnavailableError, match=f"listen: '{server.address}' cannot be bound"):
+        second.start()
+
+
+def test_a_data_directory_is_not_shared(server: ServerProcess) -> None:
+    second = ServerProcess(server.data_dir.parent, {"ready_file": server.data_dir / "second.json"})
+    with pytest.raises(UnavailableError, match="in use by another server"):
+        second.start()
+
+
+async def test_with_redis_by_url_another_server_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
+    redis = EmbeddedRedis(tmp_path / "redis")
+    await redis.start()
+    try:
+        weights = await asyncio.to_thread(two_servers_one_after_the_other, redis.url)
+    finally:
+        await redis.stop()
+    np.testing.assert_array_equal(*weights)
+
+
+def two_servers_one_after_the_other(url: str) -> list[NDArray[np.float32]]:
+    """The policy as the first server left it, and as the second, with a data directory of its own, has it."""
+    seen = []
+    for contributions in ([1.0, -1.0, 0.5], None):
+        with serve(redis_url=url) as server, PolicyClient(server.address, policy="p", num_examples=3) as client:
+            if contributions:
+                client.step([0, 1, 2], contributions=contributions)
+            seen.append(client.read_weights())
+            assert client.status().version == 1
+    return seen

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from hashlib import blake2b
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.errors import InvalidRequestError
 
-Key: TypeAlias = str | bytes | int
+Key: TypeAlias = str | bytes | int | np.integer[Any]
 """What names an example: its text, its bytes, or a number."""
 
 

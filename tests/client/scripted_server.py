@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+from typing_extensions import override
 
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceServicer, add_PolicyServiceServicer_to_server
@@ -26,7 +27,7 @@ REFUSED_STEP = 666
 class Memory:
     """What outlives a server: its store."""
 
-    spec: pb.PolicySpec | None = None
+    spec: pb.PolicySpec = field(default_factory=pb.PolicySpec)  # nameless: there is no policy
     uid: str = ""
     epoch: int = 1
     version: int = 0
@@ -48,33 +49,62 @@ class Service(PolicyServiceServicer):
         self.durable_lag = 0
         self.end_after: int | None = None
         self.end_with: tuple[grpc.StatusCode, status_pb2.Status] | None = None
+        self.fail_with: tuple[grpc.StatusCode, status_pb2.Status] | None = None
         self.reconnect_after: int | None = None
         self.opened: list[pb.OpenRequest] = []
+        self.chunk_offsets = [0, 3]
         self.received: list[int] = []
         self.headers: list[str] = []
 
+    @override
     def CreatePolicy(self, request: pb.CreatePolicyRequest, context: grpc.ServicerContext) -> pb.CreatePolicyResponse:
         with self.lock:
-            created = self.memory.spec is None
+            created = not self.memory.spec.name
             if created:
                 self.memory.spec, self.memory.uid = request.policy, uuid4().hex
             elif self.memory.spec.num_examples != request.policy.num_examples:
                 context.abort(grpc.StatusCode.ALREADY_EXISTS, "num_examples differs")
             return pb.CreatePolicyResponse(status=self.memory.status(), created=created)
 
+    @override
     def GetPolicy(self, request: pb.GetPolicyRequest, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
+        if self.fail_with is not None:
+            abort_with(context, *self.fail_with)
         self._check_exists(request.policy, context)
         return pb.GetPolicyResponse(status=self.memory.status())
 
+    @override
     def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
     ) -> pb.GetServerInfoResponse:
         return pb.GetServerInfoResponse(api_version="v1", max_batch_examples=1000)
 
+    @override
+    def ListPolicies(self, request: pb.ListPoliciesRequest, context: grpc.ServicerContext) -> pb.ListPoliciesResponse:
+        start = int(request.page_token or 0)
+        page = [pb.ListedPolicy(spec=pb.PolicySpec(name=f"{request.prefix}{i}")) for i in range(start, start + 2)]
+        return pb.ListPoliciesResponse(policies=page, next_page_token=str(start + 2) if start < 4 else "")
+
+    @override
+    def ReadWeights(
+        self, request: pb.ReadWeightsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ReadWeightsResponse]:
+        for offset in self.chunk_offsets:
+            yield pb.ReadWeightsResponse(offset=offset, values=np.arange(offset, offset + 3, dtype="<f4").tobytes())
+
+    @override
+    def WatchPolicy(
+        self, request: pb.WatchPolicyRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchPolicyResponse]:
+        for version in range(3):
+            yield pb.WatchPolicyResponse(status=pb.PolicyStatus(version=version))
+        abort(context, grpc.StatusCode.NOT_FOUND, "POLICY_DELETED")
+
+    @override
     def Exchange(
         self, requests: Iterator[pb.ExchangeRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ExchangeResponse]:
-        self.headers += [value for key, value in context.invocation_metadata() if key == "x-equipoise-policy"]
+        self.headers += [str(value) for key, value in context.invocation_metadata() if key == "x-equipoise-policy"]
         self.speaking.wait()
         opening = next(requests).open
         self._check_exists(opening.policy, context)
@@ -92,8 +122,7 @@ class Service(PolicyServiceServicer):
                 num_examples=self.memory.spec.num_examples,
             )
         )
-        answers = 0
-        for request in requests:
+        for answers, request in enumerate(requests):
             self.speaking.wait()
             if self.end_after is not None and answers >= self.end_after:
                 self.end_after = None
@@ -103,8 +132,7 @@ class Service(PolicyServiceServicer):
             with self.lock:
                 answer = self._apply(request.step, applied, context)
             yield pb.ExchangeResponse(step=answer)
-            answers += 1
-            if answers == self.reconnect_after:
+            if answers + 1 == self.reconnect_after:
                 self.reconnect_after = None
                 yield pb.ExchangeResponse(reconnect=pb.ReconnectRequest(within_ms=10))
 
@@ -142,7 +170,7 @@ class Service(PolicyServiceServicer):
         return answer
 
     def _check_exists(self, policy: str, context: grpc.ServicerContext) -> None:
-        if self.memory.spec is None or self.memory.spec.name != policy:
+        if self.memory.spec.name != policy:
             abort(context, grpc.StatusCode.NOT_FOUND, "POLICY_NOT_FOUND")
 
 
@@ -160,7 +188,7 @@ class ScriptedServer:
 
     def start(self) -> None:
         """Starts (again), with what memory holds."""
-        self.service = Service(self.memory)
+        self.service = Service(self.memory)  # type: ignore[abstract]  # the calls it lacks answer UNIMPLEMENTED
         options = [("grpc.so_reuseport", 0), ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000)]
         self._server = grpc.server(ThreadPoolExecutor(max_workers=16), options=options)
         add_PolicyServiceServicer_to_server(self.service, self._server)

@@ -3,18 +3,17 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.client.conversations import Conversation, Server, make_session
 
 from equipoise import Outcome, Source, errors
 from equipoise.session import WhenLost
 from equipoise.v1 import policy_pb2 as pb
-from tests.client.conversations import Conversation, Server, make_session
 
+STREAM = ["connect", "send", "serve", "receive", "settle"]
+TROUBLE = ["persist", "cut", "crash", "wait"]
 ACTIONS = st.lists(
-    st.sampled_from(
-        ["step", "step", "step", "submit", "connect", "send", "serve", "receive", "settle", "persist", "cut", "crash"]
-        + ["wait"]
-    ),
-    min_size=40,
+    st.sampled_from(["step", "step", "step", "submit", *STREAM, *TROUBLE]),
+    min_size=40,  # shorter ones hardly get to a crash after an answer
     max_size=80,
 )
 
@@ -168,7 +167,7 @@ def test_the_wait_between_attempts_grows_and_starts_over_after_an_answer() -> No
         assert talk.session.connect_at is not None
         delays.append(round(talk.session.connect_at - talk.now, 3))
         talk.connect()
-    assert delays == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.5, 2.5]
+    assert delays == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
     talk.step(2)
     talk.settle()
     talk.cut()

@@ -1,0 +1,60 @@
+"""A real server process, and the client against it."""
+
+from collections.abc import Iterator
+from time import monotonic
+
+import numpy as np
+import pytest
+
+from equipoise import PolicyClient, Source, Timeout, errors
+from equipoise.testing import ServerProcess, serve
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ServerProcess]:
+    with serve(device="cpu") as running:
+        yield running
+
+
+def run(client: PolicyClient, process: ServerProcess, *, kill_at: int | None) -> np.ndarray:
+    generator = np.random.default_rng(7)
+    for number in range(40):
+        if number == kill_at:
+            process.restart()
+        client.step(generator.integers(0, 100, 16), contributions=generator.normal(size=16), step=number)
+    return client.read_weights()
+
+
+def test_a_killed_run_ends_as_one_that_was_not(process: ServerProcess) -> None:
+    address = process.address
+    weights = []
+    for name, kill_at in (("unkilled", None), ("killed", 20)):
+        with PolicyClient(
+            process.address, policy=name, num_examples=100, when_lost="wait", timeout=Timeout(wait=60.0)
+        ) as client:
+            weights.append(run(client, process, kill_at=kill_at))
+            assert client.status().version == 40
+    assert process.address == address
+    assert weights[0].tobytes() == weights[1].tobytes()
+    assert weights[0].std() > 0.1
+
+
+def test_a_paused_server_does_not_stop_training(process: ServerProcess) -> None:
+    timeout = Timeout(step=0.3, close=2.0)
+    with PolicyClient(process.address, policy="paused", num_examples=10, timeout=timeout) as client:
+        assert client.step([1], contributions=[1.0]).source is Source.SERVED
+        process.pause()
+        try:
+            start = monotonic()
+            sources = {client.step([1], contributions=[1.0]).source for _ in range(50)}
+            assert sources == {Source.STALE}
+            assert monotonic() - start < 2.0
+        finally:
+            process.resume()
+        assert client.flush(20, durable=True)
+        assert client.status().version == 51
+
+
+def test_a_server_that_cannot_start_says_why() -> None:
+    with pytest.raises(errors.UnavailableError, match=r"no_such_setting|no-such-setting"), serve(no_such_setting=1):
+        pass

@@ -58,7 +58,7 @@ class Curve:
     flipped_share: Array
 
     def to_json(self) -> dict[str, Any]:
-        """Lists by name; NaN becomes None, so that any JSON reader takes it."""
+        """Lists by name; what is not finite becomes None, so that any JSON reader takes it."""
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
 
 
@@ -101,5 +101,7 @@ def _quantiles(weights: Array) -> Array:
 def _plain(values: NDArray[Any]) -> Any:
     if values.ndim > 1:
         return [_plain(row) for row in values]
+    if values.dtype.kind != "f":
+        return values.tolist()
     # Six digits are more than any of these has.
-    return [None if value != value else float(f"{value:.6g}") for value in values.tolist()]
+    return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values.tolist()]

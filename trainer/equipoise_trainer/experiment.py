@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from equipoise import PolicySpec
+from equipoise import PolicyAdmin, PolicySpec
 from equipoise.policies import Durability, SettingValue
 from equipoise.session import WhenLost
 from equipoise_trainer.analysis import chosen_index, detection_auroc
@@ -18,6 +18,9 @@ from equipoise_trainer.perceptron import Array
 from equipoise_trainer.serving import ServedFacts, ServedWeigher
 from equipoise_trainer.tasks import Task
 from equipoise_trainer.training import Plan, Trained, train
+
+REACH_S = 10.0
+"""Longest wait for the first sign of the server, seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +140,9 @@ def run_experiment(config: ExperimentConfig, *, address: str, on_step: OnStep | 
     Raises:
         equipoise.EquipoiseError: the server refused something, or cannot be reached.
     """
+    if "served" in config.methods:
+        with PolicyAdmin(address, timeout=REACH_S) as admin:
+            admin.server_info()  # a server that is not there is noticed before any training
     # A policy is never reused: a name of its own for each experiment.
     prefix = f"perceptron-{config.dataset}-{secrets.token_hex(4)}"
     for seed in config.seeds:

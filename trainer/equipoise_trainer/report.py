@@ -1,6 +1,7 @@
 """The report of an experiment: a table on the terminal, `report.json` and `report.png`."""
 
 import json
+import math
 import os
 import platform
 import sys
@@ -52,7 +53,7 @@ def save_report(runs: Sequence[Run], config: ExperimentConfig, *, directory: Pat
 
 
 def to_json(runs: Sequence[Run], config: ExperimentConfig, *, server: str) -> dict[str, Any]:
-    """The whole report; losses in nats, arithmetic in float64. Only what JSON knows: no NaN."""
+    """The whole report; losses in nats, arithmetic in float64. What is not finite is None, since JSON has no NaN."""
     served = summarise_served(runs)
     return {
         "format": FORMAT,
@@ -63,8 +64,8 @@ def to_json(runs: Sequence[Run], config: ExperimentConfig, *, server: str) -> di
         "versions": versions(),
         "precision": "float64; statistics and weights travel as float32",
         "config": asdict(config),
-        "summary": [asdict(row) for row in summarise(runs)],
-        "served": None if served is None else asdict(served),
+        "summary": [_finite(asdict(row)) for row in summarise(runs)],
+        "served": None if served is None else _finite(asdict(served)),
         "runs": [_run(run) for run in runs],
     }
 
@@ -166,12 +167,20 @@ def _span(values: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _run(run: Run) -> dict[str, Any]:
     return {
         "method": run.method,
         "seed": run.seed,
         "learning_rate": run.candidate.learning_rate,
-        "settings": dict(run.candidate.settings),
+        "settings": _finite(dict(run.candidate.settings)),
         "candidates": run.candidates,
         "chosen_step": int(run.trained.curve.steps[run.chosen]),
         "auroc": run.auroc,

@@ -1,5 +1,6 @@
 """What an experiment shows: one row per method, and the comparisons between them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Of one value per seed."""
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        finite = bool(np.isfinite(values).all())
+        deviation = (float(np.std(values, ddof=1)) if finite else math.nan) if len(values) > 1 else 0.0
         return cls(mean=float(np.mean(values)), deviation=deviation)
 
     def __format__(self, spec: str) -> str:

@@ -16,6 +16,7 @@ class Checkpoint:
     Attributes:
         format: version of this layout.
         policy: name of the policy.
+        num_examples: N; 0: not known.
         uid: its incarnation; empty: never connected.
         trainer_id: id of the trainer.
         sequence: sequence of the newest step.
@@ -27,6 +28,7 @@ class Checkpoint:
 
     format: int = FORMAT
     policy: str
+    num_examples: int
     uid: str
     trainer_id: str
     sequence: int

@@ -14,16 +14,16 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipoise import errors, wire
 from equipoise.checkpoint import Checkpoint
-from equipoise.config import Backoff, Limits, Timeout
 from equipoise.errors import EquipoiseError
-from equipoise.policies import PolicySpec
+from equipoise.options import SessionOptions
+from equipoise.outage import Outage
 from equipoise.results import OUTCOMES, Outcome, Source, StepResult
 from equipoise.stats import Stats
 from equipoise.v1 import policy_pb2 as pb
@@ -32,9 +32,6 @@ from equipoise.window import Ticket, Window
 
 logger = logging.getLogger("equipoise")
 
-WhenLost: TypeAlias = Literal["continue", "wait"]
-"""What a step does when the server is lost: go on with the newest weights known, or wait."""
-
 _PERMANENT = (
     errors.PolicyNotFoundError,
     errors.PolicyExistsError,
@@ -42,37 +39,6 @@ _PERMANENT = (
     errors.UnsupportedError,
 )
 """What no retry mends before the first opening; later, in `continue` mode, an operator may mend it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionOptions:
-    """How a session behaves.
-
-    Attributes:
-        spec: the policy; with num_examples 0 it must exist.
-        when_lost: see the module.
-        max_staleness: most steps that weights served before may be older than the newest step, to be used at all.
-        timeout: deadlines.
-        backoff: waits between attempts to connect.
-        limits: how much is kept.
-    """
-
-    spec: PolicySpec
-    when_lost: WhenLost
-    max_staleness: int
-    timeout: Timeout
-    backoff: Backoff
-    limits: Limits
-
-    def __post_init__(self) -> None:
-        if self.when_lost not in ("continue", "wait"):
-            raise errors.InvalidRequestError(
-                field="when_lost", value=self.when_lost, rule="must be 'continue' or 'wait'"
-            )
-        if self.max_staleness < 0:
-            raise errors.InvalidRequestError(
-                field="max_staleness", value=self.max_staleness, rule="must not be negative"
-            )
 
 
 class Link(Enum):
@@ -130,9 +96,8 @@ class Session:
         self._link = Link.DOWN
         self._generation = 0
         self._streams = 0
-        self._attempts = 0
         self._leave_within = 0.0
-        self._outage = False
+        self._outage = Outage(options, random=random)
         self._opening: pb.OpenRequest | None = None
         self._create = options.spec.num_examples > 0
         self._lost_policy = False
@@ -160,7 +125,7 @@ class Session:
         if self._link is Link.OPEN:  # else the next opening finds it in the window
             self._outbox.append(ticket)
         self.connect(now)
-        if self._outage and self._continues:
+        if self._outage.active and self._continues:
             self._fall_back(ticket, now)
         return ticket
 
@@ -175,7 +140,7 @@ class Session:
 
     def probe(self, now: float) -> None:
         """Asks how far the steps are durable, unless an answer that will tell is under way already."""
-        if self._link is Link.OPEN and not (self._outage or self._in_flight or self._outbox):
+        if self._link is Link.OPEN and not (self._outage.active or self._in_flight or self._outbox):
             self._read(wire.build_read([0], wire.Bounds()), now)
 
     def cached_weights(self, ids: ArrayLike) -> NDArray[np.float32]:
@@ -194,12 +159,12 @@ class Session:
     @property
     def stats(self) -> Stats:
         """A copy of the counters."""
-        return replace(self._stats, undurable=len(self._window))
+        return replace(self._stats, undurable=len(self._window), outages=self._outage.count)
 
     @property
     def unreachable(self) -> bool:
         """Whether the server is known to be lost, or silent, now."""
-        return self._outage or self.failure is not None
+        return self._outage.active or self.failure is not None
 
     def flushed(self, *, durable: bool) -> bool:
         """Whether every step is answered (and durable)."""
@@ -209,7 +174,7 @@ class Session:
         """The caller of a step or read has waited long enough."""
         if ticket.settled:
             return
-        self._begin_outage(f"no answer within {now - ticket.since:.3g} s")
+        self._outage.begin(f"no answer within {now - ticket.since:.3g} s")
         if self._continues:
             self._fall_back(ticket, now)
             return
@@ -227,6 +192,7 @@ class Session:
         epoch, version = self._view.seen
         return Checkpoint(
             policy=self._name,
+            num_examples=self._view.bounds.num_examples,
             uid=self._view.uid,
             trainer_id=self.trainer_id,
             sequence=self._window.last_sequence,
@@ -249,6 +215,7 @@ class Session:
         self._view.uid = checkpoint.uid
         self._view.seen = (checkpoint.epoch, checkpoint.version)
         self._view.durable_sequence = checkpoint.durable_sequence
+        self._view.resize(checkpoint.num_examples)
         self._loaded = checkpoint.sequence
         self._window.renumber(checkpoint.sequence - len(checkpoint.window))
         for data in checkpoint.window:
@@ -321,9 +288,8 @@ class Session:
         elif kind == "reconnect":
             self._link = Link.LEAVING
             self._leave_within = message.reconnect.within_ms / 1000
-        if self._outage and self.failure is None:
-            self._outage = False
-            logger.info("%s: the server answers again", self._name)
+        if self.failure is None:
+            self._outage.end()
 
     def ended(self, error: EquipoiseError | None, now: float) -> None:
         """The stream ended, or could not be opened; None: it was `left`, which is no outage."""
@@ -358,19 +324,16 @@ class Session:
 
     @property
     def _continues(self) -> bool:
-        return self.options.when_lost == "continue"
+        return self.options.continues
 
     def _ticket(self, request: wire.Request, now: float, *, waits: bool) -> Ticket:
-        timeout = self.options.timeout
-        patience = timeout.wait
-        if self._continues:
-            patience = timeout.step if self._streams else max(timeout.step, timeout.connect)
+        patience = self.options.patience(connected_before=self._streams > 0)
         return Ticket(request=request, made=self._view.made, since=now, deadline=now + patience, waits=waits)
 
     def _read(self, request: wire.Request, now: float) -> Ticket:
         ticket = self._ticket(request, now, waits=True)
         self.connect(now)
-        if self._outage and self._continues:
+        if self._outage.active and self._continues:
             self._fall_back(ticket, now)
         elif self._link is Link.OPEN:
             self._outbox.append(ticket)
@@ -491,7 +454,7 @@ class Session:
         if self.failure is not None:
             return
         self._in_flight.popleft()
-        self._attempts = 0
+        self._outage.recover()
         is_new = not ticket.answered and not ticket.request.reads
         ticket.answered = True
         self._stats.unacked -= is_new
@@ -530,22 +493,12 @@ class Session:
             self._create = self.options.spec.num_examples > 0
             self._lost_policy = self._lost_policy or bool(self._view.uid)
             self._view.uid = ""
-        delay = self.options.backoff.delay(self._attempts, self._random)
-        self.connect_at = now + max(delay, error.retry_after or 0.0)
-        self._attempts += 1
-        self._begin_outage(str(error))
+        self.connect_at = now + self._outage.delay(error)
+        self._outage.begin(str(error))
         if self._continues:
             for ticket in (*self._window, *self._reads):
                 self._fall_back(ticket, now)
             self._reads.clear()
-
-    def _begin_outage(self, cause: str) -> None:
-        if self._outage:
-            return
-        self._outage = True
-        self._stats.outages += 1
-        then = "training goes on with the newest weights known" if self._continues else "waiting for it"
-        logger.warning("%s: the server is lost (%s); %s", self._name, cause, then)
 
     def _warn(self, topic: str, text: str) -> None:
         """Logs once per session and topic."""

@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from equipoise.config import Backoff, Limits, Timeout
 from equipoise.errors import ClientClosedError, InvalidRequestError
+from equipoise.options import SessionOptions, WhenLost
 from equipoise.policies import Durability, PolicySpec, SettingValue, check_name
-from equipoise.session import Session, SessionOptions, WhenLost
+from equipoise.session import Session
 from equipoise.stats import Stats
 
 logger = logging.getLogger("equipoise")

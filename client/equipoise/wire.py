@@ -125,13 +125,13 @@ def example_ids(field: str, values: ArrayLike, bounds: Bounds) -> NDArray[np.uin
 
 
 def float32s(data: bytes) -> NDArray[np.float32]:
-    """float32 values of little-endian bytes, read-only."""
-    return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
+    """float32 values of little-endian bytes; an array of its own, as torch.from_numpy wants it."""
+    return np.frombuffer(data, "<f4").astype(np.float32)
 
 
 def uint64s(data: bytes) -> NDArray[np.uint64]:
-    """uint64 values of little-endian bytes, read-only."""
-    return np.frombuffer(data, "<u8").astype(np.uint64, copy=False)
+    """uint64 values of little-endian bytes; an array of its own."""
+    return np.frombuffer(data, "<u8").astype(np.uint64)
 
 
 def answer_ids(message: pb.StepRequest, num_examples: int) -> NDArray[np.uint64]:

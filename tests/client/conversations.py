@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from equipoise import Backoff, Limits, PolicySpec, Timeout, errors
-from equipoise.session import Session, SessionOptions, WhenLost
+from equipoise.options import SessionOptions, WhenLost
+from equipoise.session import Session
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.window import Ticket
 

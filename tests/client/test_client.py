@@ -341,6 +341,24 @@ def test_a_restarted_trainer_goes_on_exactly_once(server: ScriptedServer) -> Non
         assert applied(server) == [0, 1, 2]
 
 
+def test_a_restarted_trainer_need_not_know_the_size(server: ScriptedServer) -> None:
+    with client_of(server) as client:
+        step(client, 0)
+        server.kill()
+        client.submit(losses=np.ones(10), all_examples=True, step=1)
+        state = client.state_dict()
+    server.start()
+    with client_of(server, num_examples=None) as client:
+        client.load_state_dict(state)
+        assert client.step([0], losses=[1.0], step=2).weights.tolist() == [4.0]
+        assert applied(server) == [0, 1, 2]
+
+
+def test_served_weights_may_be_written(server: ScriptedServer) -> None:
+    with client_of(server) as client:
+        assert client.step([1], losses=[1.0]).weights.flags.writeable
+
+
 def test_several_threads_share_a_client(server: ScriptedServer) -> None:
     with client_of(server, when_lost="wait") as client:
         threads = [threading.Thread(target=lambda: [step(client, number) for number in range(25)]) for _ in range(4)]

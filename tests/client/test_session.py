@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.client.conversations import Conversation, Server, make_session
 
 from equipoise import Outcome, Source, errors
-from equipoise.session import WhenLost
+from equipoise.options import WhenLost
 from equipoise.v1 import policy_pb2 as pb
 
 STREAM = ["connect", "send", "serve", "receive", "settle"]

@@ -43,7 +43,7 @@ class SessionOptions:
         return self.when_lost == "continue"
 
     def patience(self, *, connected_before: bool) -> float:
-        """How long the caller of a step waits, seconds; the first connection, which may create the policy, has longer."""
+        """How long the caller of a step waits, seconds; the first connection may take longer."""
         if not self.continues:
             return self.timeout.wait
         return self.timeout.step if connected_before else max(self.timeout.step, self.timeout.connect)

@@ -215,7 +215,7 @@ class Session:
         self._view.uid = checkpoint.uid
         self._view.seen = (checkpoint.epoch, checkpoint.version)
         self._view.durable_sequence = checkpoint.durable_sequence
-        self._view.resize(checkpoint.num_examples)
+        self._view.resize(checkpoint.num_examples or self._view.bounds.num_examples)
         self._loaded = checkpoint.sequence
         self._window.renumber(checkpoint.sequence - len(checkpoint.window))
         for data in checkpoint.window:

@@ -1,5 +1,6 @@
 """A real server process, and the client against it."""
 
+import threading
 from collections.abc import Iterator
 from time import monotonic
 
@@ -53,6 +54,21 @@ def test_a_paused_server_does_not_stop_training(process: ServerProcess) -> None:
             process.resume()
         assert client.flush(20, durable=True)
         assert client.status().version == 51
+
+
+@pytest.mark.slow
+def test_a_server_that_falls_silent_is_noticed_by_keepalive_alone(process: ServerProcess) -> None:
+    with PolicyClient(process.address, policy="silent", num_examples=10) as client:
+        client.step([1], contributions=[1.0])
+        process.pause()
+        try:
+            end = monotonic() + 15.0
+            pause = threading.Event()
+            while not client.stats.outages:
+                assert monotonic() < end
+                pause.wait(0.05)
+        finally:
+            process.resume()
 
 
 def test_a_server_that_cannot_start_says_why() -> None:

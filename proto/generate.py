@@ -21,7 +21,8 @@ CONTRACT = "equipoise/v1/policy.proto"
 def googleapis_dir() -> Path:
     """Folder that holds google/rpc/*.proto, from googleapis-common-protos."""
     spec = importlib.util.find_spec("google.rpc")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))).parents[1]
 
 
@@ -49,6 +50,7 @@ def lint() -> None:
 
 
 def main() -> int:
+    """Generates or checks; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the stubs are not current")
     check: bool = parser.parse_args().check

@@ -23,7 +23,7 @@ class RpcTelemetry(Protocol):
     """Receives facts about RPCs; every method is cheap and never raises."""
 
     def rpc_started(self, *, method: str, kind: str) -> None:
-        """A call of `/package.Service/Method` began; kind is `unary`, `server_stream`, `client_stream`, `bidi_stream`."""
+        """A call of `/package.Service/Method` began; kind is `unary`, or `server_`, `client_` or `bidi_stream`."""
         ...
 
     def rpc_handled(self, *, method: str, kind: str, code: str, seconds: float) -> None:

@@ -101,7 +101,7 @@ class Settings(BaseSettings):
         " or redis+cluster://; none: the server runs a Redis of its own in data_dir",
     )
     redis_url_file: Path | None = Field(None, description="file that holds redis_url, to keep its password secret")
-    redis_timeout_s: float = Field(0.25, gt=0, description="longest wait for one answer of Redis")
+    redis_timeout_s: float = Field(1.0, gt=0, description="longest wait for one answer of Redis")
     data_dir: Path = Field(_state_dir(), description="folder of the server's own Redis")
     fsync: Literal["everysec", "always"] = Field(
         "everysec", description="when the server's own Redis flushes to disk; always: survives power loss, slower"

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import structlog
+
 from equipoise_server.engine import tables
 from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.log import LogTail
@@ -27,6 +29,8 @@ from equipoise_server.errors import (
 )
 from equipoise_server.rules import build
 from equipoise_server.store import Fenced, NotFound, RedisStore, StoredPolicy, StoreError
+
+log = structlog.get_logger("equipoise.policy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +178,7 @@ class Engine:
         except StoreError as error:
             raise store_down(str(error)) from error
         self._runners[name] = runner
+        log.info("loaded", policy=name, version=runner.policy.version, epoch=runner.epoch)
         runner.on_closed(lambda: self._forget(runner))
         return runner
 
@@ -191,7 +196,7 @@ class Engine:
         facts = Facts.from_fields(await self._store.read_progress(owner))
         policy = await self.device.run(lambda: self._empty(spec, stored.uid))
         versions: dict[int, int] = {}
-        for index in range(policy.state.num_pages):
+        for index in range(await self._store.num_pages(owner)):
             if page := await self._store.read_page(owner, index):
                 await self.device.run(lambda i=index, p=page: tables.load_page(policy.state, i, p.columns))  # type: ignore[misc]
                 versions[index] = page.version

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import structlog
+
 from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.log import LogTail, LogWriter
 from equipoise_server.engine.policy import Policy, PolicyStatus
@@ -20,6 +22,8 @@ from equipoise_server.errors import Code, ServiceError, fenced, policy_deleted
 from equipoise_server.store import Fenced, LogEntry, Ownership, RedisStore, StoredPolicy, StoreError
 
 T = TypeVar("T")
+
+log = structlog.get_logger("equipoise.policy")
 
 SWEEP_CHECK_S = 1.0
 """How often the length of the log is looked at."""
@@ -276,6 +280,7 @@ class PolicyRunner:
         try:
             await self.log.run()
         except Fenced:
+            log.warning("another server owns the policy now", policy=self.spec_name, epoch=self.epoch)
             await self.close(fenced(self.spec_name))
 
     async def _sweep_when_due(self) -> None:
@@ -290,7 +295,8 @@ class PolicyRunner:
 
     async def sweep(self) -> None:
         """Writes changed pages and trims the log, now."""
-        await sweep(
+        started = self._loop.time()
+        swept = await sweep(
             self.policy,
             log=self.log,
             store=self._store,
@@ -298,10 +304,13 @@ class PolicyRunner:
             device=self._device,
             bytes_per_s=self._limits.sweep.bytes_per_s,
         )
+        seconds = round(self._loop.time() - started, 3)
+        log.info("swept", policy=self.spec_name, pages=swept, through_version=self.log.tail.base, seconds=seconds)
 
     async def _republish(self) -> tuple[Ownership, int]:
         snapshot = await self._device.run(lambda: Snapshot.of(self.policy))
         version = snapshot.facts.progress.version
+        log.warning("redis has lost the policy: writing it again", policy=self.spec_name, version=version)
         renewed = await self._store.republish(
             self.log.owner,
             self.stored,

@@ -27,12 +27,13 @@ class SweepLimits:
 
 async def sweep(
     policy: Policy, *, log: LogWriter, store: RedisStore, owner: Ownership, device: DeviceThread, bytes_per_s: float
-) -> None:
+) -> int:
     """Writes every page that is dirty now, then the facts of now, then trims the log to now.
 
     The facts come last: until they are written, a restore starts from the old ones, for which the log is still there,
     and skips for each page what it already holds. A page is written only after the log has reached its version, so
-    that no page is ever ahead of the log. Raises StoreError; the pages not written are dirty again.
+    that no page is ever ahead of the log. Returns the number of pages written. Raises StoreError; the pages not written
+    are dirty again.
     """
     facts = await device.run(lambda: Facts.of(policy))
     dirty = np.flatnonzero(policy.dirty_pages).tolist()
@@ -51,3 +52,4 @@ async def sweep(
         policy.dirty_pages[list(unwritten)] = True
         raise
     log.trimmed(facts.progress.version)
+    return len(dirty)

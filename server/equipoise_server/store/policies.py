@@ -111,6 +111,11 @@ class PolicyTable:
         address, epoch = await self._commands.run("owner", "HMGET", keys.owner, "address", "epoch")
         return None if address is None else Owner(address=address.decode(), epoch=int(epoch))
 
+    async def num_pages(self, owner: Ownership) -> int:
+        """One more than the highest index of a page written in the owner's generation; 0 for none."""
+        held = await self._commands.run("owner", "HGET", self._keys(owner.policy).owner, f"pages:{owner.generation}")
+        return int(held or 0)
+
     async def last_epoch(self, name: str) -> int:
         """Epoch of the last acquisition under that name, also of a deleted policy; 0 for none."""
         return int(await self._commands.run("owner", "HGET", self._keys(name).owner, "epoch") or 0)

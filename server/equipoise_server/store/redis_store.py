@@ -133,6 +133,10 @@ class RedisStore:
         """Replace a page; readers see the old or the new one, whole."""
         await self._pages.write_page(owner, index, page)
 
+    async def num_pages(self, owner: Ownership) -> int:
+        """Pages written so far have indices below this."""
+        return await self._policies.num_pages(owner)
+
     async def read_page(self, policy: Ownership | str, index: int) -> Page | None:
         """A page; None where none was written."""
         return await self._pages.read_page(*await self._locate(policy), index)

@@ -3,7 +3,6 @@
 from __future__ import annotations  # grpc's classes are generic for the type checker only
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from equipoise_server import logs
 from equipoise_server.errors import Code, ServiceError, invalid
 from equipoise_server.status import grpc_code, trailing_metadata
 
@@ -79,7 +79,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         """Wraps the method's handler."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return handler
+            self._count_unknown(handler_call_details.method)
+            return None
         request_kind = "stream" if handler.request_streaming else "unary"
         response_kind = "stream" if handler.response_streaming else "unary"
         behavior = getattr(handler, f"{request_kind}_{response_kind}")
@@ -91,6 +92,10 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=self._serializer(call),
         )
         return wrapped
+
+    def _count_unknown(self, method: str) -> None:
+        self._telemetry.rpc_started(method=method, kind="unary")
+        self._telemetry.rpc_handled(method=method, kind="unary", code="UNIMPLEMENTED", seconds=0.0)
 
     def _deserializer(self, call: Call) -> Callable[[bytes], object]:
         deserialize = call.handler.request_deserializer
@@ -120,7 +125,8 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             self._telemetry.rpc_started(method=call.method, kind=call.kind)
             code = grpc.StatusCode.OK
             try:
-                return await _invoke(behavior, request, context)
+                with logs.bound(request_id=logs.new_id(), method=call.method):
+                    return await _invoke(behavior, request, context)
             except ServiceError as error:
                 code = grpc_code(error)
                 await abort(context, error)
@@ -159,7 +165,7 @@ async def _invoke(behavior: Callable[..., Any], request: Any, context: grpc.aio.
 
 def _bug(call: Call) -> ServiceError:
     """INTERNAL with an opaque id; what happened is in the log under it."""
-    error_id = secrets.token_hex(8)
+    error_id = logs.new_id()
     log.exception("unexpected error", method=call.method, error_id=error_id)
     message = f"internal error {error_id}; please report it with the server's log"
     return ServiceError(Code.INTERNAL, "BUG", message, metadata={"error_id": error_id})

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 
@@ -16,7 +17,16 @@ MOST_IN_FLIGHT = 1024
 """Answers that may wait in one stream before it is read no further."""
 RECONNECT_WITHIN_MS = 1000
 
-Outgoing = asyncio.Future[Answer] | ServiceError | pb.ReconnectRequest | None
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request under way: when (loop time, seconds) it came, and where its answer will be."""
+
+    since: float
+    answer: asyncio.Future[Answer]
+
+
+Outgoing: TypeAlias = Asked | ServiceError | pb.ReconnectRequest | None
 
 
 class Context(Protocol):
@@ -101,10 +111,13 @@ class Exchange:
 
     async def _read(self, runner: PolicyRunner, trainer_id: str) -> None:
         """Queues every request; what ends the stream is answered behind all that came before it."""
+        loop = asyncio.get_running_loop()
         try:
             async for request in self._requests():
+                since = loop.time()
                 step = self._to_step(request, runner, trainer_id)
-                await self._outgoing.put(await runner.submit(step))
+                self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - since)
+                await self._outgoing.put(Asked(since, await runner.submit(step)))
         except ServiceError as error:
             await self._outgoing.put(error)
         else:
@@ -118,8 +131,6 @@ class Exchange:
             yield request.step
 
     def _to_step(self, request: pb.StepRequest, runner: PolicyRunner, trainer_id: str) -> Step:
-        loop = asyncio.get_running_loop()
-        started = loop.time()
         try:
             step = to_step(request, trainer_id=trainer_id, policy=runner.policy, limits=self._limits)
         except ServiceError as error:
@@ -127,7 +138,6 @@ class Exchange:
             step = to_refused(request, error, trainer_id=trainer_id)
         if is_step(request) and not request.sequence:
             raise invalid("MALFORMED_REQUEST", "step.sequence", "0 on a step; in a stream steps are numbered from 1")
-        self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - started)
         return step
 
     async def _write(self, runner: PolicyRunner, trainer_id: str) -> None:
@@ -138,11 +148,12 @@ class Exchange:
             if isinstance(outgoing, pb.ReconnectRequest):
                 await self._context.write(pb.ExchangeResponse(reconnect=outgoing))
                 continue
-            answer = await outgoing
+            answer = await outgoing.answer
             started = loop.time()
             response = to_response(answer, runner=runner, trainer_id=trainer_id)
             await self._context.write(pb.ExchangeResponse(step=response))
             self._telemetry.stage(method="Exchange", stage="encode", seconds=loop.time() - started)
+            self._telemetry.stage(method="Exchange", stage="total", seconds=loop.time() - outgoing.since)
 
     def _ask_to_reconnect(self) -> None:
         if not self._outgoing.full():  # a stream this far behind learns of the end by its status

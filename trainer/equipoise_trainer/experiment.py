@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from equipoise import PolicyAdmin, PolicySpec
+from equipoise.options import WhenLost
 from equipoise.policies import Durability, SettingValue
-from equipoise.session import WhenLost
 from equipoise_trainer.analysis import chosen_index, detection_auroc
 from equipoise_trainer.datasets import DatasetConfig, load
 from equipoise_trainer.methods import METHODS, Candidate, Method, training_set

@@ -49,7 +49,7 @@ def save_picture(runs: Sequence[Run], config: ExperimentConfig, *, path: Path) -
         figure = Figure(figsize=(13, 7.6), dpi=150, facecolor="white")
         served = of(runs, "served")
         grid = figure.add_gridspec(
-            3, 2, width_ratios=(1.35, 1), left=0.05, right=0.945, bottom=0.085, top=0.83, hspace=0.5, wspace=0.56
+            3, 2, width_ratios=(1.3, 1), left=0.05, right=0.945, bottom=0.085, top=0.83, hspace=0.5, wspace=0.64
         )
         losses = figure.add_subplot(grid[:, 0] if served else grid[:, :])
         _draw_losses(losses, runs)
@@ -138,7 +138,8 @@ def _draw_weights(axes: Axes, served: Sequence[Run]) -> None:
             fontweight="bold",
             annotation_clip=False,
         )
-    axes.set_ylim(bottom=-0.05)
+    highest = axes.get_ylim()[1]
+    axes.set_ylim(-0.06 * highest, 1.06 * highest)
     _finish(axes, served)
 
 
@@ -171,9 +172,9 @@ def _band(
     values = np.array([pick(run.trained.curve) for run in runs])
     kept = slice(1, None if last else -1)  # step 0 has no place on a logarithmic axis
     mean: Array = values.mean(axis=0)
-    axes.fill_between(
-        steps[kept], values.min(axis=0)[kept], values.max(axis=0)[kept], color=color, alpha=0.12, linewidth=0
-    )
+    low, high = values.min(axis=0), values.max(axis=0)
+    opacity = 0.16 if method == "served" else 0.1
+    axes.fill_between(steps[kept], low[kept], high[kept], color=color, alpha=opacity, linewidth=0)
     axes.plot(
         steps[kept],
         mean[kept],

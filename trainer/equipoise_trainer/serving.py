@@ -8,8 +8,8 @@ from typing import Self
 import numpy as np
 
 from equipoise import PolicyClient, PolicySpec, Source, Timeout
+from equipoise.options import WhenLost
 from equipoise.policies import SettingValue
-from equipoise.session import WhenLost
 from equipoise.wire import StepFields
 from equipoise_trainer.perceptron import Array
 from equipoise_trainer.training import Observation

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +82,15 @@ def test_live_metrics_name_the_policy(server: ServerProcess) -> None:
     assert run.facts is not None
     assert f'equipoise_server_policy_version{{policy="{run.facts.policy}"}} 5.0' in lines
     assert len(lines) == len(demo.METRICS_SHOWN)
+
+
+def test_the_demo_tells_what_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--seeds", "1", "--steps", "60", "--output", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "At step 30 of the first served run the server was killed with SIGKILL" in told
+    assert "60 steps sent, 60 applied, 60 durable: nothing lost." in told
+    assert "equal bit for bit" in told
+    assert "served (ema_sign)" in told
+    assert "equipoise_server_policy_version{" in told
+    assert str(tmp_path / "report.png") in told
+    assert (tmp_path / "report.json").stat().st_size > 1000

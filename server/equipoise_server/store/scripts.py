@@ -5,16 +5,17 @@ policy); INTERRUPTED (another attempt took the staging key). A script checks eve
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Script:
     """A Lua script with the digest under which Redis caches it."""
 
     source: str
 
-    @property
+    @cached_property
     def sha(self) -> str:
         """Hexadecimal SHA-1 of the source."""
         return sha1(self.source.encode(), usedforsecurity=False).hexdigest()

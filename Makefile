@@ -1,5 +1,5 @@
 # Every target brings what it needs: a virtual environment in .venv, and one for the stub generator in .venv-proto.
-# Variables: PYTHON, the interpreter to start from (3.11 or newer); ARGS, more arguments for demo, test and bench.
+# Variables: PYTHON, the interpreter to start from (3.11 or newer); ARGS, more arguments for demo and test.
 
 PYTHON ?= python3
 ARGS ?=
@@ -37,7 +37,7 @@ format: .venv/.tools ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 bench: .venv/.tests ## benchmarks, as ratios
-	$(BIN)/pytest tests/benchmarks -m slow --capture=no $(ARGS)
+	$(BIN)/python -m tests.benchmarks.exchange
 
 proto: .venv-proto/.ready ## lint the contract and write its stubs
 	$(PROTO)/python proto/generate.py

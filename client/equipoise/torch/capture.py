@@ -1,0 +1,177 @@
+"""One batch's statistics, taken while the model is trained on it."""
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from equipoise.torch.direction import TargetDirection, checked_losses
+from equipoise.torch.errors import CaptureError
+from equipoise.wire import StepFields
+
+
+class Capture(ABC):
+    """Statistics of one batch, or micro-batch: a context manager around its forward and backward pass.
+
+    Args:
+        direction: where learning should go.
+        ids: the example of each row, [B].
+    """
+
+    def __init__(self, direction: TargetDirection, ids: ArrayLike) -> None:
+        self.ids = _integers(ids)
+        self._direction = direction
+        self._losses: Tensor | None = None
+        self._target_loss: Tensor | None = None
+        self._guard_loss: Tensor | None = None
+        self._open = False
+
+    def losses(self, batch: Any) -> Tensor:
+        """The forward pass: the loss of each example, [B], from the `loss_fn` of the direction.
+
+        Weigh, average and scale the losses as you like; zero weights too.
+        """
+        return self.watch(self._direction.losses(batch))
+
+    def watch(self, losses: Tensor) -> Tensor:
+        """Takes the loss of each example, [B], from a forward pass of yours, and returns it: go on with that.
+
+        Raises:
+            CaptureError: outside the `with` block, for the second time, or without gradients.
+            DirectionError: there is not one loss per example.
+        """
+        if not self._open:
+            raise CaptureError("the forward pass belongs into `with contributions.capture(ids) as capture:`")
+        if self._losses is not None:
+            raise CaptureError("a capture takes one forward pass: make one capture for each micro-batch")
+        if not losses.requires_grad:
+            raise CaptureError("losses have no gradient: is the forward pass under torch.no_grad, or the model frozen?")
+        self._losses = checked_losses(losses, len(self.ids)).detach()
+        return losses
+
+    @property
+    def contributions(self) -> Tensor:
+        """∇L_target·∇l_n of the unweighted loss of each example, on the device: [B]; NaN where it is not known.
+
+        Raises:
+            CaptureError: it is not known yet.
+        """
+        if self._losses is None:
+            raise CaptureError("no forward pass was captured: use `capture.losses(batch)` or `capture.watch(losses)`")
+        return self._contributions()
+
+    def fields(self) -> StepFields:
+        """What `PolicyClient.step` and `submit` take: `client.step(ids, **capture.fields())`.
+
+        Contributions, losses and scored; target and guard loss when the direction was refreshed for this capture.
+        """
+        contributions = _numpy(self.contributions)
+        assert self._losses is not None
+        losses = _numpy(self._losses)
+        fields = StepFields(
+            contributions=contributions,
+            losses=losses,
+            scored=np.isfinite(contributions) & np.isfinite(losses),
+        )
+        if self._target_loss is not None:
+            fields["target_loss"] = float(self._target_loss)
+        if self._guard_loss is not None:
+            fields["guard_loss"] = float(self._guard_loss)
+        return fields
+
+    @abstractmethod
+    def _contributions(self) -> Tensor: ...
+
+    def __enter__(self) -> Self:
+        if self._losses is not None:
+            raise CaptureError("a capture is used once: make one for each batch")
+        self._open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+
+    def note_losses(self) -> None:
+        """The direction was refreshed for this capture, which carries the losses that were measured then."""
+        self._target_loss, self._guard_loss = self._direction.target_loss, self._direction.guard_loss
+
+
+CaptureT = TypeVar("CaptureT", bound=Capture)
+
+
+class Contributions(ABC, Generic[CaptureT]):
+    """A way to get the contribution of each example of a batch while a model is trained on it.
+
+    Args:
+        model: the model in training.
+        direction: where learning should go.
+    """
+
+    def __init__(self, model: nn.Module, direction: TargetDirection) -> None:
+        self.model = model
+        self.direction = direction
+
+    def capture(self, ids: ArrayLike) -> CaptureT:
+        """A capture for one batch, to be used as `with contributions.capture(ids) as capture:`.
+
+        Refreshes the direction first when it is due.
+
+        Args:
+            ids: the example of each row: integers [B], a tensor, an array or a list.
+        """
+        refreshed = self.direction.advance()
+        if refreshed:
+            self._refreshed()
+        capture = self._capture(ids)
+        if refreshed:
+            capture.note_losses()
+        return capture
+
+    @abstractmethod
+    def _capture(self, ids: ArrayLike) -> CaptureT: ...
+
+    def _refreshed(self) -> None:
+        """The direction has been refreshed: which parameters are trainable may have changed."""
+
+
+def join(*captures: Capture) -> tuple[NDArray[np.uint64], StepFields]:
+    """Ids and fields of several captures as one step: the micro-batches of an accumulated gradient.
+
+    Example:
+        >>> ids, fields = join(*captures)
+        >>> weights = client.step(ids, **fields).weights
+    """
+    if not captures:
+        raise CaptureError("there is no capture to join")
+    parts = [capture.fields() for capture in captures]
+    joined = StepFields(
+        contributions=np.concatenate([np.asarray(part["contributions"]) for part in parts]),
+        losses=np.concatenate([np.asarray(part["losses"]) for part in parts]),
+        scored=np.concatenate([np.asarray(part["scored"]) for part in parts]),
+    )
+    for part in parts:  # of two refreshes the newer counts
+        if "target_loss" in part:
+            joined["target_loss"] = part["target_loss"]
+        if "guard_loss" in part:
+            joined["guard_loss"] = part["guard_loss"]
+    return np.concatenate([capture.ids for capture in captures]), joined
+
+
+def _integers(ids: ArrayLike) -> NDArray[np.uint64]:
+    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise CaptureError(
+            f"ids of shape {array.shape} and type {array.dtype}: must be one integer for each example of the batch"
+        )
+    return array.astype(np.uint64)
+
+
+def _numpy(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.to("cpu", torch.float32).numpy()
+    return array

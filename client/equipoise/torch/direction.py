@@ -1,0 +1,169 @@
+"""Where learning should go: the gradient of the target loss."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from equipoise.torch.errors import DirectionError
+from equipoise.torch.preconditioner import AdamPreconditioner
+from equipoise.torch.quiet import evaluating
+
+ExampleLoss: TypeAlias = Callable[[Any, Any], Tensor]
+"""From a model and a batch to the loss of each example, nats: [B]."""
+
+
+class TargetDirection:
+    """The gradient of the mean loss on target examples, refreshed as training goes on.
+
+    It is computed with `torch.autograd.grad` in evaluation mode: `.grad`, the optimizer, the modes of modules and the
+    random generators are left alone.
+
+    Example:
+        >>> def example_losses(model, batch):
+        ...     return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+        >>> direction = TargetDirection(model, example_losses, target_loader, guard_batches=guard_loader)
+
+    Args:
+        model: the model in training.
+        loss_fn: from (model, batch) to the loss of each example, [B].
+        target_batches: batches of target A: a list or a loader, anything that can be iterated again and again. 64
+            sequences or more give a direction that ranks examples well.
+        refresh_every: captures between two refreshes; a direction of 10 steps ago ranks examples nearly as well as a
+            fresh one. With gradient accumulation each micro-batch is a capture.
+        preconditioner: the Adam optimizer of the job: the direction is then where its step would lead.
+        guard_batches: batches of guard B, on which nothing but `guard_loss` is computed.
+        batches_per_refresh: how many target batches one refresh takes, in turn; default: all of them.
+
+    Attributes:
+        vectors: the direction by parameter, in the dtype of the parameter; empty before the first refresh.
+        target_loss: mean loss on target A at the last refresh, nats: a tensor without dimensions.
+        guard_loss: mean loss on guard B at the last refresh, nats; None without guard batches.
+        age: captures since the last refresh.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: ExampleLoss,
+        target_batches: Iterable[Any],
+        *,
+        refresh_every: int = 10,
+        preconditioner: Optimizer | None = None,
+        guard_batches: Iterable[Any] | None = None,
+        batches_per_refresh: int | None = None,
+    ) -> None:
+        _check_repeatable("target_batches", target_batches)
+        _check_repeatable("guard_batches", guard_batches)
+        _check_positive("refresh_every", refresh_every)
+        if batches_per_refresh is not None:
+            _check_positive("batches_per_refresh", batches_per_refresh)
+        self.model = model
+        self.loss_fn = loss_fn
+        self.vectors: dict[nn.Parameter, Tensor] = {}
+        self.target_loss: Tensor | None = None
+        self.guard_loss: Tensor | None = None
+        self.age = 0
+        self._target = target_batches
+        self._guard = guard_batches
+        self._refresh_every = refresh_every
+        self._precondition = None if preconditioner is None else AdamPreconditioner(preconditioner)
+        self._batches_per_refresh = batches_per_refresh
+        self._turn: Iterator[Any] = iter(())
+
+    def advance(self) -> bool:
+        """Counts one capture and refreshes when it is due; returns whether it was."""
+        due = not self.vectors or self.age + 1 >= self._refresh_every
+        if due:
+            self.refresh()
+        else:
+            self.age += 1
+        return due
+
+    def refresh(self) -> None:
+        """Computes the direction and the losses at the parameters of now.
+
+        Raises:
+            DirectionError: there is nothing to differentiate, or the losses are not one per example.
+        """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise DirectionError("model: has no trainable parameter")
+        with evaluating(self.model):
+            gradients, self.target_loss = self._gradients(parameters)
+            self.guard_loss = None if self._guard is None else self._mean_loss(self._guard)
+        self.vectors = self._precondition(gradients) if self._precondition else gradients
+        self.age = 0
+
+    def losses(self, batch: Any) -> Tensor:
+        """The loss of each example of a batch, with its graph: [B]."""
+        return checked_losses(self.loss_fn(self.model, batch))
+
+    @property
+    def norm(self) -> Tensor:
+        """Euclidean norm of the direction: float64, without dimensions."""
+        return torch.stack([vector.double().square().sum() for vector in self.vectors.values()]).sum().sqrt()
+
+    def _gradients(self, parameters: list[nn.Parameter]) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
+        """Gradient of the mean loss over the target batches, and that loss."""
+        sums: dict[nn.Parameter, Tensor] = {}
+        total, count = torch.zeros(()), 0
+        for batch in self._next_batches():
+            with torch.enable_grad():
+                losses = self.losses(batch)
+                gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+            total, count = total.to(losses.device) + losses.detach().sum(), count + len(losses)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    sums[parameter] = _dense(gradient) if parameter not in sums else sums[parameter] + _dense(gradient)
+        if not count:
+            raise DirectionError("target_batches: must hold at least one example")
+        return {parameter: gradient / count for parameter, gradient in sums.items()}, total / count
+
+    def _mean_loss(self, batches: Iterable[Any]) -> Tensor:
+        with torch.no_grad():
+            losses = [self.losses(batch) for batch in batches]
+        if not losses:
+            raise DirectionError("guard_batches: must hold at least one example")
+        return torch.cat(losses).mean()
+
+    def _next_batches(self) -> Iterator[Any]:
+        if self._batches_per_refresh is None:
+            yield from self._target
+            return
+        batches = list(islice(self._turn, self._batches_per_refresh))
+        if len(batches) < self._batches_per_refresh:
+            self._turn = iter(self._target)
+            batches += islice(self._turn, self._batches_per_refresh - len(batches))
+        yield from batches
+
+
+def checked_losses(losses: Tensor, count: int | None = None) -> Tensor:
+    """The losses, if there is one per example.
+
+    Raises:
+        DirectionError: there is not.
+    """
+    if losses.ndim != 1 or (count is not None and len(losses) != count):
+        expected = "one loss per example" if count is None else f"one loss for each of {count} examples"
+        raise DirectionError(
+            f"losses of shape {tuple(losses.shape)}: must be {expected}; use reduction='none' and average over tokens"
+        )
+    return losses
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def _check_repeatable(field: str, batches: Iterable[Any] | None) -> None:
+    if isinstance(batches, Iterator):
+        raise DirectionError(f"{field} = {type(batches).__name__}: can be read once only; give a list or a loader")
+
+
+def _check_positive(field: str, value: int) -> None:
+    if value < 1:
+        raise DirectionError(f"{field} = {value}: must be at least 1")

@@ -1,0 +1,100 @@
+"""Captures that see every call of a module with parameters."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from equipoise.torch.capture import Capture
+from equipoise.torch.direction import TargetDirection
+from equipoise.torch.layers import Layer
+from equipoise.torch.rows import Rows
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a module in a forward pass.
+
+    Attributes:
+        layer: the module.
+        x: its input; None while autograd keeps it.
+        g: gradient of its output; None until it is known.
+        shape: shape to which the input is expanded so that each example has its rows; None: as it is.
+    """
+
+    layer: Layer
+    x: Tensor | None = None
+    g: Tensor | None = None
+    shape: list[int] | None = None
+
+
+class HookedCapture(Capture):
+    """Hooks on one batch; gone when the `with` block ends."""
+
+    def __init__(
+        self, direction: TargetDirection, ids: ArrayLike, *, layers: dict[nn.Module, Layer], rows: Rows
+    ) -> None:
+        super().__init__(direction, ids)
+        self._layers = layers
+        self._rows = rows
+        self._handles: list[RemovableHandle] = []
+        self._entered: dict[nn.Module, tuple[Call, Tensor]] = {}
+        self._contracting = False
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        for module in self._layers:
+            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._entered.clear()
+
+    @abstractmethod
+    def _enter(self, call: Call, x: Tensor) -> Tensor:
+        """A module is called with x; returns what it gets instead, equal in value."""
+
+    @abstractmethod
+    def _leave(self, call: Call, y: Tensor) -> None:
+        """A module has given y, which has rows for each example."""
+
+    def _contract(self, call: Call, x: Tensor, g: Tensor) -> Tensor:
+        """Contributions of one call: [B]."""
+        vectors, count = self._direction.vectors, len(self.ids)
+        if not any(parameter in vectors for parameter in call.layer.module.parameters(recurse=False)):
+            return g.new_zeros(count, dtype=torch.float32)
+        if call.shape is not None:
+            x = x.expand(call.shape)
+        self._contracting = True  # a layer may call its module, whose hooks must not take that for a forward pass
+        try:
+            with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+                return call.layer.contract(x, g, vectors, count)
+        finally:
+            self._contracting = False
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._contracting or not torch.is_grad_enabled():
+            return None
+        call = Call(self._layers[module])
+        name = None if args else next(iter(kwargs))
+        x = args[0] if name is None else kwargs[name]
+        self._entered[module] = call, x
+        x = self._enter(call, x)
+        return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+
+    def _after(self, module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        call, x = self._entered.pop(module, (None, None))
+        if call is None or x is None or not y.requires_grad:
+            return None
+        y, call.shape = self._rows.expand(call.layer.path, module, x, y, len(self.ids))
+        self._leave(call, y)
+        return y

@@ -1,0 +1,40 @@
+"""Losses of examples: from tokens, and into one."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from equipoise.torch.errors import DirectionError
+
+
+def causal_lm_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Loss of each sequence under a causal language model, averaged over its predicted tokens, nats: float [B].
+
+    A sequence counts the same however long it is, which is what one weight per example means. A sequence that
+    predicts nothing has loss 0.
+
+    Args:
+        logits: float [B, T, V]: at t for token t + 1, as `transformers` models give them.
+        labels: integers [B, T]: the tokens themselves, `ignore_index` where they are padding or not to be predicted.
+        ignore_index: label of tokens that do not count.
+    """
+    # Labels are shifted rather than logits, of which a copy would be the largest tensor of the model.
+    following = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none", ignore_index=ignore_index)
+    predicted = (following != ignore_index).sum(1).clamp(min=1)
+    return losses.view_as(following).sum(1) / predicted
+
+
+def weighted_mean(losses: Tensor, weights: ArrayLike | Tensor) -> Tensor:
+    """`mean(weights·losses)`, what a trainer minimises: without dimensions.
+
+    Args:
+        losses: loss of each example, [B].
+        weights: [B], such as `client.weights(ids)`: mean 1 over the policy, so that nothing else need be rescaled.
+    """
+    factors = weights if isinstance(weights, Tensor) else torch.tensor(np.asarray(weights))
+    if factors.shape != losses.shape:
+        raise DirectionError(f"weights of shape {tuple(factors.shape)}: must be one for each of {len(losses)} losses")
+    return (factors.detach().to(losses) * losses).mean()

@@ -95,7 +95,7 @@ def table(rows: Sequence[MethodSummary], config: ExperimentConfig) -> Table:
     """One row per method; `beaten`: the seeds in which the served policy has the lower test loss. Fits 80 columns."""
     result = Table(
         title=describe(config),
-        caption=f"{_count(config)}; nats, at the step of the lowest loss on guard B",
+        caption=f"{_count(config)}; nats, at the step of lowest guard loss",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         title_style="bold",

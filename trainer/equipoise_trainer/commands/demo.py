@@ -122,7 +122,7 @@ def _play(config: ExperimentConfig, *, output: Path, console: Console) -> None:
         console.print(f"\nFrom the server's live metrics, http://{server.metrics_address}/metrics:")
         for line in policy_metrics(server.metrics_address, undisturbed.facts):
             console.print(f"  {line}", soft_wrap=True)
-    console.print("\nNext: `equipoise serve`, a server that stays; `equipoise train perceptron --help`, more to try.")
+    console.print("\nNext: `equipoise serve`, and `equipoise train perceptron --help`.")
 
 
 @contextmanager

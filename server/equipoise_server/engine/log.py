@@ -101,6 +101,8 @@ class LogWriter:
         """Newest version that is in the store."""
         self.appended_bytes = tail.size
         """Bytes in the store's log since the last trim."""
+        self.rollbacks = 0
+        """How often the store was found to have lost entries."""
         self._store = store
         self._log_timeout_s = log_timeout_s
         self.most_backlog_bytes = most_backlog_bytes
@@ -202,6 +204,7 @@ class LogWriter:
 
     def _rewind(self, last_version: int | None) -> None:
         """The store has lost the newest entries: write them again from the tail, or everything from the tables."""
+        self.rollbacks += 1
         self._on_rollback()
         if last_version is None or last_version < self.tail.base:
             self._overrun = True

@@ -1,6 +1,7 @@
 """The sweep: writes changed pages to the store and trims the log to what they do not hold."""
 
 import asyncio
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.log import LogWriter
 from equipoise_server.engine.policy import Policy
 from equipoise_server.engine.snapshot import Facts
-from equipoise_server.store import Ownership, Page, RedisStore, StoreError
+from equipoise_server.store import LogLost, Ownership, Page, RedisStore, StoreError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +33,14 @@ async def sweep(
 
     The facts come last: until they are written, a restore starts from the old ones, for which the log is still there,
     and skips for each page what it already holds. A page is written only after the log has reached its version, so
-    that no page is ever ahead of the log. Returns the number of pages written. Raises StoreError; the pages not written
-    are dirty again.
+    that no page is ever ahead of the log. Clean pages are trusted to be in the store only while it has not gone back:
+    neither behind the last sweep nor, as the log writer notices, during this one.
+
+    Returns the number of pages written. Raises StoreError; the pages not written are dirty again.
     """
+    rollbacks = log.rollbacks
+    if await _has_lost_a_sweep(store, owner, log):
+        policy.dirty_pages[:] = True
     facts = await device.run(lambda: Facts.of(policy))
     dirty = np.flatnonzero(policy.dirty_pages).tolist()
     unwritten = set(dirty)
@@ -46,6 +52,8 @@ async def sweep(
             unwritten.discard(index)
             await asyncio.sleep(sum(map(len, columns.values())) / bytes_per_s)
         await log.wait_durable(facts.progress.version)
+        if log.rollbacks != rollbacks:
+            raise LogLost(owner.policy, last_version=log.durable_version)
         await store.write_progress(owner, facts.to_fields())
         await store.trim(owner, through_version=facts.progress.version)
     except (StoreError, asyncio.CancelledError):
@@ -53,3 +61,12 @@ async def sweep(
         raise
     log.trimmed(facts.progress.version)
     return len(dirty)
+
+
+async def _has_lost_a_sweep(store: RedisStore, owner: Ownership, log: LogWriter) -> bool:
+    """Whether the store's log still has entries that were trimmed: then the pages before them are the old ones too."""
+    trimmed_through = log.tail.base
+    async with aclosing(store.read_log(owner, after=0)) as entries:
+        async for entry in entries:
+            return entry.version <= trimmed_through
+    return False

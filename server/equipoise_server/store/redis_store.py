@@ -2,7 +2,7 @@
 
 import dataclasses
 import secrets
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 
 from equipoise_server.store import scripts
 from equipoise_server.store.commands import Client, Commands
@@ -110,7 +110,7 @@ class RedisStore:
         """
         await self._log.append(owner, entries)
 
-    async def read_log(self, policy: Ownership | str, *, after: int) -> AsyncIterator[LogEntry]:
+    async def read_log(self, policy: Ownership | str, *, after: int) -> AsyncGenerator[LogEntry, None]:
         """The log's entries with versions above `after`, in order.
 
         Raises:

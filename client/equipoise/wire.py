@@ -13,6 +13,11 @@ from equipoise.v1 import policy_pb2 as pb
 FRAME_BYTES = 4096
 """Room that a message leaves for its framing and the fields around the arrays, bytes."""
 
+ROW_STATISTICS = ("contributions", "losses", "reference_losses")
+"""Fields of a step with one float per row."""
+STATISTICS = (*ROW_STATISTICS, "gradient_sketches", "target_loss", "guard_loss")
+"""Fields that make a request a step."""
+
 
 class StepFields(TypedDict, total=False):
     """What a step may carry beside the ids of its rows; B rows.
@@ -20,6 +25,11 @@ class StepFields(TypedDict, total=False):
     Attributes:
         contributions: float [B]: ∇L_target·∇l_n of the unweighted example loss, finite where scored.
         losses: float [B]: unweighted example loss, nats, finite where scored.
+        reference_losses: float [B]: loss of a reference model, nats, finite where scored; for rule `rho`.
+        gradient_sketches: float16 or float32 [B, k]: instead of contributions, a sketch of each example's gradient
+            (such as a random projection), finite where scored; the server multiplies it with `target_sketch`. Other
+            types are sent as float32.
+        target_sketch: float [k]: the same sketch of the target gradient ∇L_target.
         scored: bool or 0/1 [B]: rows that are not scored are ignored and may hold NaN; default: all are.
         target_loss: mean loss on the target set A, nats.
         guard_loss: mean loss on the guard set B, nats.
@@ -30,6 +40,9 @@ class StepFields(TypedDict, total=False):
 
     contributions: ArrayLike
     losses: ArrayLike
+    reference_losses: ArrayLike
+    gradient_sketches: ArrayLike
+    target_sketch: ArrayLike
     scored: ArrayLike
     target_loss: float
     guard_loss: float
@@ -78,18 +91,17 @@ def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Req
     scored = _scored(fields.get("scored"), len(rows))
     if scored is not None:
         message.scored = scored.tobytes()
-    if (contributions := fields.get("contributions")) is not None:
-        message.contributions = _statistics("contributions", contributions, len(rows), scored).tobytes()
-    if (losses := fields.get("losses")) is not None:
-        message.losses = _statistics("losses", losses, len(rows), scored).tobytes()
+    for name in ROW_STATISTICS:
+        if (values := fields.get(name)) is not None:
+            setattr(message, name, _row_statistic(name, values, len(rows), scored).tobytes())
+    _sketches(message, fields, len(rows), scored)
     if (target_loss := fields.get("target_loss")) is not None:
         message.target_loss = _loss("target_loss", target_loss)
     if (guard_loss := fields.get("guard_loss")) is not None:
         message.guard_loss = _loss("guard_loss", guard_loss)
-    if all(statistic is None for statistic in (contributions, losses, target_loss, guard_loss)):
+    if all(fields.get(name) is None for name in STATISTICS):
         raise InvalidRequestError(
-            field="contributions",
-            rule="a step needs contributions, losses, target_loss or guard_loss; `read` needs none",
+            field="contributions", rule=f"a step needs one of {', '.join(STATISTICS)}; `read` needs none"
         )
     weights_for = fields.get("weights_for")
     if weights_for is not None:
@@ -151,10 +163,10 @@ def _rows(message: pb.StepRequest, ids: ArrayLike | None, fields: StepFields, bo
         return rows
     if everything:
         message.all_examples = True
-        count = bounds.num_examples or max(np.size(fields.get("contributions", ())), np.size(fields.get("losses", ())))
+        count = bounds.num_examples or max(_length(fields.get(name)) for name in (*ROW_STATISTICS, "gradient_sketches"))
         _check_rows("all_examples", count, bounds)
         return np.arange(count, dtype=np.uint64)
-    for name in ("contributions", "losses", "scored"):
+    for name in (*ROW_STATISTICS, "gradient_sketches", "scored"):
         if fields.get(name) is not None:
             raise InvalidRequestError(field="ids", rule=f"{name} need the ids of their rows, or all_examples=True")
     return np.zeros(0, np.uint64)
@@ -171,7 +183,11 @@ def _scored(values: ArrayLike | None, rows: int) -> NDArray[np.uint8] | None:
     return array.astype(np.uint8)
 
 
-def _statistics(field: str, values: ArrayLike, rows: int, scored: NDArray[np.uint8] | None) -> NDArray[np.float32]:
+def _length(values: Any) -> int:
+    return 0 if values is None else int(np.shape(values)[0]) if np.ndim(values) else 1
+
+
+def _row_statistic(field: str, values: Any, rows: int, scored: NDArray[np.uint8] | None) -> NDArray[np.float32]:
     array = _array(field, values)
     _check_length(field, len(array), rows)
     if array.dtype.kind not in "fiu":
@@ -183,6 +199,34 @@ def _statistics(field: str, values: ArrayLike, rows: int, scored: NDArray[np.uin
         fine |= scored == 0
     _check_all(field, array, fine, "must be finite as float32 where scored")
     return single
+
+
+def _sketches(message: pb.StepRequest, fields: StepFields, rows: int, scored: NDArray[np.uint8] | None) -> None:
+    sketches, target = fields.get("gradient_sketches"), fields.get("target_sketch")
+    if sketches is None and target is None:
+        return
+    if sketches is None or target is None:
+        missing, given = ("gradient_sketches", "target_sketch")[:: 1 if sketches is None else -1]
+        raise InvalidRequestError(field=missing, rule=f"must be given with {given}")
+    if fields.get("contributions") is not None:
+        raise InvalidRequestError(field="gradient_sketches", rule="give contributions or sketches, not both")
+    matrix, vector = _array("gradient_sketches", sketches, dimensions=2), _array("target_sketch", target)
+    _check_length("gradient_sketches", len(matrix), rows)
+    if matrix.shape[1] != len(vector) or not len(vector):
+        shapes = f"shapes {matrix.shape} and {vector.shape}"
+        raise InvalidRequestError(field="target_sketch", value=shapes, rule="must have the sketches' k values, k >= 1")
+    half = matrix.dtype == np.float16 and vector.dtype == np.float16
+    message.sketch_type = pb.SKETCH_TYPE_FLOAT16 if half else pb.SKETCH_TYPE_FLOAT32
+    for name, array in (("gradient_sketches", matrix), ("target_sketch", vector)):
+        if array.dtype.kind not in "fiu":
+            raise InvalidRequestError(field=name, value=array.dtype, rule="must be real numbers")
+        with np.errstate(over="ignore"):
+            values = array.astype("<f2" if half else "<f4")
+        fine = np.isfinite(values)
+        if name == "gradient_sketches":
+            fine = fine.all(axis=1) if scored is None else fine.all(axis=1) | (scored == 0)
+        _check_all(name, array, fine, "must be finite where scored")
+        setattr(message, name, values.tobytes())
 
 
 def _loss(field: str, value: float) -> float:
@@ -201,13 +245,14 @@ def _training_step(value: int) -> int:
     return int(value)
 
 
-def _array(field: str, values: ArrayLike) -> NDArray[Any]:
+def _array(field: str, values: ArrayLike, *, dimensions: int = 1) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a GPU or with gradients
         raise InvalidRequestError(field=field, rule=f"must convert to a numpy array ({error})") from error
-    if array.ndim != 1:
-        raise InvalidRequestError(field=field, value=f"shape {array.shape}", rule="must have one dimension")
+    if array.ndim != dimensions:
+        words = {1: "one dimension", 2: "two dimensions"}
+        raise InvalidRequestError(field=field, value=f"shape {array.shape}", rule=f"must have {words[dimensions]}")
     return array
 
 

@@ -23,6 +23,12 @@ class Batch(NamedTuple):
     ids: NDArray[np.int64]
     contributions: NDArray[np.float32]
     losses: NDArray[np.float32]
+    reference_losses: NDArray[np.float32]
+
+    def statistics(self, rule: str) -> dict[str, NDArray[np.float32]]:
+        """What a trainer of this rule sends."""
+        columns = self._asdict() | ({} if rule == "rho" else {"reference_losses": None})
+        return {name: values for name, values in columns.items() if name != "ids" and values is not None}
 
 
 def batches(count: int, *, rows: int = 64, seed: int = 0) -> Iterator[Batch]:
@@ -30,14 +36,14 @@ def batches(count: int, *, rows: int = 64, seed: int = 0) -> Iterator[Batch]:
     for _ in range(count):
         ids = random.integers(0, NUM_EXAMPLES, rows)
         contributions = (random.standard_normal(rows) + np.sin(ids)).astype(np.float32)
-        yield Batch(ids, contributions, random.random(rows).astype(np.float32))
+        yield Batch(ids, contributions, *random.random((2, rows)).astype(np.float32))
 
 
-def train(client: PolicyClient, given: Iterator[Batch]) -> list[NDArray[np.float32]]:
+def train(client: PolicyClient, given: Iterator[Batch], *, rule: str = "ema_sign") -> list[NDArray[np.float32]]:
     """The weights of each step; every one of them was applied or found applied already."""
     served = []
     for batch in given:
-        result = client.step(batch.ids, contributions=batch.contributions, losses=batch.losses)
+        result = client.step(batch.ids, **batch.statistics(rule))
         assert result.source is Source.SERVED
         assert result.outcome in (Outcome.APPLIED, Outcome.DUPLICATE)
         served.append(result.weights)
@@ -49,10 +55,11 @@ def test_served_weights_are_the_rule_s_own(server: ServerProcess, rule_name: str
     rule = build(rule_name, {})
     state = rule.init(NUM_EXAMPLES, device=torch.device("cpu"))
     with PolicyClient(server.address, policy=f"exact-{rule_name}", num_examples=NUM_EXAMPLES, rule=rule_name) as client:
-        served = train(client, batches(40))
+        served = train(client, batches(40), rule=rule_name)
         everything, scores = client.read_weights(), client.read_weights("score")
     for batch, weights in zip(batches(40), served, strict=True):
-        statistics = aggregate(batch.ids, contributions=batch.contributions, losses=batch.losses, scored=None)
+        given = dict.fromkeys(("contributions", "losses")) | batch.statistics(rule_name)
+        statistics = aggregate(batch.ids, scored=None, **given)
         state = rule.update(state, statistics)
         np.testing.assert_array_equal(weights, rule.weights(state, batch.ids))
     np.testing.assert_array_equal(everything, rule.weights(state, None))

@@ -1,8 +1,9 @@
 """Log entries: what a rule consumed, as named fields of a Redis stream entry.
 
 Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
-`target`, `guard` (losses, nats); `scalars` (JSON); `ids` (int64, absent: all examples), `c` (float32 contributions),
-`l` (float32 losses); `refused` (the reason). Numbers are text that keeps every bit; arrays are little-endian.
+`target`, `guard` (losses, nats); `scalars` (JSON); `ids` (int64, absent: all examples), `c`, `l` and `ref` (float32
+contributions, losses and reference losses); `refused` (the reason). Numbers are text that keeps every bit; arrays are
+little-endian.
 """
 
 import json
@@ -14,6 +15,8 @@ import numpy as np
 from equipoise_server.engine.step import Kind, Step
 from equipoise_server.errors import Code, ServiceError
 from equipoise_server.rules import Scalars, Statistics
+
+_ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +68,14 @@ def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
     fields = {}
     if statistics.ids is not None:
         fields["ids"] = statistics.ids.astype("<i8", copy=False).tobytes()
-    if statistics.contributions is not None:
-        fields["c"] = statistics.contributions.astype("<f4", copy=False).tobytes()
-    if statistics.losses is not None:
-        fields["l"] = statistics.losses.astype("<f4", copy=False).tobytes()
+    for name, key in _ARRAYS.items():
+        if (values := getattr(statistics, name)) is not None:
+            fields[key] = values.astype("<f4", copy=False).tobytes()
     return fields
 
 
 def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
-    if "c" not in fields and "l" not in fields:
+    arrays = {name: np.frombuffer(fields[key], "<f4") for name, key in _ARRAYS.items() if key in fields}
+    if not arrays:
         return None
-    return Statistics(
-        ids=np.frombuffer(fields["ids"], "<i8") if "ids" in fields else None,
-        contributions=np.frombuffer(fields["c"], "<f4") if "c" in fields else None,
-        losses=np.frombuffer(fields["l"], "<f4") if "l" in fields else None,
-    )
+    return Statistics(ids=np.frombuffer(fields["ids"], "<i8") if "ids" in fields else None, **arrays)

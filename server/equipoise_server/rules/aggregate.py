@@ -1,5 +1,8 @@
 """From the rows of a request to one entry per distinct id."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +14,8 @@ def aggregate(
     contributions: NDArray[np.float32] | None,
     losses: NDArray[np.float32] | None,
     scored: NDArray[np.bool_] | None,
+    *,
+    reference_losses: NDArray[np.float32] | None = None,
 ) -> Statistics:
     """The distinct ids with a scored row and the means of their statistics over these rows.
 
@@ -22,21 +27,28 @@ def aggregate(
         contributions: float32 [rows], finite where scored; None: not sent.
         losses: float32 [rows], nats, finite where scored; None: not sent.
         scored: bool [rows]; rows that are False are ignored. None: all rows are scored.
+        reference_losses: float32 [rows], nats, finite where scored; None: not sent.
     """
-    if contributions is None and losses is None:
+    if contributions is None and losses is None and reference_losses is None:
         return Statistics(ids=np.zeros(0, np.int64))
+    rows = Statistics(ids=ids, contributions=contributions, losses=losses, reference_losses=reference_losses)
     if scored is not None and not scored.all():
-        ids = np.flatnonzero(scored) if ids is None else ids[scored]
-        contributions = None if contributions is None else contributions[scored]
-        losses = None if losses is None else losses[scored]
-    if ids is None or not _has_repeats(ids):
-        return Statistics(ids=ids, contributions=contributions, losses=losses)
-    distinct, entry = np.unique(ids, return_inverse=True)
-    counts = np.bincount(entry)
-    return Statistics(
-        ids=distinct,
-        contributions=None if contributions is None else _means(contributions, entry, counts),
-        losses=None if losses is None else _means(losses, entry, counts),
+        kept = np.flatnonzero(scored) if ids is None else ids[scored]
+        rows = replace(_mapped(rows, lambda values: values[scored]), ids=kept)
+    if ids is None or rows.ids is None or not _has_repeats(ids):
+        return rows
+    distinct, entry = np.unique(rows.ids, return_inverse=True)
+    scored_rows = np.bincount(entry)
+    means = _mapped(rows, lambda values: (np.bincount(entry, weights=values) / scored_rows).astype(np.float32))
+    return replace(means, ids=distinct, counts=_occurrences(distinct, ids))
+
+
+def _mapped(rows: Statistics, call: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Statistics:
+    return replace(
+        rows,
+        contributions=None if rows.contributions is None else call(rows.contributions),
+        losses=None if rows.losses is None else call(rows.losses),
+        reference_losses=None if rows.reference_losses is None else call(rows.reference_losses),
     )
 
 
@@ -45,5 +57,7 @@ def _has_repeats(ids: NDArray[np.int64]) -> bool:
     return bool((ordered[1:] == ordered[:-1]).any())
 
 
-def _means(values: NDArray[np.float32], entry: NDArray[np.intp], counts: NDArray[np.intp]) -> NDArray[np.float32]:
-    return (np.bincount(entry, weights=values) / counts).astype(np.float32)
+def _occurrences(distinct: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    ordered = np.sort(ids)
+    ends, starts = (np.searchsorted(ordered, distinct, side=side) for side in ("right", "left"))
+    return ends - starts

@@ -37,17 +37,21 @@ class Statistics:
         ids: int64 [B], distinct, in [0, N); None: all N examples in order.
         contributions: float32 [B], finite; None where the trainer sent none.
         losses: float32 [B], nats, finite; None where the trainer sent none.
+        reference_losses: float32 [B], nats, finite: of a reference model; None where the trainer sent none.
+        counts: int64 [B], rows of the request with this id, scored or not; None: one each.
     """
 
     ids: NDArray[np.int64] | None
     contributions: NDArray[np.float32] | None = None
     losses: NDArray[np.float32] | None = None
+    reference_losses: NDArray[np.float32] | None = None
+    counts: NDArray[np.int64] | None = None
 
     @property
     def size(self) -> int:
         """B, the number of distinct scored ids (0: the step carries no rows)."""
-        values = self.contributions if self.contributions is not None else self.losses
-        return 0 if values is None else len(values)
+        given = (self.contributions, self.losses, self.reference_losses)
+        return next((len(values) for values in given if values is not None), 0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,6 +115,11 @@ class Rule(Protocol):
         ...
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the statistics that it reads."""
+        ...
+
+    @property
     def columns(self) -> Mapping[str, torch.dtype]:
         """Names and element types of the tables; at most 16 bytes per example together."""
         ...
@@ -125,7 +134,7 @@ class Rule(Protocol):
         ...
 
     def check(self, statistics: Statistics) -> None:
-        """Raises RuleError when the step lacks what the rule needs (field, what is missing, the rule's name)."""
+        """Raises RuleError when the step lacks what the rule needs, or brings reference losses it does not read."""
         ...
 
     def prepare(self, state: TableState, statistics: Statistics) -> Scalars:

@@ -7,6 +7,7 @@ from equipoise_server.rules.ema_relu import EmaRelu
 from equipoise_server.rules.ema_sign import EmaSign
 from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradient
 from equipoise_server.rules.projected_gradient import ProjectedGradient
+from equipoise_server.rules.rho import Rho
 from equipoise_server.rules.settings import bind
 from equipoise_server.rules.table import TableRule
 from equipoise_server.rules.uniform import Uniform
@@ -18,11 +19,12 @@ _RULES: dict[str, type[TableRule[Any]]] = {
         EmaSign,
         ExponentiatedGradient,
         ProjectedGradient,
+        Rho,
         Uniform,
     )
 }
 
-_LATER = frozenset({"boltzmann", "loss_linear_upper", "rho", "trajectory"})
+_LATER = frozenset({"boltzmann", "loss_linear_upper", "trajectory"})
 """Names kept for rules that this version does not have."""
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
 from equipoise_server.rules.settings import SettingsT, resolved
+from equipoise_server.rules.signals import check_length, check_signals
 from equipoise_server.rules.sums import spans, table_sums
 
 RAW = "raw"
@@ -21,14 +22,17 @@ class TableRule(ABC, Generic[SettingsT]):
     """Base of the rules that keep tables (see `Rule` for what each public method promises).
 
     A subclass says how a visit moves its statistic (`advance`) and how a step changes the tables (`apply`). A rule from
-    another signal than contributions overrides `signal` and `signal_name`.
+    another signal than contributions overrides `signal`, `signals` and `signal_name`.
     """
 
     name: ClassVar[str]
     settings_type: ClassVar[type[SettingsT]]
     statistic: ClassVar[str] = "ema"
     """Column of the statistic, float32: what SCORE reads."""
+    signals: ClassVar[tuple[str, ...]] = ("contributions",)
+    """Statistics that the rule reads."""
     signal_name: ClassVar[str] = "contributions"
+    """What the signal is called in errors."""
     raw_dtype: ClassVar[torch.dtype]
     touches_all_rows: ClassVar[bool] = False
 
@@ -73,9 +77,8 @@ class TableRule(ABC, Generic[SettingsT]):
         return TableState(num_examples=num_examples, columns=columns)
 
     def check(self, statistics: Statistics) -> None:
-        """Raises RuleError when the step has rows but not the rule's signal."""
-        if statistics.size and self.signal(statistics) is None:
-            raise RuleError(self.signal_name, f"{self.signal_name} is absent: rule {self.name} needs it in every step")
+        """Raises RuleError when the step has rows but not the rule's signals."""
+        check_signals(statistics, signals=self.signals, rule=self.name)
 
     def prepare(self, state: TableState, statistics: Statistics) -> Scalars:
         """The running mean square with this step included."""
@@ -144,10 +147,7 @@ class TableRule(ABC, Generic[SettingsT]):
         signal = self.signal(statistics)
         if signal is None:
             return np.zeros(0, np.float32)
-        num_rows = state.num_examples if statistics.ids is None else len(statistics.ids)
-        if len(signal) != num_rows:
-            raise RuleError(self.signal_name, f"{self.signal_name} has {len(signal)} values for {num_rows} examples")
-        return signal
+        return check_length(signal, statistics, num_examples=state.num_examples, name=self.signal_name, rule=self.name)
 
     def _located(
         self, state: TableState, statistics: Statistics, scalars: Scalars, pages: NDArray[np.bool_] | None

@@ -14,7 +14,7 @@ from equipoise_server.servicer.arrays import parse_ids, parse_scored, parse_stat
 from equipoise_server.status import to_status
 
 STATISTICS = ("contributions", "losses", "reference_losses", "gradient_sketches")
-LATER_STATISTICS = ("reference_losses", "gradient_sketches", "target_sketch")
+LATER_STATISTICS = ("gradient_sketches", "target_sketch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,16 +135,18 @@ def _statistics(request: pb.StepRequest, rows: _Rows) -> Statistics | None:
         if getattr(request, name):
             raise invalid("UNUSABLE_STATISTICS", name, "no rule of this server's version uses it; leave it out")
     if not rows.given:
-        for name in ("contributions", "losses", "scored"):
+        for name in ("contributions", "losses", "reference_losses", "scored"):
             if getattr(request, name):
                 raise invalid("SHAPE_MISMATCH", name, "sent without rows; send example_ids or all_examples with it")
         return None
     scored = parse_scored(request.scored, rows=rows.count)
-    contributions = parse_statistic(request.contributions, field="contributions", rows=rows.count, scored=scored)
-    losses = parse_statistic(request.losses, field="losses", rows=rows.count, scored=scored)
-    if contributions is None and losses is None:
+    values = {
+        name: parse_statistic(getattr(request, name), field=name, rows=rows.count, scored=scored)
+        for name in ("contributions", "losses", "reference_losses")
+    }
+    if all(given is None for given in values.values()):
         return None
-    return aggregate(rows.ids, contributions=contributions, losses=losses, scored=scored)
+    return aggregate(rows.ids, scored=scored, **values)
 
 
 def _check_rule(policy: Policy, statistics: Statistics) -> None:

@@ -24,8 +24,8 @@ def spec(
 def steps(
     num_examples: int, *, seed: int = 0, batch: int = 200, trainer_id: str = "trainer", first: int = 1
 ) -> Iterator[Step]:
-    """An endless run of one trainer: random ids (some repeated), contributions and losses."""
-    random = np.random.default_rng(seed)
+    """An endless run of one trainer: random ids (some repeated), contributions, losses and reference losses."""
+    random, reference_random = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     for sequence in itertools.count(first):
         ids = random.integers(0, num_examples, batch)
         statistics = aggregate(
@@ -33,6 +33,7 @@ def steps(
             contributions=(random.standard_normal(batch) + 0.3 * np.sin(ids)).astype(np.float32),
             losses=random.random(batch).astype(np.float32),
             scored=None,
+            reference_losses=reference_random.random(batch).astype(np.float32),
         )
         yield Step(
             kind=Kind.STEP,

@@ -4,10 +4,18 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from equipoise_server.rules import Rule, Statistics, TableState, build, names
 
 MakeStep: TypeAlias = Callable[..., Statistics]
+
+
+def told(rule: Rule, ids: NDArray[np.int64] | None, values: NDArray[np.float32]) -> Statistics:
+    """A step whose signal is `values` [B], whichever statistics the rule reads."""
+    zeros = np.zeros_like(values)
+    given = {name: zeros if name == "reference_losses" else values for name in rule.signals}
+    return Statistics(ids=ids, **given)
 
 
 @pytest.fixture(params=names())
@@ -23,13 +31,14 @@ def start() -> Callable[[Rule, int], TableState]:
 
 @pytest.fixture
 def make_step() -> MakeStep:
-    """A step of distinct random ids whose contributions lean on the id: some examples are good, some bad."""
+    """A step of distinct random ids whose signal leans on the id: some examples are good, some bad."""
 
-    def step(rng: np.random.Generator, num_examples: int, rows: int | None, scale: float = 1.0) -> Statistics:
+    def step(
+        rule: Rule, rng: np.random.Generator, num_examples: int, rows: int | None, scale: float = 1.0
+    ) -> Statistics:
         ids = None if rows is None else rng.choice(num_examples, rows, replace=False).astype(np.int64)
         lean = np.sin(np.arange(num_examples) if ids is None else ids)
-        contributions = (scale * (lean + rng.normal(size=len(lean)))).astype(np.float32)
-        return Statistics(ids=ids, contributions=contributions)
+        return told(rule, ids, (scale * (lean + rng.normal(size=len(lean)))).astype(np.float32))
 
     return step
 

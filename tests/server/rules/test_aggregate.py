@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,11 +29,17 @@ def test_equals_a_loop_over_rows(rows: list[tuple[int, float, float, bool]], mas
         np.array([row[1] for row in rows], np.float32),
         np.array([row[2] for row in rows], np.float32),
         np.array([row[3] for row in rows], np.bool_) if mask else None,
+        reference_losses=np.array([row[2] for row in rows], np.float32),
     )
     assert statistics.ids is not None
     assert statistics.contributions is not None
     assert statistics.losses is not None
+    assert statistics.reference_losses is not None
+    np.testing.assert_array_equal(statistics.reference_losses, statistics.losses)
     assert statistics.size == len(expected)
+    rows_of = Counter(row[0] for row in rows)
+    assert statistics.counts is None or statistics.counts.tolist() == [rows_of[int(key)] for key in statistics.ids]
+    assert statistics.counts is not None or len(rows_of) == len(rows)
     assert sorted(statistics.ids.tolist()) == sorted(expected)
     assert statistics.contributions.dtype == statistics.losses.dtype == np.float32
     for key, contribution, loss in zip(statistics.ids, statistics.contributions, statistics.losses, strict=True):

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ def test_sim_is_the_formula_of_the_paper(rule: Rule, start: Start, make_step: Ma
     rng = np.random.default_rng(40)
     state = start(rule, N)
     for _ in range(10):
-        state = rule.update(state, make_step(rng, N, 20))
-    step = make_step(rng, N, 20)
+        state = rule.update(state, make_step(rule, rng, N, 20))
+    step = replace(make_step(rule, rng, N, 20), contributions=rng.normal(size=20).astype(np.float32))
     assert step.ids is not None
     assert step.contributions is not None
     served, above = rule.weights(state, step.ids), rule.above_floor(state, step.ids)

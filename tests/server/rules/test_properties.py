@@ -1,6 +1,7 @@
 """What holds for every rule."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from tests.server.rules.conftest import told
 
 from equipoise_server.rules import Rule, RuleError, Statistics, TableState, aggregate, build, names
 
@@ -23,6 +26,13 @@ def _check_policy(rule: Rule, state: TableState) -> None:
     assert (weights >= 0).all()
     assert abs(weights.astype(np.float64).mean() - 1.0) < 1e-6
     assert 1.0 <= rule.effective_examples(state) <= state.num_examples
+
+
+def reordered(step: Statistics, order: NDArray[np.int64]) -> Statistics:
+    """The same rows in another order."""
+    columns = ("ids", "contributions", "losses", "reference_losses")
+    given = {name: getattr(step, name) for name in columns}
+    return Statistics(**{name: None if values is None else values[order] for name, values in given.items()})
 
 
 def _same(left: TableState, right: TableState) -> bool:
@@ -48,9 +58,9 @@ def test_mean_one_after_ten_thousand_steps(rule: Rule, start: Start) -> None:
     state = start(rule, N)
     ids = rng.permuted(np.tile(np.arange(N), (10_000, 1)), axis=1)[:, :8].copy()
     scales = np.exp(rng.normal(size=(10_000, 1)) * 3)
-    contributions = (rng.normal(size=(10_000, 8)) * scales).astype(np.float32)
+    signals = (rng.normal(size=(10_000, 8)) * scales).astype(np.float32)
     for step in range(10_000):
-        state = rule.update(state, Statistics(ids=ids[step], contributions=contributions[step]))
+        state = rule.update(state, told(rule, ids[step], signals[step]))
         if step % 500 == 0:
             _check_policy(rule, state)
     _check_policy(rule, state)
@@ -67,8 +77,7 @@ def test_any_float32_gives_a_policy(name: str, data: st.DataObject) -> None:
     values = st.floats(width=32, allow_nan=False, allow_infinity=False)
     for _ in range(data.draw(st.integers(1, 5))):
         ids = data.draw(hnp.arrays(np.int64, st.integers(0, 7), elements=st.integers(0, 6), unique=True))
-        contributions = data.draw(hnp.arrays(np.float32, len(ids), elements=values))
-        state = rule.update(state, Statistics(ids=ids, contributions=contributions))
+        state = rule.update(state, told(rule, ids, data.draw(hnp.arrays(np.float32, len(ids), elements=values))))
         _check_policy(rule, state)
         scores = rule.scores(state, None)
         assert np.isfinite(scores[~np.isnan(scores)]).all()
@@ -76,11 +85,11 @@ def test_any_float32_gives_a_policy(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 2.0**-90, 1e-3, 7.0, 2.0**100, 1e30])
-def test_scale_of_contributions_is_irrelevant(rule: Rule, scale: float, start: Start, make_step: MakeStep) -> None:
+def test_scale_of_the_signal_is_irrelevant(rule: Rule, scale: float, start: Start, make_step: MakeStep) -> None:
     plain, large = start(rule, N), start(rule, N)
     for seed in range(60):
-        plain = rule.update(plain, make_step(np.random.default_rng(seed), N, 20))
-        large = rule.update(large, make_step(np.random.default_rng(seed), N, 20, scale=scale))
+        plain = rule.update(plain, make_step(rule, np.random.default_rng(seed), N, 20))
+        large = rule.update(large, make_step(rule, np.random.default_rng(seed), N, 20, scale=scale))
     np.testing.assert_allclose(rule.weights(large, None), rule.weights(plain, None), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rule.scores(large, None), rule.scores(plain, None), rtol=1e-5, atol=1e-6)
     if np.log2(scale) % 1 == 0:
@@ -91,32 +100,34 @@ def test_row_order_is_irrelevant(rule: Rule, start: Start, make_step: MakeStep) 
     rng = np.random.default_rng(6)
     straight, shuffled = start(rule, N), start(rule, N)
     for _ in range(60):
-        step = make_step(rng, N, 25)
-        assert step.ids is not None
-        assert step.contributions is not None
+        step = make_step(rule, rng, N, 25)
         order = rng.permutation(25)
         straight = rule.update(straight, step)
-        mixed = Statistics(ids=step.ids[order], contributions=step.contributions[order])
-        shuffled = rule.update(shuffled, mixed)
+        shuffled = rule.update(shuffled, reordered(step, order))
     np.testing.assert_allclose(rule.weights(shuffled, None), rule.weights(straight, None), rtol=1e-6, atol=1e-6)
 
 
 def test_repeated_ids_count_as_their_mean(rule: Rule, start: Start) -> None:
+    signal = told(rule, None, np.array([1, -2, 5, 9], np.float32))
     rows = aggregate(
-        np.array([3, 1, 3, 3]), np.array([1, -2, 5, 9], np.float32), None, np.array([True, True, True, False])
+        np.array([3, 1, 3, 3]),
+        signal.contributions,
+        signal.losses,
+        np.array([True, True, True, False]),
+        reference_losses=signal.reference_losses,
     )
-    means = Statistics(ids=np.array([1, 3]), contributions=np.array([-2, 3], np.float32))
+    means = replace(told(rule, np.array([1, 3]), np.array([-2, 3], np.float32)), counts=np.array([1, 3]))
     assert _same(rule.update(start(rule, N), rows), rule.update(start(rule, N), means))
 
 
 def test_all_examples_equal_their_ids_in_order(rule: Rule, start: Start, make_step: MakeStep) -> None:
-    step = make_step(np.random.default_rng(7), N, None)
-    named = Statistics(ids=np.arange(N), contributions=step.contributions)
+    step = make_step(rule, np.random.default_rng(7), N, None)
+    named = replace(step, ids=np.arange(N))
     assert _same(rule.update(start(rule, N), step), rule.update(start(rule, N), named))
 
 
 def test_step_without_rows_changes_no_table(rule: Rule, start: Start, make_step: MakeStep) -> None:
-    state = rule.update(start(rule, N), make_step(np.random.default_rng(8), N, 20))
+    state = rule.update(start(rule, N), make_step(rule, np.random.default_rng(8), N, 20))
     kept = _copy(state)
     for empty in (aggregate(None, None, None, None), Statistics(ids=None), aggregate(np.arange(3), None, None, None)):
         state = rule.update(state, empty)
@@ -133,32 +144,30 @@ def test_threads_and_position_do_not_change_a_bit(
         rng = np.random.default_rng(9)
         state = start(rule, num_examples)
         for _ in range(3):
-            state = rule.update(state, make_step(rng, num_examples, rows))
+            state = rule.update(state, make_step(rule, rng, num_examples, rows))
         states.append(state)
     assert _same(*states)
 
-    step = make_step(rng, num_examples, rows)
-    assert step.ids is not None
-    assert step.contributions is not None
-    backwards = Statistics(ids=step.ids[::-1].copy(), contributions=step.contributions[::-1].copy())
+    step = make_step(rule, rng, num_examples, rows)
+    backwards = reordered(step, np.arange(rows)[::-1])
     scalars = rule.prepare(states[0], step)
     assert _same(rule.apply(states[0], step, scalars), rule.apply(states[1], backwards, scalars))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_step_that_is_not_finite_changes_nothing(rule: Rule, bad: float, start: Start, make_step: MakeStep) -> None:
-    state = rule.update(start(rule, N), make_step(np.random.default_rng(10), N, 20))
+    state = rule.update(start(rule, N), make_step(rule, np.random.default_rng(10), N, 20))
     kept = _copy(state)
-    with pytest.raises(RuleError, match=rf"contributions\[2\] = {bad}.*{rule.name}"):
-        rule.update(state, Statistics(ids=np.arange(4), contributions=np.array([1, 2, bad, bad], np.float32)))
+    with pytest.raises(RuleError, match=rf"(contributions|losses)\[2\] = {bad}.*{rule.name}"):
+        rule.update(state, told(rule, np.arange(4), np.array([1, 2, bad, bad], np.float32)))
     assert _same(state, kept)
 
 
 def test_step_with_an_unknown_id_changes_nothing(rule: Rule, start: Start, make_step: MakeStep) -> None:
-    state = rule.update(start(rule, N), make_step(np.random.default_rng(11), N, 20))
+    state = rule.update(start(rule, N), make_step(rule, np.random.default_rng(11), N, 20))
     kept = _copy(state)
     with pytest.raises(IndexError):
-        rule.update(state, Statistics(ids=np.array([0, N]), contributions=np.ones(2, np.float32)))
+        rule.update(state, told(rule, np.array([0, N]), np.ones(2, np.float32)))
     assert _same(state, kept)
 
 
@@ -166,7 +175,7 @@ def test_step_with_an_unknown_id_changes_nothing(rule: Rule, start: Start, make_
 def test_step_with_foreign_scalars_changes_nothing(
     rule: Rule, mean_square: float, start: Start, make_step: MakeStep
 ) -> None:
-    step = make_step(np.random.default_rng(12), N, 20)
+    step = make_step(rule, np.random.default_rng(12), N, 20)
     state = rule.update(start(rule, N), step)
     kept = _copy(state)
     with pytest.raises(RuleError, match="mean_square"):
@@ -177,7 +186,7 @@ def test_step_with_foreign_scalars_changes_nothing(
 @pytest.mark.parametrize("threshold", [np.nan, np.inf, 0.5, 2.0**53])
 def test_threshold_must_be_an_exact_integer(threshold: float, start: Start, make_step: MakeStep) -> None:
     rule = build("projected_gradient", {})
-    step = make_step(np.random.default_rng(13), N, 20)
+    step = make_step(rule, np.random.default_rng(13), N, 20)
     state = rule.update(start(rule, N), step)
     kept = _copy(state)
     with pytest.raises(RuleError, match="threshold"):
@@ -185,23 +194,39 @@ def test_threshold_must_be_an_exact_integer(threshold: float, start: Start, make
     assert _same(state, kept)
 
 
-def test_wrong_number_of_contributions_is_refused(rule: Rule, start: Start) -> None:
+def test_wrong_number_of_values_is_refused(rule: Rule, start: Start) -> None:
     with pytest.raises(RuleError, match="3 values for 2 examples"):
-        rule.update(start(rule, N), Statistics(ids=np.arange(2), contributions=np.ones(3, np.float32)))
+        rule.update(start(rule, N), told(rule, np.arange(2), np.ones(3, np.float32)))
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name != "uniform"])
-def test_contributions_are_required(name: str) -> None:
-    with pytest.raises(RuleError, match=f"contributions is absent: rule {name}") as caught:
-        build(name, {}).check(Statistics(ids=np.arange(2), losses=np.ones(2, np.float32)))
-    assert caught.value.field == "contributions"
+def test_every_signal_is_required(name: str) -> None:
+    rule = build(name, {})
+    other = "losses" if rule.signals == ("contributions",) else "contributions"
+    for missing in rule.signals:
+        given = {signal: np.ones(2, np.float32) for signal in (*rule.signals, other) if signal != missing}
+        with pytest.raises(RuleError, match=f"{missing} is absent: rule {name}") as caught:
+            rule.check(Statistics(ids=np.arange(2), **given))
+        assert caught.value.field == missing
+
+
+@pytest.mark.parametrize("name", names())
+def test_reference_losses_are_refused_where_they_would_be_for_nothing(name: str) -> None:
+    rule, ones = build(name, {}), np.ones(2, np.float32)
+    everything = Statistics(ids=np.arange(2), contributions=ones, losses=ones, reference_losses=ones)
+    if name in ("rho", "uniform"):
+        rule.check(everything)
+    else:
+        with pytest.raises(RuleError, match=f"rule {name} does not use them") as caught:
+            rule.check(everything)
+        assert caught.value.field == "reference_losses"
 
 
 def test_prepare_changes_nothing(rule: Rule, start: Start, make_step: MakeStep) -> None:
     rng = np.random.default_rng(14)
-    state = rule.update(start(rule, N), make_step(rng, N, 20))
+    state = rule.update(start(rule, N), make_step(rule, rng, N, 20))
     kept = _copy(state)
-    rule.prepare(state, make_step(rng, N, 20))
+    rule.prepare(state, make_step(rule, rng, N, 20))
     assert _same(state, kept)
 
 

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.server.rules.conftest import told
 
 from equipoise_server.rules import Rule, Statistics, TableState, build
 
@@ -23,6 +25,8 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("ema_relu", {"saturation": 0.5, "floor": 0.1, "ema_decay": 0.0, "rms_decay": 0.9999}),
     ("exponentiated_gradient", {}),
     ("exponentiated_gradient", {"learning_rate": 1.0, "decay": 0.0, "floor": 1e-4}),
+    ("rho", {}),
+    ("rho", {"threshold": -0.2, "saturation": 0.3, "floor": 0.05, "ema_decay": 0.7}),
     ("projected_gradient", {}),
     ("projected_gradient", {"step_size": 2.0, "floor": 0.2, "cap": 2.0}),
     ("projected_gradient", {"step_size": 10.0, "cap": 3.0}),
@@ -40,12 +44,11 @@ class Definition:
         self.mean_square = 0.0
 
     def step(self, statistics: Statistics) -> None:
-        assert statistics.contributions is not None
         ids = np.arange(N) if statistics.ids is None else statistics.ids
-        contributions = statistics.contributions.astype(np.float64)
-        squares, decay = float(np.mean(contributions**2)), self.settings["rms_decay"]
+        values = self._signal(statistics)
+        squares, decay = float(np.mean(values**2)), self.settings["rms_decay"]
         self.mean_square = decay * self.mean_square + (1 - decay) * squares if self.mean_square else squares
-        signal = contributions / math.sqrt(self.mean_square) if self.mean_square else contributions
+        signal = values / math.sqrt(self.mean_square) if self.mean_square else values
         first = ~self.seen[ids]
         self.seen[ids] = True
         if self.name == "exponentiated_gradient":
@@ -59,6 +62,14 @@ class Definition:
             raw = self._raw()[self.seen]
             self.weights[self.seen] = raw / raw.mean() if raw.any() else 1.0
 
+    def _signal(self, statistics: Statistics) -> Floats:
+        if self.name == "rho":
+            assert statistics.losses is not None
+            assert statistics.reference_losses is not None
+            return statistics.losses.astype(np.float64) - statistics.reference_losses
+        assert statistics.contributions is not None
+        return statistics.contributions.astype(np.float64)
+
     def _exponentiated(self, ids: NDArray[np.int64], signal: Floats) -> None:
         limit = abs(math.log(self.settings["floor"])) / 2
         moved = (1 - self.settings["decay"]) * self.statistic[ids] + self.settings["learning_rate"] * signal
@@ -71,6 +82,9 @@ class Definition:
         if self.name == "ema_relu":
             share = np.minimum(np.maximum(self.statistic, 0) / self.settings["saturation"], 1)
             return floor + (1 - floor) * share
+        if self.name == "rho":
+            share = (self.statistic - self.settings["threshold"]) / self.settings["saturation"]
+            return floor + (1 - floor) * np.clip(share, 0, 1)
         if self.name == "exponentiated_gradient":
             return math.sqrt(floor) * np.exp(self.statistic)
         return np.ones(N)
@@ -100,7 +114,10 @@ def test_state_and_weights_follow_the_definition(
     rule = build(name, settings)
     definition, state = Definition(name, _numbers(rule)), start(rule, N)
     for index in range(STEPS):
-        statistics = make_step(rng, N, None if index == STEPS // 2 else ROWS, scale=1.0 + index)
+        statistics = make_step(rule, rng, N, None if index == STEPS // 2 else ROWS, scale=1.0 + index)
+        if statistics.losses is not None and statistics.reference_losses is not None:
+            shift = rng.normal(size=len(statistics.losses)).astype(np.float32)
+            statistics = replace(statistics, losses=statistics.losses + shift, reference_losses=shift)
         definition.step(statistics)
         state = rule.update(state, statistics)
         decided = np.abs(definition.statistic - settings.get("threshold", 0.0)) > 1e-6
@@ -122,7 +139,7 @@ def test_guard_mixes_with_uniform(
     rng = np.random.default_rng(2)
     state = start(rule, N)
     for _ in range(20):
-        state = rule.update(state, make_step(rng, N, ROWS))
+        state = rule.update(state, make_step(rule, rng, N, ROWS))
     free = rule.weights(state, None).astype(np.float64)
     state.guard_strength = guard
     mixed = rule.weights(state, None).astype(np.float64)
@@ -133,7 +150,7 @@ def test_guard_mixes_with_uniform(
 def test_unscored_examples_are_served_exactly_one(
     rule: Rule, start: Callable[[Rule, int], TableState], make_step: Callable[..., Statistics]
 ) -> None:
-    statistics = make_step(np.random.default_rng(3), N, ROWS)
+    statistics = make_step(rule, np.random.default_rng(3), N, ROWS)
     assert statistics.ids is not None
     state = rule.update(start(rule, N), statistics)
     state.guard_strength = 0.3
@@ -147,7 +164,7 @@ def test_reads_by_id_equal_reads_of_all(
     rule: Rule, start: Callable[[Rule, int], TableState], make_step: Callable[..., Statistics]
 ) -> None:
     rng = np.random.default_rng(4)
-    state = rule.update(start(rule, N), make_step(rng, N, ROWS))
+    state = rule.update(start(rule, N), make_step(rule, rng, N, ROWS))
     ids = rng.integers(0, N, 1000)
     for read in (rule.weights, rule.scores, rule.above_floor):
         np.testing.assert_array_equal(read(state, ids), read(state, None)[ids])
@@ -163,11 +180,11 @@ def test_weights_are_one_when_nothing_has_raw_weight(start: Callable[[Rule, int]
 
 
 def test_zero_contributions_leave_the_scale_unset(rule: Rule, start: Callable[[Rule, int], TableState]) -> None:
-    zeros = Statistics(ids=np.arange(4), contributions=np.zeros(4, np.float32))
+    zeros = told(rule, np.arange(4), np.zeros(4, np.float32))
     state = rule.update(start(rule, 8), zeros)
     assert state.scalars["mean_square"] == 0.0
     assert (rule.scores(state, np.arange(4)) == 0.0).all()
-    state = rule.update(state, Statistics(ids=np.arange(4), contributions=np.full(4, 3, np.float32)))
+    state = rule.update(state, told(rule, np.arange(4), np.full(4, 3, np.float32)))
     assert state.scalars["mean_square"] == 9.0
 
 

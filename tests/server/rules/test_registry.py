@@ -6,7 +6,7 @@ from equipoise_server.rules import RuleError, build, names
 
 
 def test_names_are_sorted_and_build() -> None:
-    assert names() == ["ema_relu", "ema_sign", "exponentiated_gradient", "projected_gradient", "uniform"]
+    assert names() == ["ema_relu", "ema_sign", "exponentiated_gradient", "projected_gradient", "rho", "uniform"]
     assert [build(name, {}).name for name in names()] == names()
 
 
@@ -16,7 +16,7 @@ def test_unknown_rule_lists_the_known_ones() -> None:
     assert caught.value.field == "rule.name"
 
 
-@pytest.mark.parametrize("name", ["rho", "boltzmann", "loss_linear_upper", "trajectory"])
+@pytest.mark.parametrize("name", ["boltzmann", "loss_linear_upper", "trajectory"])
 def test_later_rule_is_named_as_such(name: str) -> None:
     with pytest.raises(RuleError, match=f"'{name}' is not available in this version; available: ema_relu"):
         build(name, {})

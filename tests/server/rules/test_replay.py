@@ -35,9 +35,9 @@ def test_pages_of_different_versions_replay_to_the_same_bits(rule: Rule, start: 
                 stored.columns[name][_rows(page)] = column[_rows(page)]
         if version == STEPS:
             break
-        step = make_step(rng, N, None if version == 5 else 500)
+        step = make_step(rule, rng, N, None if version == 5 else 500)
         if version == 8:  # all rows on one page: the others must still feel a step that touches all rows
-            step = make_step(rng, PAGE_EXAMPLES, 300)
+            step = make_step(rule, rng, PAGE_EXAMPLES, 300)
         state = rule.update(state, step)
         log.append((step, state.scalars))
     for version, (step, scalars) in enumerate(log):
@@ -50,14 +50,14 @@ def test_fork_by_copying_columns_goes_on_alike(rule: Rule, start: Start, make_st
     rng = np.random.default_rng(21)
     state = start(rule, 5000)
     for _ in range(5):
-        state = rule.update(state, make_step(rng, 5000, 100))
+        state = rule.update(state, make_step(rule, rng, 5000, 100))
     fork = start(rule, 5000)
     for name, column in state.columns.items():
         fork.columns[name].copy_(column)
     fork.scalars = dict(state.scalars)
     fork = rule.restore(fork)
     assert _equal(fork, state)
-    step = make_step(rng, 5000, 100)
+    step = make_step(rule, rng, 5000, 100)
     assert _equal(rule.update(fork, step), rule.update(state, step))
 
 

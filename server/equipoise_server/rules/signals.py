@@ -1,0 +1,32 @@
+"""What a rule reads of a step: which statistics it needs, and that they fit the step's rows."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise_server.rules.base import RuleError, Statistics
+
+
+def check_signals(statistics: Statistics, *, signals: tuple[str, ...], rule: str) -> None:
+    """Raises RuleError when a step with rows lacks one of `signals`, or has reference losses that are not among them.
+
+    Contributions and losses that a rule does not read are welcome: contributions show the Learning Law at work, and
+    the price of reference losses is such that who sends them expects them to matter.
+    """
+    if not statistics.size:
+        return
+    for name in signals:
+        if getattr(statistics, name) is None:
+            raise RuleError(name, f"{name} is absent: rule {rule} needs it in every step")
+    name = "reference_losses"
+    if statistics.reference_losses is not None and name not in signals:
+        raise RuleError(name, f"{name}: rule {rule} does not use them (it reads {', '.join(signals)}); leave them out")
+
+
+def check_length(
+    signal: NDArray[np.float32], statistics: Statistics, *, num_examples: int, name: str, rule: str
+) -> NDArray[np.float32]:
+    """The signal, which has one value per id of the step; else RuleError."""
+    num_rows = num_examples if statistics.ids is None else len(statistics.ids)
+    if len(signal) != num_rows:
+        raise RuleError(name, f"{name} has {len(signal)} values for {num_rows} examples: not one each for rule {rule}")
+    return signal

@@ -69,6 +69,11 @@ class DurableSequences:
             self.durable[trainer_id] = waiting.popleft()[1]
         return self.durable.get(trainer_id, 0)
 
+    def forget(self, trainer_id: str) -> None:
+        """The trainer starts anew."""
+        self.durable.pop(trainer_id, None)
+        self.applied.pop(trainer_id, None)
+
 
 class Session:
     """One open stream of one trainer."""
@@ -165,8 +170,12 @@ class PolicyRunner:
             before.end(ServiceError(Code.ABORTED, "TRAINER_REPLACED", message))
         session = self.sessions[trainer_id] = Session(trainer_id)
         try:
+            await self._device.run(lambda: self.policy.trainers.forget_idle(self._wall_clock()))
             opening = Step(kind=Kind.READ, trainer_id=trainer_id, wants_weights=False)
-            return session, await (await self.submit(opening))
+            answer = await (await self.submit(opening))
+            if not answer.last_sequence:
+                self._sequences.forget(trainer_id)
+            return session, answer
         except BaseException:
             self.close_session(session)
             raise

@@ -1,5 +1,6 @@
 """Engines on a real Redis: each test has a Redis of its own, so that it may stop, flush or stall it."""
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,12 +50,17 @@ class Servers:
 async def servers(redis: EmbeddedRedis) -> AsyncIterator[Servers]:
     made: list[tuple[Engine, DeviceThread, RedisStore]] = []
 
-    async def make(address: str = "127.0.0.1:1", *, sweep: SweepLimits | None = None) -> Engine:
+    async def make(
+        address: str = "127.0.0.1:1",
+        *,
+        sweep: SweepLimits | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> Engine:
         store = RedisStore.connect(redis.url)
         device = DeviceThread(torch.device("cpu"))
         runner_limits = LIMITS.runner if sweep is None else replace(LIMITS.runner, sweep=sweep)
         limits = replace(LIMITS, runner=runner_limits)
-        engine = Engine(store, device, address=address, limits=limits, telemetry=Silent())
+        engine = Engine(store, device, address=address, limits=limits, telemetry=Silent(), wall_clock=wall_clock)
         made.append((engine, device, store))
         return engine
 

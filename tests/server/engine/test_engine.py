@@ -291,6 +291,19 @@ async def test_a_second_opening_ends_the_first_and_sees_all_it_sent(servers: Ser
     await asyncio.gather(*futures)
 
 
+async def test_a_trainer_idle_for_a_day_is_forgotten(servers: Servers) -> None:
+    now = 1e9
+    engine = await servers.make(wall_clock=lambda: now)
+    runner = await runner_of(engine)
+    await feed(runner, 3)
+    _, opening = await runner.open("trainer")
+    assert (opening.last_sequence, runner.durable_sequence("trainer")) == (3, 3)
+    now += 86_401
+    _, opening = await runner.open("trainer")
+    assert (opening.last_sequence, runner.durable_sequence("trainer")) == (0, 0)
+    assert (await send(runner, next(steps(1000)))).outcome is Outcome.APPLIED
+
+
 async def test_an_idle_policy_leaves_memory_and_comes_back_on_first_touch(servers: Servers) -> None:
     engine = await servers.make()
     runner = await runner_of(engine)

@@ -1,6 +1,7 @@
 """One batch's statistics, taken while the model is trained on it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -10,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from equipoise.torch.direction import TargetDirection, checked_losses
-from equipoise.torch.errors import CaptureError
+from equipoise.torch.errors import CaptureError, ContributionsDifferError
+from equipoise.torch.quiet import RandomState, repeating
 from equipoise.wire import StepFields
 
 
@@ -133,6 +135,43 @@ class Contributions(ABC, Generic[CaptureT]):
             capture.note_losses()
         return capture
 
+    def verify(self, batch: Any, *, examples: int = 4, tolerance: float = 0.05) -> float:
+        """Compares with the gradients of some examples, each by a backward pass of its own; changes nothing.
+
+        Worth its price once for a new model: it finds what no method can see, such as modules that mix examples, or
+        tensors whose first dimension is not the examples.
+
+        Args:
+            batch: a batch of the training data.
+            examples: how many of its examples, from the first on.
+            tolerance: largest relative error ‖c − c*‖/‖c*‖ that passes; rounding to bfloat16 needs some room.
+
+        Returns:
+            The relative error.
+
+        Raises:
+            ContributionsDifferError: it is larger.
+        """
+        if not self.direction.vectors:
+            self.direction.refresh()
+        random = RandomState(self.model)
+        with repeating(self.model, random):
+            losses = self.direction.losses(batch)
+            expected = per_example(losses[:examples], self.direction.vectors)
+        with repeating(self.model, random), self._capture(range(len(losses))) as capture:
+            losses = capture.losses(batch)
+            if losses.requires_grad:
+                torch.autograd.grad(losses.sum(), list(self.direction.vectors), allow_unused=True)
+            found = capture.contributions[:examples].double()
+        error = float((found - expected).norm() / expected.norm())
+        if not error <= tolerance:
+            raise ContributionsDifferError(
+                f"{type(self).__name__} is off by {error:.3g} of the contributions by per-example gradients "
+                f"({found.tolist()} instead of {expected.tolist()}): does a module mix examples, is the first "
+                "dimension of every module the examples, are parameters used outside of their modules?"
+            )
+        return error
+
     @abstractmethod
     def _capture(self, ids: ArrayLike) -> CaptureT: ...
 
@@ -161,6 +200,17 @@ def join(*captures: Capture) -> tuple[NDArray[np.uint64], StepFields]:
         if "guard_loss" in part:
             joined["guard_loss"] = part["guard_loss"]
     return np.concatenate([capture.ids for capture in captures]), joined
+
+
+def per_example(losses: Tensor, vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """Contributions by their definition, one backward pass for each loss: float64 [B]."""
+    parameters = list(vectors)
+    contributions = []
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        pairs = zip(gradients, parameters, strict=True)
+        contributions.append(sum((g.double() * vectors[p]).sum() for g, p in pairs if g is not None))
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in contributions])
 
 
 def _integers(ids: ArrayLike) -> NDArray[np.uint64]:

@@ -114,7 +114,7 @@ class TargetDirection:
         for batch in self._next_batches():
             with torch.enable_grad():
                 losses = self.losses(batch)
-                gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+                gradients = _gradient(losses.sum(), parameters)
             total, count = total.to(losses.device) + losses.detach().sum(), count + len(losses)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
@@ -153,6 +153,18 @@ def checked_losses(losses: Tensor, count: int | None = None) -> Tensor:
             f"losses of shape {tuple(losses.shape)}: must be {expected}; use reduction='none' and average over tokens"
         )
     return losses
+
+
+def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise DirectionError(
+            "model: checkpoints activations with use_reentrant=True in evaluation mode, through which only `.grad` can "
+            "be computed: use use_reentrant=False"
+        ) from error
 
 
 def _dense(gradient: Tensor) -> Tensor:

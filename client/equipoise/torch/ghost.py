@@ -26,6 +26,7 @@ class GhostCapture(HookedCapture):
         self._sum: Tensor | None = None
         self._scale: Tensor | None = None
         self._waiting = 0
+        self._missed = ""
 
     def watch(self, losses: Tensor) -> Tensor:
         """As in `Capture`; the backward pass must go through the losses that are returned."""
@@ -42,6 +43,8 @@ class GhostCapture(HookedCapture):
             )
         if self._sum is None or self._waiting:
             raise CaptureError("the backward pass did not go through the whole model: call `.backward()`")
+        if self._missed:
+            raise CaptureError(f"{self._missed}: its output was replaced before its gradient could be seen")
         known = self._scale != 0
         contributions = self._sum / torch.where(known, self._scale, 1).to(self._sum)
         return torch.where(known & contributions.isfinite(), contributions, torch.nan)
@@ -61,6 +64,7 @@ class GhostCapture(HookedCapture):
         def see(g: Tensor) -> None:
             if not self._open:
                 return
+            g = g.reshape(call.output)
             if call.x is None:
                 call.g, self._waiting = g, self._waiting + 1
             else:
@@ -70,7 +74,9 @@ class GhostCapture(HookedCapture):
 
     def see_input(self, call: Call, x: Tensor) -> None:
         """Autograd has given back the input of a call, after the gradient of its output."""
-        if call.g is not None:
+        if call.g is None:
+            self._missed = call.layer.path
+        else:
             g, call.g, self._waiting = call.g, None, self._waiting - 1
             self._add(call, x, g)
 

@@ -24,12 +24,14 @@ class Call:
         x: its input; None while autograd keeps it.
         g: gradient of its output; None until it is known.
         shape: shape to which the input is expanded so that each example has its rows; None: as it is.
+        output: shape of its output, with rows for each example.
     """
 
     layer: Layer
     x: Tensor | None = None
     g: Tensor | None = None
     shape: list[int] | None = None
+    output: tuple[int, ...] = ()
 
 
 class HookedCapture(Capture):
@@ -59,13 +61,17 @@ class HookedCapture(Capture):
         self._handles.clear()
         self._entered.clear()
 
+    def _wanted(self) -> bool:
+        """Whether a forward pass of now is the captured one: until its losses are known, or when it is recomputed."""
+        return self._losses is None or torch._C._current_graph_task_id() != -1
+
     @abstractmethod
     def _enter(self, call: Call, x: Tensor) -> Tensor:
         """A module is called with x; returns what it gets instead, equal in value."""
 
     @abstractmethod
     def _leave(self, call: Call, y: Tensor) -> None:
-        """A module has given y, which has rows for each example."""
+        """A module has given y, which has the shape `call.output` but for views."""
 
     def _contract(self, call: Call, x: Tensor, g: Tensor) -> Tensor:
         """Contributions of one call: [B]."""
@@ -82,7 +88,7 @@ class HookedCapture(Capture):
             self._contracting = False
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._contracting or not torch.is_grad_enabled():
+        if self._contracting or not torch.is_grad_enabled() or not self._wanted():
             return None
         call = Call(self._layers[module])
         name = None if args else next(iter(kwargs))
@@ -96,5 +102,17 @@ class HookedCapture(Capture):
         if call is None or x is None or not y.requires_grad:
             return None
         y, call.shape = self._rows.expand(call.layer.path, module, x, y, len(self.ids))
-        self._leave(call, y)
+        call.output = y.shape
+        self._leave(call, _source(y) if call.shape is None else y)
         return y
+
+
+def _source(y: Tensor) -> Tensor:
+    """Where the gradient of an output arrives even when the output is changed in place afterwards.
+
+    What a module returns is often a view: of a matrix of all rows, say. A change in place gives the view a new history
+    that begins at its base.
+    """
+    base = y._base
+    same = base is not None and base.requires_grad and base.numel() == y.numel()
+    return base if base is not None and same and base.is_contiguous() and y.is_contiguous() else y

@@ -66,13 +66,18 @@ def check_eager(model: nn.Module) -> None:
     Raises:
         UnsupportedModuleError: a module is compiled.
     """
-    compiled = [
+    compiled = compiled_modules(model)
+    if compiled:
+        raise UnsupportedModuleError(compiled, why="compiled modules run no hooks", instead=INSTEAD)
+
+
+def compiled_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of all modules that `torch.compile` has compiled."""
+    return [
         (path, module)
         for path, module in model.named_modules()
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
     ]
-    if compiled:
-        raise UnsupportedModuleError(compiled, why="compiled modules run no hooks", instead=INSTEAD)
 
 
 def _kind(module: nn.Module, also: Kinds) -> type[Layer] | None:

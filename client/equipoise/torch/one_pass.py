@@ -84,10 +84,10 @@ class OnePassCapture(HookedCapture):
         self._graph = None
         total = None
         for (call, _), g in zip(self._seen, gradients, strict=True):
-            call.g = g
             if g is not None:
                 assert call.x is not None
-                part = self._contract(call, call.x, g)
+                call.g = g.reshape(call.output)
+                part = self._contract(call, call.x, call.g)
                 total = part if total is None else total + part.to(total)
         assert total is not None, "losses depend on a module, or they would have no gradient"
         self._seen = [(call, edge) for call, edge in self._seen if call.g is not None]

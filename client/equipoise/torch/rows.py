@@ -22,6 +22,7 @@ class Rows:
 
     def __init__(self, shared: Collection[str] = ()) -> None:
         self._shared = set(shared)
+        self._own: set[str] = set()
 
     def expand(self, path: str, module: nn.Module, x: Tensor, y: Tensor, count: int) -> tuple[Tensor, list[int] | None]:
         """The output of a call with rows for each of `count` examples.
@@ -32,6 +33,8 @@ class Rows:
         Raises:
             BatchShapeError: the rows cannot be given to examples.
         """
+        if count == 1:
+            return y, None
         if isinstance(module, nn.Embedding) and x.ndim == 1 and self._is_shared(path, x, count):
             return y.expand(count, *y.shape), [count, *x.shape]
         if y.shape[0] == count:
@@ -47,11 +50,12 @@ class Rows:
 
     def _is_shared(self, path: str, indices: Tensor, count: int) -> bool:
         """Whether one-dimensional indices are positions, the same for all examples, rather than one per example."""
-        if path in self._shared:
-            return True
+        if path in self._shared or path in self._own:
+            return path in self._shared
         length = indices.shape[0]
-        consecutive = bool((indices == torch.arange(length, device=indices.device) + indices[:1]).all())
-        if not consecutive or length == 1:
+        # Waits for the device, which is why it is remembered.
+        if not bool((indices == torch.arange(length, device=indices.device) + indices[:1]).all()):
+            self._own.add(path)
             return False
         if length == count:
             raise BatchShapeError(

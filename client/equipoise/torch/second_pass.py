@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from equipoise.torch.capture import Capture, Contributions
 from equipoise.torch.direction import TargetDirection
 from equipoise.torch.errors import CaptureError, DirectionError, UnsupportedModuleError
+from equipoise.torch.kinds import compiled_modules
 from equipoise.torch.quiet import RandomState, moved, repeating
 
 
@@ -49,11 +50,16 @@ class SecondPassCapture(Capture):
 class FiniteDifferenceCapture(SecondPassCapture):
     """(l(θ + ε·v/|v|) − l(θ))·|v|/ε."""
 
-    def __init__(self, model: nn.Module, direction: TargetDirection, ids: ArrayLike, *, step: float) -> None:
+    def __init__(
+        self, model: nn.Module, direction: TargetDirection, ids: ArrayLike, *, step: float, checked: bool
+    ) -> None:
         super().__init__(model, direction, ids)
         self._step = step
+        self._checked = checked
 
     def _first(self, batch: Any) -> Tensor:
+        if self._checked:
+            return super()._first(batch)
         handles = [
             module.register_forward_pre_hook(_refuse_autocast)
             for module in self._model.modules()
@@ -103,6 +109,8 @@ class FiniteDifferenceContributions(Contributions[FiniteDifferenceCapture]):
         if not step > 0:
             raise DirectionError(f"step = {step}: must be positive")
         self._step = step
+        # Hooks would have a compiled model compile again; they look at the first forward pass of any other.
+        self._checked = bool(compiled_modules(model))
         self._refreshed()
 
     def _refreshed(self) -> None:
@@ -117,7 +125,8 @@ class FiniteDifferenceContributions(Contributions[FiniteDifferenceCapture]):
             )
 
     def _capture(self, ids: ArrayLike) -> FiniteDifferenceCapture:
-        return FiniteDifferenceCapture(self.model, self.direction, ids, step=self._step)
+        checked, self._checked = self._checked, True
+        return FiniteDifferenceCapture(self.model, self.direction, ids, step=self._step, checked=checked)
 
 
 class JvpCapture(SecondPassCapture):

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from equipoise.torch import ExampleLoss, TargetDirection, causal_lm_losses
+from equipoise.torch import TargetDirection, causal_lm_losses
 
 VOCABULARY = 61
 
@@ -82,16 +82,15 @@ def class_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-def reference(model: nn.Module, direction: TargetDirection, batch: Any, loss_fn: ExampleLoss | None = None) -> Tensor:
-    """Contributions by the definition: one gradient per example, one backward pass each."""
+def reference(model: nn.Module, direction: TargetDirection, batch: Any) -> Tensor:
+    """Contributions by the definition: one gradient per example, one backward pass each; float64."""
     vectors = direction.vectors
-    losses = (loss_fn or direction.loss_fn)(model, batch)
     contributions = []
-    for loss in losses:
+    for loss in direction.loss_fn(model, batch):
         gradients = torch.autograd.grad(loss, list(vectors), retain_graph=True, allow_unused=True)
         pairs = zip(gradients, vectors.values(), strict=True)
-        contributions.append(torch.stack([(g * v).sum() for g, v in pairs if g is not None]).sum())
-    return torch.stack(contributions).double()
+        contributions.append(torch.stack([(g.double() * v).sum() for g, v in pairs if g is not None]).sum())
+    return torch.stack(contributions)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -157,12 +157,11 @@ class LastLayerContributions(GhostContributions):
     def _refreshed(self) -> None:
         module = self.model.get_submodule(self._path)
         check_eager(module)
-        [(_, layer)] = layers_of(module).items() or [(None, None)]
-        if layer is None:
+        self._layers = layers_of(module, prefix=self._path)
+        if not self._layers:
             raise UnsupportedModuleError(
-                [(self._path, module)], why="has no trainable parameter", instead="name another"
+                [(self._path, module)], why="has no trainable parameter", instead="name another layer"
             )
-        self._layers = {module: type(layer)(self._path, module)}
 
 
 def _last_linear(model: nn.Module) -> str:

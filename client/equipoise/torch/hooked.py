@@ -45,6 +45,7 @@ class HookedCapture(Capture):
         self._rows = rows
         self._handles: list[RemovableHandle] = []
         self._entered: dict[nn.Module, tuple[Call, Tensor]] = {}
+        self._hidden: set[str] = set()
         self._contracting = False
 
     def __enter__(self) -> Self:
@@ -88,7 +89,10 @@ class HookedCapture(Capture):
             self._contracting = False
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._contracting or not torch.is_grad_enabled() or not self._wanted():
+        if self._contracting or not self._wanted():
+            return None
+        if not torch.is_grad_enabled():
+            self._hidden.add(self._layers[module].path)
             return None
         call = Call(self._layers[module])
         name = None if args else next(iter(kwargs))

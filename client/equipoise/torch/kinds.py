@@ -35,19 +35,20 @@ _KINDS: tuple[tuple[type[nn.Module], type[Layer]], ...] = (
 )
 
 
-def layers_of(model: nn.Module, *, also: Kinds = ()) -> dict[nn.Module, Layer]:
+def layers_of(model: nn.Module, *, also: Kinds = (), prefix: str = "") -> dict[nn.Module, Layer]:
     """The layers of all modules that have trainable parameters of their own.
 
     Args:
         model: the model.
         also: types of modules of the user's that treat each example alone.
+        prefix: path of the model itself, where it is a part.
 
     Raises:
         UnsupportedModuleError: some modules cannot be seen through; names them all.
     """
     layers: dict[nn.Module, Layer] = {}
     unsupported = []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(prefix=prefix):
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
         kind = _kind(module, also)

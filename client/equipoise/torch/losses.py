@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from equipoise.torch.errors import DirectionError
+from equipoise.torch.errors import CaptureError
 
 
 def causal_lm_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -34,7 +34,16 @@ def weighted_mean(losses: Tensor, weights: ArrayLike | Tensor) -> Tensor:
         losses: loss of each example, [B].
         weights: [B], such as `client.weights(ids)`: mean 1 over the policy, so that nothing else need be rescaled.
     """
-    factors = weights if isinstance(weights, Tensor) else torch.tensor(np.asarray(weights))
+    return (as_weights(weights, losses) * losses).mean()
+
+
+def as_weights(weights: ArrayLike | Tensor, losses: Tensor) -> Tensor:
+    """Weights as a tensor like the losses, one for each.
+
+    Raises:
+        CaptureError: there are more or fewer.
+    """
+    factors = weights.detach() if isinstance(weights, Tensor) else torch.tensor(np.asarray(weights))
     if factors.shape != losses.shape:
-        raise DirectionError(f"weights of shape {tuple(factors.shape)}: must be one for each of {len(losses)} losses")
-    return (factors.detach().to(losses) * losses).mean()
+        raise CaptureError(f"weights of shape {tuple(factors.shape)}: must be one for each of {len(losses)} losses")
+    return factors.to(losses)

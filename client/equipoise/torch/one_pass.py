@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from equipoise.torch.errors import CaptureError
 from equipoise.torch.hooked import Call, HookedCapture
 from equipoise.torch.kinds import Kinds, check_eager, layers_of
 from equipoise.torch.layers import Layer
+from equipoise.torch.losses import as_weights
 from equipoise.torch.rows import Rows
 
 
@@ -43,7 +43,7 @@ class OnePassCapture(HookedCapture):
         self._graph = losses
         return losses.detach()
 
-    def backward(self, weights: ArrayLike) -> None:
+    def backward(self, weights: ArrayLike | Tensor) -> None:
         """Adds the gradient of `mean(weights·losses)` to `.grad`, as a backward pass would, exactly.
 
         Args:
@@ -56,14 +56,8 @@ class OnePassCapture(HookedCapture):
         _ = self.contributions
         if not self._seen:
             raise CaptureError("a capture makes one backward pass")
-        [*_, (some, _)] = self._seen
-        assert some.g is not None
-        factors = torch.tensor(np.asarray(weights, np.float64))
-        if factors.shape != (len(self.ids),):
-            raise CaptureError(
-                f"weights of shape {tuple(factors.shape)}: must be one for each of {len(self.ids)} examples"
-            )
-        factors = (factors / len(self.ids)).to(some.g.device)
+        assert self._losses is not None
+        factors = as_weights(weights, self._losses) / len(self.ids)
         while self._seen:
             self._accumulate(self._seen.pop()[0], factors)
 
@@ -76,6 +70,11 @@ class OnePassCapture(HookedCapture):
         """The half of the backward pass that forms gradients of activations, and none of parameters."""
         if not self._seen or self._graph is None:
             raise CaptureError("no module was called through its hooks: was another model trained?")
+        if hidden := self._hidden - {call.layer.path for call, _ in self._seen}:
+            raise CaptureError(
+                f"{', '.join(sorted(hidden))}: called without gradients only; with activation checkpointing use "
+                "use_reentrant=False, or GhostContributions"
+            )
         if self._scaler is not None and self._scaler.is_enabled():
             self._scale = float(self._scaler.scale(torch.ones((), device=self._graph.device)))
         gradients = torch.autograd.grad(
@@ -107,6 +106,9 @@ class OnePassCapture(HookedCapture):
         finally:
             self._contracting = False
 
+    def _wanted(self) -> bool:
+        return self._losses is None  # a pass that is recomputed has been seen
+
     def _enter(self, call: Call, x: Tensor) -> Tensor:
         call.x = x.detach()
         return x
@@ -120,7 +122,8 @@ class OnePassContributions(Contributions[OnePassCapture]):
 
     The backward pass is cut in two: gradients of activations give the contributions; then the weights that the service
     answers, in the same step, give the gradients of the parameters. Zero-weight examples are scored too. Keeps the
-    gradient of every module's output until `backward`. Not for activation checkpointing and DistributedDataParallel.
+    gradient of every module's output until `backward`. Activation checkpointing
+    saves no memory then, and hooks on parameters do not run, those of DistributedDataParallel among them.
 
     Example:
         >>> contributions = OnePassContributions(model, direction)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.torch import (
+    CaptureError,
     Contributions,
     FiniteDifferenceContributions,
     GhostContributions,
@@ -134,6 +135,30 @@ def test_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
     with GhostContributions(model, direction).capture(range(COUNT)) as capture:
         capture.losses(batch).mean().backward()
     assert relative_error(capture.contributions, expected) < 1e-4
+
+
+def test_one_pass_with_checkpoints() -> None:
+    """Right without reentrance; with it the first pass has no gradients to show, which is said."""
+
+    def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
+        return model(ids).square().mean((1, 2))
+
+    for reentrant in (True, False):
+        torch.manual_seed(3)
+        model = Checkpointed(reentrant)
+        model.middle[3].p = 0.0
+        ids = tokens(COUNT)["input_ids"]
+        direction = TargetDirection(model, losses_of, [tokens(8, seed=1)["input_ids"]])
+        with OnePassContributions(model, direction).capture(range(COUNT)) as capture:
+            capture.losses(ids)
+            if reentrant:
+                with pytest.raises(CaptureError, match=r"^middle\.0, middle\.1, middle\.4: called without gradients"):
+                    capture.fields()
+                continue
+            capture.backward(torch.ones(COUNT))
+        assert relative_error(capture.contributions, reference(model, direction, ids)) < 1e-4
+        expected_gradients = torch.autograd.grad(losses_of(model, ids).mean(), list(model.parameters()))
+        torch.testing.assert_close([parameter.grad for parameter in model.parameters()], list(expected_gradients))
 
 
 def test_checkpointing_keeps_its_memory() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.client.scripted_server import REFUSED_STEP, ScriptedServer, refusal, status_of
 
 from equipoise import Backoff, Source, Timeout, errors
 from equipoise.aio import PolicyAdmin, PolicyClient
+from tests.client.scripted_server import REFUSED_STEP, ScriptedServer, refusal, status_of
 
 QUICK = Timeout(step=0.2, wait=20.0, connect=2.0, call=5.0, close=1.0)
 PROMPT = Backoff(first=0.01, longest=0.05)

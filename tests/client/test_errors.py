@@ -4,9 +4,9 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
-from tests.client.scripted_server import ScriptedServer, packed, status_of
 
 from equipoise import PolicyAdmin, errors
+from tests.client.scripted_server import ScriptedServer, packed, status_of
 
 BY_CODE = {
     grpc.StatusCode.ABORTED: errors.UnavailableError,

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.client.conversations import Conversation, Server, make_session
 
 from equipoise import Outcome, Source, errors
 from equipoise.options import WhenLost
 from equipoise.v1 import policy_pb2 as pb
+from tests.client.conversations import Conversation, Server, make_session
 
 STREAM = ["connect", "send", "serve", "receive", "settle"]
 TROUBLE = ["persist", "cut", "crash", "wait"]

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.crc import key_slot
-from tests.server.store.conftest import entries, eventually, logged, policy, running_redis
 
 from equipoise_server.store import Page, RedisStore
+from tests.server.store.conftest import entries, eventually, logged, policy, running_redis
 
 
 def free_port() -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
-from tests.server.store.conftest import entries, eventually, is_running, kill, logged, policy
 
 from equipoise_server.store import (
     DataDirectoryInUse,
@@ -20,6 +19,7 @@ from equipoise_server.store import (
     RedisStore,
     Unavailable,
 )
+from tests.server.store.conftest import entries, eventually, is_running, kill, logged, policy
 
 
 @pytest.fixture

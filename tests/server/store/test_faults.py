@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
-from tests.server.store.conftest import CountingObserver, RedisProcess, entries, logged, policy, running_redis
 
 from equipoise_server.store import UNAVAILABLE_KINDS, Page, RedisStore, Unavailable
+from tests.server.store.conftest import CountingObserver, RedisProcess, entries, logged, policy, running_redis
 
 TIMEOUT_S = 0.3
 

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
-from tests.server.store.conftest import RedisProcess, entries, eventually, logged, policy, running_redis
 
 from equipoise_server.store import (
     MAX_APPEND_BYTES,
@@ -14,6 +13,7 @@ from equipoise_server.store import (
     Unavailable,
     entry_bytes,
 )
+from tests.server.store.conftest import RedisProcess, entries, eventually, logged, policy, running_redis
 
 
 @pytest.fixture

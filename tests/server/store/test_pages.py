@@ -2,7 +2,6 @@ import asyncio
 
 import pytest
 from redis.asyncio import Redis
-from tests.server.store.conftest import CountingObserver, RedisProcess, policy
 
 from equipoise_server.store import (
     MAX_COMMAND_BYTES,
@@ -14,6 +13,7 @@ from equipoise_server.store import (
     RedisStore,
     Unavailable,
 )
+from tests.server.store.conftest import CountingObserver, RedisProcess, policy
 
 
 @pytest.fixture

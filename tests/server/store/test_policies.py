@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from redis.asyncio import Redis
-from tests.server.store.conftest import CountingObserver, RedisProcess, entries, logged, policy
 
 from equipoise_server.store import Deleted, Fenced, NotFound, Ownership, Page, RedisStore
+from tests.server.store.conftest import CountingObserver, RedisProcess, entries, logged, policy
 
 
 async def test_creating_twice_returns_the_first(store: RedisStore) -> None:

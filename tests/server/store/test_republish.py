@@ -3,9 +3,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from redis.asyncio import Redis
-from tests.server.store.conftest import entries, logged, policy
 
 from equipoise_server.store import Deleted, Fenced, LogLost, Ownership, Page, RedisStore
+from tests.server.store.conftest import entries, logged, policy
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 import socket
 from pathlib import Path
 
-from tests.server.store.conftest import entries, logged, policy, running_redis
-
 from equipoise_server.store import RedisStore
+from tests.server.store.conftest import entries, logged, policy, running_redis
 
 
 def free_port() -> int:

@@ -379,6 +379,24 @@ def test_export_and_import_keep_every_bit(stub: PolicyServiceStub, policy: str) 
     assert failure(lambda: stub.GetPolicy(pb.GetPolicyRequest(policy=header.spec.name)))[1] == "POLICY_NOT_FOUND"
 
 
+def test_a_batch_rule_serves_its_batch_and_is_imported_without_tables(stub: PolicyServiceStub, policy: str) -> None:
+    name = f"{policy}-batch"
+    spec = pb.PolicySpec(name=name, num_examples=10**9, rule=pb.RuleSpec(name="boltzmann"))
+    assert stub.CreatePolicy(pb.CreatePolicyRequest(policy=spec)).status.bytes == 0
+    first, again = (answers(exchange(stub, name, step(1)))[0] for _ in range(2))
+    assert np.mean(floats(first.weights)) == pytest.approx(1.0, abs=1e-6)
+    assert floats(first.weights)[0] > 1.5 > 0.5 > floats(first.weights)[1]
+    assert (again.outcome, again.weights) == (pb.OUTCOME_DUPLICATE, first.weights)
+    effective = stub.GetPolicy(pb.GetPolicyRequest(policy=name)).status.effective_examples
+    assert 1.0 < effective < 2.0
+    [exported] = stub.ExportPolicy(pb.ExportPolicyRequest(policy=name))
+    exported.header.spec.name = f"{name}-imported"
+    status = stub.ImportPolicy(iter([pb.ImportPolicyRequest(header=exported.header)])).status
+    assert (status.effective_examples, status.bytes) == (effective, 0)
+    fork = pb.CreatePolicyRequest(policy=pb.PolicySpec(name=f"{name}-fork"), **{"from": name})
+    assert stub.CreatePolicy(fork).status.effective_examples == effective
+
+
 def test_an_impossible_state_is_refused(stub: PolicyServiceStub, policy: str) -> None:
     exported = list(stub.ExportPolicy(pb.ExportPolicyRequest(policy=policy)))
     exported[0].header.spec.name = f"{policy}-broken"

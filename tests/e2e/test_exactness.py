@@ -61,7 +61,7 @@ def test_served_weights_are_the_rule_s_own(server: ServerProcess, rule_name: str
         given = dict.fromkeys(("contributions", "losses")) | batch.statistics(rule_name)
         statistics = aggregate(batch.ids, scored=None, **given)
         state = rule.update(state, statistics)
-        np.testing.assert_array_equal(weights, rule.weights(state, batch.ids))
+        np.testing.assert_array_equal(weights, rule.answer(state, statistics, batch.ids))
     np.testing.assert_array_equal(everything, rule.weights(state, None))
     np.testing.assert_array_equal(scores, rule.scores(state, None))
 

@@ -89,7 +89,7 @@ class Policy:
         step = logged.step
         if step.statistics is not None:
             behind = self._page_versions < entry.version
-            found = evidence(self.rule, self.state, step.statistics) if with_evidence else None
+            found = evidence(self.rule, self.state, step.statistics, logged.scalars) if with_evidence else None
             self.state = self.rule.apply(
                 self.state, step.statistics, logged.scalars, pages=None if behind.all() else behind
             )
@@ -138,9 +138,9 @@ class Policy:
         statistics, scalars = step.statistics, {}
         found = None
         if statistics is not None:
-            if with_evidence:
-                found = evidence(self.rule, self.state, statistics)
             scalars = self.rule.prepare(self.state, statistics)
+            if with_evidence:
+                found = evidence(self.rule, self.state, statistics, scalars)
             self.state = self.rule.apply(self.state, statistics, scalars)
             self._mark(statistics)
         self.progress = self.progress.after(step, found)
@@ -148,6 +148,8 @@ class Policy:
 
     def _mark(self, statistics: Statistics, among: NDArray[np.bool_] | None = None) -> None:
         touched = self.dirty_pages
+        if not len(touched):
+            return
         if self.rule.touches_all_rows or statistics.ids is None:
             touched[:] = True if among is None else touched | among
         else:
@@ -160,7 +162,7 @@ class Policy:
             sequence=step.sequence,
             version=self.version,
             outcome=outcome,
-            weights=self.weights(step.weights_for) if wanted else None,
+            weights=self.rule.answer(self.state, step.statistics, step.weights_for) if wanted else None,
             error=step.error,
             last_sequence=self.trainers.last_sequence(step.trainer_id) if step.trainer_id else 0,
         )

@@ -92,7 +92,9 @@ class Snapshot:
         )
 
     def pages(self) -> Iterator[tuple[int, Page]]:
-        """Every page, as the store takes them."""
+        """Every page, as the store takes them; none of a policy without tables."""
+        if not self.columns:
+            return
         for index, start in enumerate(range(0, self.num_examples, PAGE_EXAMPLES)):
             stop = min(start + PAGE_EXAMPLES, self.num_examples)
             columns = {

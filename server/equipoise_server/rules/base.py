@@ -61,7 +61,7 @@ class TableState:
     Attributes:
         num_examples: N.
         columns: tables by name, each [N], on one device. `raw` is one of them: the raw weight r in the rule's
-            fixed-point unit, -1 where an example was never scored.
+            fixed-point unit, -1 where an example was never scored. A rule that keeps nothing per example has none.
         scalars: what the last step's row updates used.
         scored: K, the number of examples scored at least once.
         raw_sum: Σ raw over the scored ones, exact.
@@ -84,8 +84,8 @@ class TableState:
 
     @property
     def num_pages(self) -> int:
-        """P."""
-        return -(-self.num_examples // PAGE_EXAMPLES)
+        """P; 0 without tables."""
+        return -(-self.num_examples // PAGE_EXAMPLES) if self.columns else 0
 
     @property
     def nbytes(self) -> int:
@@ -171,6 +171,22 @@ class Rule(Protocol):
         """Served weights, mean 1 over N: float32 [len(ids)], or [N] for None; ids in [0, N), repeats allowed."""
         ...
 
+    def answer(
+        self, state: TableState, statistics: Statistics | None, ids: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        """Served weights as a step is answered; shapes as for `weights`.
+
+        Table rules answer what a read answers. Batch rules weigh the step's own examples, and 1 elsewhere: the step
+        was just applied to `state`, or was applied before and is sent again; then its statistics are weighed on the
+        scale of now.
+
+        Args:
+            state: state after the step.
+            statistics: the step; None: a read.
+            ids: int64, in [0, N), repeats allowed; None: all N.
+        """
+        ...
+
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """The rule's own statistic, NaN where never scored; shapes as for `weights`."""
         ...
@@ -180,5 +196,5 @@ class Rule(Protocol):
         ...
 
     def effective_examples(self, state: TableState) -> float:
-        """1/Σγ² over the whole table, in [1, N]; O(1)."""
+        """1/Σγ² over the whole table, for batch rules over the rows of the last step; in [1, N] and O(1)."""
         ...

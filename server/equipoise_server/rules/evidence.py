@@ -1,12 +1,12 @@
 """Live evidence of the Learning Law: in an optimal process all weighted examples contribute equally."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise_server.rules.base import Rule, Statistics, TableState
+from equipoise_server.rules.base import Rule, Scalars, Statistics, TableState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,7 @@ class Evidence:
         sim: mean over standard deviation of contributions under the weights before the step; None for fewer than two
             scored examples above the floor, or when their contributions do not differ.
         positive_share: share of positive contributions among all scored examples, in [0, 1]; None without any.
-        largest_weight: largest served weight among the scored examples, before the step; None without any.
+        largest_weight: largest of these weights among the scored examples; None without any.
     """
 
     sim: float | None
@@ -25,11 +25,14 @@ class Evidence:
     largest_weight: float | None
 
 
-def evidence(rule: Rule, state: TableState, statistics: Statistics) -> Evidence:
-    """Evidence of a step that is about to be applied to `state`; changes nothing."""
+def evidence(rule: Rule, state: TableState, statistics: Statistics, scalars: Scalars) -> Evidence:
+    """Evidence of a step that is about to be applied to `state` with `scalars`; changes nothing.
+
+    The weights are those before the step; for batch rules, which have none, those that the step gets.
+    """
     if statistics.size == 0:
         return Evidence(sim=None, positive_share=None, largest_weight=None)
-    weights = rule.weights(state, statistics.ids).astype(np.float64)
+    weights = rule.answer(replace(state, scalars=scalars), statistics, statistics.ids).astype(np.float64)
     largest = float(weights.max())
     if statistics.contributions is None:
         return Evidence(sim=None, positive_share=None, largest_weight=largest)

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from equipoise_server.rules.exponential import exponential
 from equipoise_server.rules.settings import MIN_FLOOR, SignalSettings, number
 from equipoise_server.rules.table import fixed_point
 from equipoise_server.rules.visit import ONE, VisitRule
-
-_SQUARINGS = 8
-_TERMS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +48,3 @@ class ExponentiatedGradient(VisitRule[ExponentiatedGradientSettings]):
         floor, top = self.raw_range
         raw = exponential(statistic) * (math.sqrt(self._settings.floor) * ONE)
         return raw.round().clamp(floor, top).to(torch.int32)
-
-
-def exponential(values: torch.Tensor) -> torch.Tensor:
-    """exp of float64 values in [-5, 5] within 1e-12, relative; one result on every device, thread and position.
-
-    Library functions differ between processors, and between the vector body and the tail of one array: here
-    exp(x) = exp(x/256)^256 from products and sums alone, each correctly rounded.
-    """
-    small = values * 2.0**-_SQUARINGS
-    result = small * (1.0 / _TERMS) + 1.0
-    for term in range(_TERMS - 1, 0, -1):
-        result = result * (small * (1.0 / term)) + 1.0
-    for _ in range(_SQUARINGS):
-        result = result * result
-    return result

@@ -3,28 +3,33 @@
 from typing import Any
 
 from equipoise_server.rules.base import Rule, RuleError, SettingValues
+from equipoise_server.rules.batch import BatchRule
+from equipoise_server.rules.boltzmann import Boltzmann
 from equipoise_server.rules.ema_relu import EmaRelu
 from equipoise_server.rules.ema_sign import EmaSign
 from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradient
+from equipoise_server.rules.loss_linear_upper import LossLinearUpper
 from equipoise_server.rules.projected_gradient import ProjectedGradient
 from equipoise_server.rules.rho import Rho
 from equipoise_server.rules.settings import bind
 from equipoise_server.rules.table import TableRule
 from equipoise_server.rules.uniform import Uniform
 
-_RULES: dict[str, type[TableRule[Any]]] = {
+_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]]] = {
     rule.name: rule
     for rule in (
+        Boltzmann,
         EmaRelu,
         EmaSign,
         ExponentiatedGradient,
+        LossLinearUpper,
         ProjectedGradient,
         Rho,
         Uniform,
     )
 }
 
-_LATER = frozenset({"boltzmann", "loss_linear_upper", "trajectory"})
+_LATER = frozenset({"trajectory"})
 """Names kept for rules that this version does not have."""
 
 

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 from equipoise_server.rules.base import RuleError, SettingValues
 
-SettingsT = TypeVar("SettingsT", bound="SignalSettings")
+SettingsT = TypeVar("SettingsT", bound="RuleSettings")
+SignalSettingsT = TypeVar("SignalSettingsT", bound="SignalSettings")
 
 RANGE = "range"
 """Key of a field's metadata under which its `Range` lies."""
@@ -39,8 +40,13 @@ def number(default: float, *, low: float, high: float, or_zero: bool = False) ->
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SignalSettings:
-    """Settings of every rule that reads a signal, such as contributions."""
+class RuleSettings:
+    """Settings of every rule."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalSettings(RuleSettings):
+    """Settings of every rule that reads a signal relative to its running RMS, such as contributions."""
 
     rms_decay: float = number(0.99, low=0.0, high=MAX_DECAY)
     """Decay per step of the running mean square that the signal is divided by; 0: each step by its own."""
@@ -73,7 +79,7 @@ def bind(settings_type: type[SettingsT], values: SettingValues, *, rule: str) ->
     return settings_type(**{key: _number(key, value, ranges, rule) for key, value in values.items()})
 
 
-def resolved(settings: SignalSettings) -> dict[str, float]:
+def resolved(settings: RuleSettings) -> dict[str, float]:
     """All settings by name."""
     return asdict(settings)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
-from equipoise_server.rules.settings import SettingsT, resolved
+from equipoise_server.rules.settings import SignalSettingsT, resolved
 from equipoise_server.rules.signals import check_length, check_signals
 from equipoise_server.rules.sums import spans, table_sums
 
@@ -18,7 +18,7 @@ RAW = "raw"
 """Column of raw weights in fixed point; -1: never scored."""
 
 
-class TableRule(ABC, Generic[SettingsT]):
+class TableRule(ABC, Generic[SignalSettingsT]):
     """Base of the rules that keep tables (see `Rule` for what each public method promises).
 
     A subclass says how a visit moves its statistic (`advance`) and how a step changes the tables (`apply`). A rule from
@@ -26,7 +26,7 @@ class TableRule(ABC, Generic[SettingsT]):
     """
 
     name: ClassVar[str]
-    settings_type: ClassVar[type[SettingsT]]
+    settings_type: ClassVar[type[SignalSettingsT]]
     statistic: ClassVar[str] = "ema"
     """Column of the statistic, float32: what SCORE reads."""
     signals: ClassVar[tuple[str, ...]] = ("contributions",)
@@ -36,7 +36,7 @@ class TableRule(ABC, Generic[SettingsT]):
     raw_dtype: ClassVar[torch.dtype]
     touches_all_rows: ClassVar[bool] = False
 
-    def __init__(self, settings: SettingsT) -> None:
+    def __init__(self, settings: SignalSettingsT) -> None:
         self._settings = settings
 
     @property
@@ -111,6 +111,12 @@ class TableRule(ABC, Generic[SettingsT]):
         if ids is not None:
             return _served(gather(raw, _on(raw.device, ids)), factor, guard)
         return np.concatenate([_served(raw[span], factor, guard) for span in spans(state.num_examples)])
+
+    def answer(
+        self, state: TableState, statistics: Statistics | None, ids: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        """The table's weights: all that the step told is in it."""
+        return self.weights(state, ids)
 
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """The statistic, NaN where never scored."""

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import Scalars, Statistics, TableState
-from equipoise_server.rules.settings import SettingsT
+from equipoise_server.rules.settings import SignalSettingsT
 from equipoise_server.rules.sums import change_sums
 from equipoise_server.rules.table import RAW, TableRule, gather, scatter
 
@@ -15,7 +15,7 @@ ONE = 1 << 30
 """The raw weight 1: int32 holds [0, 1] in steps of 2^-30."""
 
 
-class VisitRule(TableRule[SettingsT]):
+class VisitRule(TableRule[SignalSettingsT]):
     """A table rule whose raw weight in [floor, 1] follows from the example's statistic alone."""
 
     raw_dtype = torch.int32

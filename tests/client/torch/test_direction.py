@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.client.torch.models import class_losses, gpt2, lm_losses, tokens
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from equipoise.torch import DirectionError, GhostContributions, TargetDirection
+from tests.client.torch.models import class_losses, gpt2, lm_losses, tokens
 
 
 def classifier() -> nn.Module:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tests.client.torch.models import FORWARD_MODE, gpt2, llama, lm_losses, reference, relative_error, tokens
 from torch import Tensor, nn
 
 from equipoise.torch import (
@@ -19,6 +18,7 @@ from equipoise.torch import (
     TargetDirection,
     weighted_mean,
 )
+from tests.client.torch.models import FORWARD_MODE, gpt2, llama, lm_losses, reference, relative_error, tokens
 
 COUNT = 24
 WEIGHTS = torch.linspace(0.25, 2.0, COUNT)

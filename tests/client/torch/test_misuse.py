@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.client.torch.models import relative_error
 from torch import Tensor, nn
 
 from equipoise import EquipoiseError
@@ -22,6 +21,7 @@ from equipoise.torch import (
     join,
     weighted_mean,
 )
+from tests.client.torch.models import relative_error
 
 COUNT = 5
 

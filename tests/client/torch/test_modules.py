@@ -5,7 +5,6 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from tests.client.torch.models import FORWARD_MODE, reference, relative_error
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -13,6 +12,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from equipoise.torch import GhostContributions, OnePassContributions, TargetDirection
+from tests.client.torch.models import FORWARD_MODE, reference, relative_error
 
 COUNT = 6
 

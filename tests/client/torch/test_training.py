@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from tests.client.torch.models import FORWARD_MODE, gpt2, llama, lm_losses, reference, relative_error, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +20,7 @@ from equipoise.torch import (
     join,
     weighted_mean,
 )
+from tests.client.torch.models import FORWARD_MODE, gpt2, llama, lm_losses, reference, relative_error, tokens
 
 COUNT = 12
 

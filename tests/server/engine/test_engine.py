@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.server.engine.conftest import Servers
-from tests.server.engine.runs import PAGE, send, spec, steps
 
 from equipoise_server.engine import Durability, Engine, Outcome, Policy, PolicyRunner, Step, SweepLimits
 from equipoise_server.engine.snapshot import Snapshot
 from equipoise_server.errors import ServiceError
 from equipoise_server.store import EmbeddedRedis, RedisStore
+from tests.server.engine.conftest import Servers
+from tests.server.engine.runs import PAGE, send, spec, steps
 
 UNHURRIED = SweepLimits(min_bytes=1 << 40, bytes_per_s=1e12)
 
@@ -50,7 +50,7 @@ async def send_until_refused(runner: PolicyRunner, given: Iterator[Step]) -> Non
         await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("rule", ["ema_sign", "exponentiated_gradient", "projected_gradient"])
+@pytest.mark.parametrize("rule", ["ema_sign", "exponentiated_gradient", "projected_gradient", "rho", "boltzmann"])
 async def test_a_second_server_takes_over_bit_for_bit_and_the_first_is_fenced(servers: Servers, rule: str) -> None:
     first, second = await servers.make(), await servers.make()
     before = await runner_of(first, rule=rule)
@@ -70,7 +70,7 @@ async def test_a_second_server_takes_over_bit_for_bit_and_the_first_is_fenced(se
     assert_same(await everything(after), expected)
 
 
-@pytest.mark.parametrize("rule", ["ema_sign", "projected_gradient"])
+@pytest.mark.parametrize("rule", ["ema_sign", "projected_gradient", "boltzmann"])
 async def test_a_sweep_trims_the_log_and_loses_nothing(servers: Servers, redis: EmbeddedRedis, rule: str) -> None:
     engine = await servers.make()
     runner = await runner_of(engine, rule=rule)
@@ -117,9 +117,12 @@ async def test_a_second_sweep_skips_clean_pages(servers: Servers, redis: Embedde
     await store.close()
 
 
-async def test_a_flushed_redis_gets_everything_back_from_memory(servers: Servers, redis: EmbeddedRedis) -> None:
+@pytest.mark.parametrize("rule", ["ema_sign", "boltzmann"])
+async def test_a_flushed_redis_gets_everything_back_from_memory(
+    servers: Servers, redis: EmbeddedRedis, rule: str
+) -> None:
     engine = await servers.make()
-    runner = await runner_of(engine)
+    runner = await runner_of(engine, rule=rule)
     await feed(runner, 10)
     await runner.sweep()
     store = RedisStore.connect(redis.url)
@@ -212,12 +215,13 @@ async def test_behind_answers_before_the_log_has_the_step(servers: Servers, redi
     assert runner.durable_sequence("trainer") == 1
 
 
-async def test_a_fork_starts_with_the_same_bits_and_goes_its_own_way(servers: Servers) -> None:
+@pytest.mark.parametrize("rule", ["ema_sign", "boltzmann"])
+async def test_a_fork_starts_with_the_same_bits_and_goes_its_own_way(servers: Servers, rule: str) -> None:
     engine = await servers.make()
-    source = await runner_of(engine)
+    source = await runner_of(engine, rule=rule)
     await feed(source, 10)
     snapshot = await everything(source)
-    await engine.create_from(spec("fork"), snapshot)
+    await engine.create_from(spec("fork", rule=rule), snapshot)
     fork = await engine.runner("fork")
     copied = await everything(fork)
     assert copied.columns == snapshot.columns
@@ -228,7 +232,7 @@ async def test_a_fork_starts_with_the_same_bits_and_goes_its_own_way(servers: Se
     expected = await everything(fork)
     assert_same(await everything(await (await servers.make()).runner("fork")), expected)
     with pytest.raises(ServiceError, match="use another name") as caught:
-        await engine.create_from(spec("fork"), snapshot)
+        await engine.create_from(spec("fork", rule=rule), snapshot)
     assert caught.value.reason == "POLICY_EXISTS"
 
 

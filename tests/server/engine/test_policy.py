@@ -1,17 +1,18 @@
 """The deterministic machine: the same steps give the same policy, live, fused or from the log."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from tests.server.engine.runs import PAGE, spec, steps
 
 from equipoise_server.engine import Kind, Outcome, Policy, PolicySpec, Step, tables
 from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import ServiceError, invalid
 from equipoise_server.rules import Statistics, build, names
 from equipoise_server.store import LogEntry
+from tests.server.engine.runs import PAGE, spec, steps
 
 
 def fresh(of: PolicySpec) -> Policy:
@@ -48,9 +49,10 @@ def test_pages_captured_at_different_versions_replay_to_the_same_bits(rule: str)
     live, restored = fresh(of), fresh(of)
     given = list(islice(steps(of.num_examples, batch=2000), 12))
     entries = run(live, given[:4])
-    captured = {0: live.capture_page(0)}
+    pages = range(live.state.num_pages)
+    captured = {index: live.capture_page(index) for index in pages if index == 0}
     entries += run(live, given[4:8])
-    captured[2] = live.capture_page(2)  # page 1 was never captured
+    captured |= {index: live.capture_page(index) for index in pages if index == 2}  # page 1 was never captured
     entries += run(live, given[8:])
     for index, (_, columns) in captured.items():
         tables.load_page(restored.state, index, columns)
@@ -60,6 +62,8 @@ def test_pages_captured_at_different_versions_replay_to_the_same_bits(rule: str)
     assert same_bits(live, restored)
     assert (restored.state.scored, restored.state.raw_sum) == (live.state.scored, live.state.raw_sum)
     assert restored.state.raw_square_sum == live.state.raw_square_sum
+    assert restored.state.scalars == live.state.scalars
+    assert restored.status() == live.status()
     assert restored.version == 12
 
 
@@ -84,6 +88,31 @@ def test_a_duplicate_changes_nothing_and_is_answered_with_the_weights_of_now() -
     assert answer.weights is not None
     np.testing.assert_array_equal(answer.weights, before[first.weights_for])
     np.testing.assert_array_equal(policy.weights(None), before)
+
+
+@pytest.mark.parametrize("rule", ["boltzmann", "loss_linear_upper"])
+def test_a_batch_rule_answers_its_own_rows_keeps_no_page_and_reads_uniform(rule: str) -> None:
+    of = spec(rule=rule, num_examples=10**12)
+    policy = fresh(of)
+    assert policy.state.num_pages == len(policy.dirty_pages) == 0
+    first, second = islice(steps(1000), 2)
+    answer, entry = policy.apply(first, now=0.0)
+    assert entry is not None
+    assert answer.weights is not None
+    assert answer.weights.std() > 0.1
+    assert np.mean(answer.weights, dtype=np.float64) == pytest.approx(1.0, abs=1e-6)
+    again, nothing = policy.apply(first, now=0.0)
+    assert (again.outcome, nothing) == (Outcome.DUPLICATE, None)
+    np.testing.assert_array_equal(again.weights, answer.weights)
+    elsewhere, _ = policy.apply(replace(second, weights_for=np.array([10**12 - 1])), now=0.0)
+    assert elsewhere.weights.tolist() == [1.0]
+    read, _ = policy.apply(Step(kind=Kind.READ, weights_for=first.weights_for), now=0.0)
+    assert (read.weights == 1.0).all()
+    status = policy.status()
+    assert (status.scored_examples, status.table_bytes) == (0, 0)
+    assert 1.0 <= status.effective_examples <= 200.0
+    assert status.progress.largest_weight > 1.0
+    assert status.progress.sim is not None
 
 
 def test_a_gap_names_the_expected_sequence_and_changes_nothing() -> None:

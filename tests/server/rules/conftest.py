@@ -24,6 +24,18 @@ def rule(request: pytest.FixtureRequest) -> Rule:
     return build(request.param, {})
 
 
+@pytest.fixture(params=[name for name in names() if build(name, {}).columns])
+def table_rule(request: pytest.FixtureRequest) -> Rule:
+    """Every rule that keeps tables in turn, with its defaults."""
+    return build(request.param, {})
+
+
+@pytest.fixture(params=[name for name in names() if "rms_decay" in build(name, {}).settings])
+def scaling_rule(request: pytest.FixtureRequest) -> Rule:
+    """Every rule that divides its signal by a running RMS in turn, with its defaults."""
+    return build(request.param, {})
+
+
 @pytest.fixture
 def start() -> Callable[[Rule, int], TableState]:
     return lambda rule, num_examples: rule.init(num_examples, device=torch.device("cpu"))

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from tests.server.rules.conftest import told
 
 from equipoise_server.rules import Rule, RuleError, Statistics, TableState, aggregate, build, names
+from tests.server.rules.conftest import told
 
 Start = Callable[[Rule, int], TableState]
 MakeStep = Callable[..., Statistics]
@@ -88,8 +88,11 @@ def test_any_float32_gives_a_policy(name: str, data: st.DataObject) -> None:
 def test_scale_of_the_signal_is_irrelevant(rule: Rule, scale: float, start: Start, make_step: MakeStep) -> None:
     plain, large = start(rule, N), start(rule, N)
     for seed in range(60):
-        plain = rule.update(plain, make_step(rule, np.random.default_rng(seed), N, 20))
-        large = rule.update(large, make_step(rule, np.random.default_rng(seed), N, 20, scale=scale))
+        step = make_step(rule, np.random.default_rng(seed), N, 20)
+        scaled = make_step(rule, np.random.default_rng(seed), N, 20, scale=scale)
+        plain, large = rule.update(plain, step), rule.update(large, scaled)
+    answers = [rule.answer(*told, None) for told in ((plain, step), (large, scaled))]
+    np.testing.assert_allclose(*answers, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rule.weights(large, None), rule.weights(plain, None), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rule.scores(large, None), rule.scores(plain, None), rtol=1e-5, atol=1e-6)
     if np.log2(scale) % 1 == 0:
@@ -103,7 +106,9 @@ def test_row_order_is_irrelevant(rule: Rule, start: Start, make_step: MakeStep) 
         step = make_step(rule, rng, N, 25)
         order = rng.permutation(25)
         straight = rule.update(straight, step)
-        shuffled = rule.update(shuffled, reordered(step, order))
+        shuffled = rule.update(shuffled, mixed := reordered(step, order))
+    answers = [rule.answer(*told, None) for told in ((straight, step), (shuffled, mixed))]
+    np.testing.assert_allclose(*answers, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(rule.weights(shuffled, None), rule.weights(straight, None), rtol=1e-6, atol=1e-6)
 
 
@@ -173,8 +178,9 @@ def test_step_with_an_unknown_id_changes_nothing(rule: Rule, start: Start, make_
 
 @pytest.mark.parametrize("mean_square", [np.nan, np.inf, -1.0, 1e-60])
 def test_step_with_foreign_scalars_changes_nothing(
-    rule: Rule, mean_square: float, start: Start, make_step: MakeStep
+    scaling_rule: Rule, mean_square: float, start: Start, make_step: MakeStep
 ) -> None:
+    rule = scaling_rule
     step = make_step(rule, np.random.default_rng(12), N, 20)
     state = rule.update(start(rule, N), step)
     kept = _copy(state)

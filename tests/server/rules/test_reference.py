@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.server.rules.conftest import told
 
 from equipoise_server.rules import Rule, Statistics, TableState, build
+from tests.server.rules.conftest import told
 
 Floats = NDArray[np.float64]
 
@@ -139,10 +139,12 @@ def test_guard_mixes_with_uniform(
     rng = np.random.default_rng(2)
     state = start(rule, N)
     for _ in range(20):
-        state = rule.update(state, make_step(rule, rng, N, ROWS))
-    free = rule.weights(state, None).astype(np.float64)
+        state = rule.update(state, step := make_step(rule, rng, N, ROWS))
+    ids = None if rule.columns else step.ids
+    free = rule.answer(state, step, ids).astype(np.float64)
+    assert np.ptp(free) > 0 or rule.name == "uniform"
     state.guard_strength = guard
-    mixed = rule.weights(state, None).astype(np.float64)
+    mixed = rule.answer(state, step, ids).astype(np.float64)
     np.testing.assert_allclose(mixed, (1 - guard) * free + guard, rtol=1e-6)
     assert rule.effective_examples(state) == pytest.approx(mixed.sum() ** 2 / (mixed**2).sum(), rel=1e-6)
 
@@ -155,7 +157,8 @@ def test_unscored_examples_are_served_exactly_one(
     state = rule.update(start(rule, N), statistics)
     state.guard_strength = 0.3
     rest = np.setdiff1d(np.arange(N), statistics.ids)
-    assert (rule.weights(state, rest) == 1.0).all()
+    for read in (rule.weights(state, rest), rule.answer(state, statistics, rest)):
+        assert (read == 1.0).all()
     assert np.isnan(rule.scores(state, rest)).all()
     assert rule.above_floor(state, rest).all()
 
@@ -179,11 +182,14 @@ def test_weights_are_one_when_nothing_has_raw_weight(start: Callable[[Rule, int]
     assert rule.above_floor(state, None).tolist() == [False, False, False, True, True]
 
 
-def test_zero_contributions_leave_the_scale_unset(rule: Rule, start: Callable[[Rule, int], TableState]) -> None:
+def test_zero_contributions_leave_the_scale_unset(scaling_rule: Rule, start: Callable[[Rule, int], TableState]) -> None:
+    rule = scaling_rule
     zeros = told(rule, np.arange(4), np.zeros(4, np.float32))
     state = rule.update(start(rule, 8), zeros)
     assert state.scalars["mean_square"] == 0.0
-    assert (rule.scores(state, np.arange(4)) == 0.0).all()
+    assert (rule.answer(state, zeros, None) == 1.0).all()
+    if rule.columns:
+        assert (rule.scores(state, np.arange(4)) == 0.0).all()
     state = rule.update(state, told(rule, np.arange(4), np.full(4, 3, np.float32)))
     assert state.scalars["mean_square"] == 9.0
 

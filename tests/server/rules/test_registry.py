@@ -6,20 +6,20 @@ from equipoise_server.rules import RuleError, build, names
 
 
 def test_names_are_sorted_and_build() -> None:
-    assert names() == ["ema_relu", "ema_sign", "exponentiated_gradient", "projected_gradient", "rho", "uniform"]
+    gradient = ["exponentiated_gradient", "projected_gradient"]
+    assert names() == sorted(["boltzmann", "ema_relu", "ema_sign", *gradient, "loss_linear_upper", "rho", "uniform"])
     assert [build(name, {}).name for name in names()] == names()
 
 
 def test_unknown_rule_lists_the_known_ones() -> None:
-    with pytest.raises(RuleError, match=r"'ema' is not a rule; available: ema_relu, .*uniform") as caught:
+    with pytest.raises(RuleError, match=r"'ema' is not a rule; available: boltzmann, .*uniform") as caught:
         build("ema", {})
     assert caught.value.field == "rule.name"
 
 
-@pytest.mark.parametrize("name", ["boltzmann", "loss_linear_upper", "trajectory"])
-def test_later_rule_is_named_as_such(name: str) -> None:
-    with pytest.raises(RuleError, match=f"'{name}' is not available in this version; available: ema_relu"):
-        build(name, {})
+def test_later_rule_is_named_as_such() -> None:
+    with pytest.raises(RuleError, match="'trajectory' is not available in this version; available: boltzmann"):
+        build("trajectory", {})
 
 
 def test_settings_are_resolved() -> None:

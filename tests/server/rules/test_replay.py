@@ -62,29 +62,29 @@ def test_fork_by_copying_columns_goes_on_alike(rule: Rule, start: Start, make_st
 
 
 @pytest.mark.parametrize("raw", [-2, 1 << 30 | 1])
-def test_raw_weight_out_of_range_is_refused(rule: Rule, raw: int, start: Start) -> None:
-    state = start(rule, 100)
-    top = raw if raw < 0 or not rule.touches_all_rows else (10 << 32) + 1
+def test_raw_weight_out_of_range_is_refused(table_rule: Rule, raw: int, start: Start) -> None:
+    state = start(table_rule, 100)
+    top = raw if raw < 0 or not table_rule.touches_all_rows else (10 << 32) + 1
     state.columns["raw"][42] = top
-    with pytest.raises(RuleError, match=rf"state.raw\[42\] = {top}.*{rule.name}"):
-        rule.restore(state)
+    with pytest.raises(RuleError, match=rf"state.raw\[42\] = {top}.*{table_rule.name}"):
+        table_rule.restore(state)
 
 
-def test_statistic_that_is_not_finite_is_refused(rule: Rule, start: Start) -> None:
-    state = start(rule, 100)
-    statistic = next(name for name in rule.columns if name != "raw")
+def test_statistic_that_is_not_finite_is_refused(table_rule: Rule, start: Start) -> None:
+    state = start(table_rule, 100)
+    statistic = next(name for name in table_rule.columns if name != "raw")
     state.columns[statistic][7] = torch.nan
     with pytest.raises(RuleError, match=rf"state.{statistic}\[7\] = nan"):
-        rule.restore(state)
+        table_rule.restore(state)
 
 
-def test_column_of_another_shape_or_type_is_refused(rule: Rule, start: Start) -> None:
+def test_column_of_another_shape_or_type_is_refused(table_rule: Rule, start: Start) -> None:
     for column in (torch.zeros(99), torch.zeros(100, dtype=torch.float64)):
-        state = start(rule, 100)
-        name = next(name for name in rule.columns if name != "raw")
+        state = start(table_rule, 100)
+        name = next(name for name in table_rule.columns if name != "raw")
         state.columns[name] = column
         with pytest.raises(RuleError, match=f"state.{name}"):
-            rule.restore(state)
+            table_rule.restore(state)
 
 
 def test_scalar_that_is_not_finite_is_refused(rule: Rule, start: Start) -> None:

@@ -1,0 +1,141 @@
+"""The search: it lowers the area, can be interrupted anywhere, and measures what the paper defines."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from equipoise_trainer.datasets import DatasetConfig, load
+from equipoise_trainer.offline.adjoint import StoppedError
+from equipoise_trainer.offline.logistic import LogisticProblem
+from equipoise_trainer.offline.measures import Measures, looked_steps, measure
+from equipoise_trainer.offline.path import RunPath
+from equipoise_trainer.offline.planted import COPIES, Planted, plant
+from equipoise_trainer.offline.rows import LocalRows, RowSettings
+from equipoise_trainer.offline.search import Search, SearchPlan, adjoint_similarity, spread_epochs
+from equipoise_trainer.tasks import Task
+
+EPOCHS, ROWS, SIZE = 4, 30, 200
+PLAN = SearchPlan(measured=(0, 2, EPOCHS), tested=(0, EPOCHS), looks=10)
+
+
+def small_task() -> Task:
+    task = load(DatasetConfig(name="paper", seed=3, flipped=0.2, target_size=50))
+    kept = np.arange(SIZE)
+    return replace(task, train=task.train.take(kept), test=task.test.take(np.arange(300)), flipped=task.flipped[:SIZE])
+
+
+def small_search(directory: Path | None = None, holder: LocalRows | None = None, **options: object) -> Search:
+    task = small_task()
+    settings = RowSettings(num_examples=SIZE, rows=ROWS, policy_epochs=EPOCHS, learning_rate=3e-4)
+    return Search(
+        problem=LogisticProblem(task, learning_rate=0.3, dtype=np.float64),
+        holder=holder or LocalRows(settings),
+        plan=PLAN,
+        planted=Planted.of_flips(task.flipped),
+        directory=directory,
+        **options,
+    )
+
+
+def test_the_area_falls_and_flipped_examples_lose_their_weight() -> None:
+    measures, path = small_search().run()
+    assert [each.epoch for each in measures] == [0, 2, EPOCHS]
+    areas = [each.area for each in measures]
+    assert areas[0] > areas[1] > areas[2]
+    first, last = measures[0], measures[-1]
+    assert np.nanmean(last.sim) > 1.5 * np.nanmean(first.sim)
+    assert last.zero_flipped.mean() > 2 * last.zero_clean.mean() > 0
+    assert len(measures[1].test_loss) == 0
+    np.testing.assert_allclose(last.target_loss[-1], path.problem.mean_losses([path.last], "target")[0])
+
+
+@pytest.mark.parametrize("rows_before", [1, 17, ROWS, ROWS + 5])
+def test_a_search_that_was_interrupted_anywhere_ends_the_same(tmp_path: Path, rows_before: int) -> None:
+    undisturbed = small_search()
+    expected, _ = undisturbed.run()
+    asked = iter(range(1, 10_000))
+    interrupted = small_search(tmp_path, stop=lambda: next(asked) >= rows_before)
+    with pytest.raises(StoppedError):
+        interrupted.run()
+    holder = interrupted.holder
+    assert isinstance(holder, LocalRows)
+    assert holder.moves() == rows_before
+    found, _ = small_search(tmp_path, holder).run()  # another process, with the same holder
+    np.testing.assert_array_equal(holder.fetch(0, ROWS), undisturbed.holder.fetch(0, ROWS))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.target_loss, other.target_loss)
+        np.testing.assert_array_equal(one.sim, other.sim)
+
+
+def test_measures_are_those_of_the_definitions() -> None:
+    task = small_task()
+    problem = LogisticProblem(task, learning_rate=0.3, dtype=np.float64)
+    rng = np.random.default_rng(1)
+    weights = (rng.exponential(size=(ROWS, SIZE)) * (rng.random((ROWS, SIZE)) > 0.3)).astype(np.float32)
+    path = RunPath.run(problem, weights)
+    found = measure(
+        path, epoch=7, planted=Planted.of_flips(task.flipped), adjoint_sim=adjoint_similarity(path, count=ROWS)
+    )
+
+    def features(name: str) -> np.ndarray:
+        examples = dict(task.splits())[name]
+        return examples.features * (2 * examples.labels[:, None] - 1)
+
+    theta = np.zeros(128)
+    for step in range(ROWS):
+        train, target, test = features("train"), features("target"), features("test")
+        assert found.target_loss[step] == pytest.approx(np.log1p(np.exp(-target @ theta)).mean())
+        assert found.test_loss[step] == pytest.approx(np.log1p(np.exp(-test @ theta)).mean())
+        gradients = -train / (1 + np.exp(train @ theta))[:, None]
+        aim = -(target / (1 + np.exp(target @ theta))[:, None]).mean(axis=0)
+        contributions, gamma = gradients @ aim, weights[step] / weights[step].sum(dtype=np.float64)
+        used, mean = gamma > 0, gamma @ contributions
+        deviation = np.sqrt(((contributions[used] - mean) ** 2).sum() / (used.sum() - 1))
+        assert found.sim[step] == pytest.approx(mean / deviation)
+        assert found.effective[step] == pytest.approx(1 / (gamma**2).sum())
+        assert found.zero[step] == pytest.approx((~used).mean())
+        assert found.zero_nonpositive[step] == pytest.approx((~used)[contributions <= 0].mean())
+        assert found.zero_flipped[step] == pytest.approx((~used)[task.flipped].mean())
+        gradient = weights[step].astype(np.float64) @ gradients / SIZE
+        assert found.gradient_norms[step] == pytest.approx(np.linalg.norm(gradient))
+        theta = theta - 0.3 * gradient
+    # At the last step λ_T is ∇L_A(θ_T).
+    aim = -(target / (1 + np.exp(target @ theta))[:, None]).mean(axis=0)
+    contributions = gradients @ aim
+    mean = gamma @ contributions
+    deviation = np.sqrt(((contributions[used] - mean) ** 2).sum() / (used.sum() - 1))
+    assert found.adjoint_sim[-1] == pytest.approx(mean / deviation)
+
+
+def test_measures_come_back_from_their_file(tmp_path: Path) -> None:
+    measures, _ = small_search(tmp_path).run()
+    again = Measures.load(tmp_path / "epoch-0004.npz")
+    assert again.epoch == EPOCHS
+    for name in Measures.__slots__:
+        np.testing.assert_array_equal(getattr(again, name), getattr(measures[-1], name))
+
+
+def test_planted_examples_are_what_they_are_called() -> None:
+    task = load(DatasetConfig(name="paper", seed=1, flipped=0.1))
+    changed, planted = plant(task, seed=1)
+    assert planted.groups.shape[1] == COPIES
+    for group in planted.groups:
+        assert (changed.train.features[group] == changed.train.features[group[0]]).all()
+        assert len(set(changed.train.labels[group])) == 1
+    assert not (planted.easy & planted.flipped).any()
+    assert not planted.flipped[planted.groups].any()
+    path = RunPath.run(LogisticProblem(changed, learning_rate=0.1), np.ones((60, 4096), dtype=np.float32))
+    losses = path.replay(range(60)).look(59).losses
+    assert (losses[planted.easy] < 1e-6).mean() > 0.9
+    assert (losses[planted.plain] < 1e-6).mean() < 0.01
+    untouched = planted.plain | planted.flipped
+    np.testing.assert_array_equal(changed.train.features[untouched], task.train.features[untouched])
+
+
+def test_the_epochs_and_steps_that_are_measured_are_spread() -> None:
+    assert spread_epochs(80, count=5) == [0, 1, 5, 20, 45, 80]
+    assert spread_epochs(1, count=9) == [0, 1]
+    np.testing.assert_array_equal(looked_steps(5, count=100), np.arange(5))
+    assert looked_steps(1000, count=10)[[0, -1]].tolist() == [0, 999]

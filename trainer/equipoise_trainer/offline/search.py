@@ -1,0 +1,132 @@
+"""The search: policy epochs one after another, each a training run forwards and pulled back."""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic
+
+import numpy as np
+
+from equipoise_trainer.analysis import similarity
+from equipoise_trainer.offline.adjoint import Stop, move_rows, pull_back
+from equipoise_trainer.offline.copies import RowCopy
+from equipoise_trainer.offline.measures import LOOKS, Measures, looked_steps, measure
+from equipoise_trainer.offline.path import MEMORY_BYTES, RunPath
+from equipoise_trainer.offline.planted import Planted
+from equipoise_trainer.offline.problem import Problem, Statistics, V
+from equipoise_trainer.offline.rows import RowHolder
+from equipoise_trainer.perceptron import Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchPlan:
+    """How a search goes, beside its rows.
+
+    Attributes:
+        measured: policy epochs after which the run is measured; 0 is the uniform policy.
+        tested: those after which unseen examples are measured too.
+        looks: about how many steps are looked at closely.
+        memory_bytes: memory for parameters of one run.
+    """
+
+    measured: Collection[int]
+    tested: Collection[int]
+    looks: int = LOOKS
+    memory_bytes: int = MEMORY_BYTES
+
+
+def spread_epochs(policy_epochs: int, *, count: int) -> list[int]:
+    """About `count` policy epochs, dense at first, with 0 and the last."""
+    raw = np.round(policy_epochs * np.linspace(0, 1, count) ** 2).astype(int)
+    return sorted({0, 1, *raw.tolist(), policy_epochs})
+
+
+@dataclass(slots=True, kw_only=True)
+class Search(Generic[V]):
+    """A search that can be stopped, or killed, at any time, and goes on where it was.
+
+    Attributes:
+        problem: what is learned.
+        holder: who holds the rows.
+        plan: how it goes.
+        planted: what is known of the examples.
+        directory: where measures and the copy of the rows outlive the process; None: nowhere.
+        stop: asked after each row.
+        on_epoch: called after each policy epoch with how many are done and the seconds this one took without measures.
+        copies: what keeps the rows of the running epoch.
+    """
+
+    problem: Problem[V]
+    holder: RowHolder
+    plan: SearchPlan
+    planted: Planted
+    directory: Path | None = None
+    stop: Stop = lambda: False
+    on_epoch: Callable[[int, float], None] = lambda epoch, seconds: None
+    copies: RowCopy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.copies = RowCopy(self.directory)
+
+    def run(self) -> tuple[list[Measures], RunPath[V]]:
+        """Runs what is left; returns the measures in the order of their epochs, and the run under the final policy.
+
+        Raises:
+            StoppedError: `stop` said so.
+            RowsLostError: an epoch was interrupted whose rows are not known any more.
+        """
+        found: dict[int, Measures] = {}
+        while True:
+            started = time.monotonic()
+            epoch = self.holder.moves() // self.holder.settings.rows
+            weights, done = self.copies.take(self.holder)
+            path = RunPath.run(self.problem, weights, memory_bytes=self.plan.memory_bytes)
+            lost = 0.0
+            if epoch in self.plan.measured:
+                before = time.monotonic()
+                found[epoch] = self._measured(path, epoch)
+                lost = time.monotonic() - before
+            if epoch >= self.holder.settings.policy_epochs:
+                return [found.get(each) or self._load(each) for each in sorted(self.plan.measured)], path
+            move_rows(path, self.holder, done=done, stop=self.stop)
+            self.on_epoch(epoch + 1, time.monotonic() - started - lost)
+
+    def _measured(self, path: RunPath[V], epoch: int) -> Measures:
+        file = self._file(epoch)
+        if file is not None and file.exists():
+            return Measures.load(file)
+        result = measure(
+            path,
+            epoch=epoch,
+            planted=self.planted,
+            adjoint_sim=adjoint_similarity(path, count=self.plan.looks),
+            test=epoch in self.plan.tested,
+        )
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            result.save(file)
+        return result
+
+    def _load(self, epoch: int) -> Measures:
+        file = self._file(epoch)
+        assert file is not None, "without a directory all epochs ran in this process"
+        return Measures.load(file)
+
+    def _file(self, epoch: int) -> Path | None:
+        return None if self.directory is None else self.directory / f"epoch-{epoch:04d}.npz"
+
+
+def adjoint_similarity(path: RunPath[V], *, count: int = LOOKS) -> Array:
+    """SIM_t with the adjoint at the steps that are looked at, [S]. A backward pass of its own."""
+    wanted = looked_steps(path.steps, count=count)
+    found = {
+        step: _similarity(contributions, path.weights[step])
+        for step, contributions in pull_back(path)
+        if step in wanted
+    }
+    return np.array([found[int(step)] for step in wanted])
+
+
+def _similarity(contributions: Statistics, weights: Statistics) -> float:
+    return similarity(contributions.astype(np.float64), weights.astype(np.float64), floor=0.0)

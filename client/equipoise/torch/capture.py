@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from equipoise.torch.direction import TargetDirection, checked_losses
 from equipoise.torch.errors import CaptureError, ContributionsDifferError
+from equipoise.torch.processes import unreduced
 from equipoise.torch.quiet import RandomState, repeating
 from equipoise.wire import StepFields
 
@@ -156,9 +157,9 @@ class Contributions(ABC, Generic[CaptureT]):
             self.direction.refresh()
         random = RandomState(self.model)
         with repeating(self.model, random):
-            losses = self.direction.losses(batch)
+            losses = self.direction.quiet_losses(batch)
             expected = per_example(losses[:examples], self.direction.vectors)
-        with repeating(self.model, random), self._capture(range(len(losses))) as capture:
+        with unreduced(self.model), repeating(self.model, random), self._capture(range(len(losses))) as capture:
             losses = capture.losses(batch)
             if losses.requires_grad:
                 torch.autograd.grad(losses.sum(), list(self.direction.vectors), allow_unused=True)

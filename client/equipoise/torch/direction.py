@@ -1,6 +1,6 @@
 """Where learning should go: the gradient of the target loss."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -9,8 +9,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equipoise.torch.errors import DirectionError
+from equipoise.torch.losses import LossMean
 from equipoise.torch.preconditioner import AdamPreconditioner
+from equipoise.torch.processes import (
+    Group,
+    is_accumulating,
+    num_averaged,
+    scratch_gradients,
+    sharded_modules,
+    total,
+    unwrapped,
+    whole,
+    world,
+)
 from equipoise.torch.quiet import evaluating
+from equipoise.torch.vectors import load_vectors, named_vectors
 
 ExampleLoss: TypeAlias = Callable[[Any, Any], Tensor]
 """From a model and a batch to the loss of each example, nats: [B]."""
@@ -21,6 +34,11 @@ class TargetDirection:
 
     It is computed with `torch.autograd.grad` in evaluation mode: `.grad`, the optimizer, the modes of modules and the
     random generators are left alone.
+
+    Several processes: a model in DistributedDataParallel is looked at without its wrapper. With a `group` each process
+    gives target and guard batches of its own, and all get the direction of all of them; every process must then make
+    the same captures. The parts of a sharded model (`fully_shard`) always refresh together, with equally many batches,
+    and not while gradients are accumulated unreduced: a refresh that is due then waits.
 
     Example:
         >>> def example_losses(model, batch):
@@ -37,6 +55,7 @@ class TargetDirection:
         preconditioner: the Adam optimizer of the job: the direction is then where its step would lead.
         guard_batches: batches of guard B, on which nothing but `guard_loss` is computed.
         batches_per_refresh: how many target batches one refresh takes, in turn; default: all of them.
+        group: the processes that share the work, such as `torch.distributed.group.WORLD`; default: each works alone.
 
     Attributes:
         vectors: the direction by parameter, in the dtype of the parameter; empty before the first refresh.
@@ -55,6 +74,7 @@ class TargetDirection:
         preconditioner: Optimizer | None = None,
         guard_batches: Iterable[Any] | None = None,
         batches_per_refresh: int | None = None,
+        group: Group = None,
     ) -> None:
         _check_repeatable("target_batches", target_batches)
         _check_repeatable("guard_batches", guard_batches)
@@ -73,15 +93,17 @@ class TargetDirection:
         self._precondition = None if preconditioner is None else AdamPreconditioner(preconditioner)
         self._batches_per_refresh = batches_per_refresh
         self._turn: Iterator[Any] = iter(())
+        self._taken = 0
+        self._group = group
 
     def advance(self) -> bool:
         """Counts one capture and refreshes when it is due; returns whether it was."""
         due = not self.vectors or self.age + 1 >= self._refresh_every
-        if due:
+        if due and not (self.vectors and is_accumulating(self.model)):
             self.refresh()
-        else:
-            self.age += 1
-        return due
+            return True
+        self.age += 1
+        return False
 
     def refresh(self) -> None:
         """Computes the direction and the losses at the parameters of now.
@@ -102,42 +124,82 @@ class TargetDirection:
         """The loss of each example of a batch, with its graph: [B]."""
         return checked_losses(self.loss_fn(self.model, batch))
 
+    def quiet_losses(self, batch: Any) -> Tensor:
+        """The same past DistributedDataParallel: no process waits for another one's gradients."""
+        return checked_losses(self.loss_fn(unwrapped(self.model), batch))
+
     @property
     def norm(self) -> Tensor:
         """Euclidean norm of the direction: float64, without dimensions."""
-        return torch.stack([vector.double().square().sum() for vector in self.vectors.values()]).sum().sqrt()
+        return torch.stack([whole(vector.double().square().sum()) for vector in self.vectors.values()]).sum().sqrt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: numbers and tensors, the vectors among them, as large as the trainable parameters.
+
+        Of a sharded model the part of this process. Without it a resumed job begins with a refresh.
+        """
+        return {
+            "age": self.age,
+            "batches_taken": self._taken,
+            "target_loss": self.target_loss,
+            "guard_loss": self.guard_loss,
+            "vectors": named_vectors(self.model, self.vectors),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the direction stood that gave `state`, of a model of the same shape.
+
+        Raises:
+            DirectionError: the vectors are not those of this model.
+        """
+        self.vectors = load_vectors(self.model, state["vectors"])
+        self.age, self._taken = state["age"], state["batches_taken"]
+        self.target_loss, self.guard_loss = state["target_loss"], state["guard_loss"]
+        self._turn = islice(iter(self._target), self._taken, None) if self._taken else iter(())
 
     def _gradients(self, parameters: list[nn.Parameter]) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
         """Gradient of the mean loss over the target batches, and that loss."""
-        sums: dict[nn.Parameter, Tensor] = {}
-        total, count = torch.zeros(()), 0
+        sharded = bool(sharded_modules(self.model))
+        group = world() if sharded else self._group
+        sums: dict[nn.Parameter, Tensor] = {} if group is None else {p: torch.zeros_like(p) for p in parameters}
+        means = LossMean()
         for batch in self._next_batches():
             with torch.enable_grad():
-                losses = self.losses(batch)
-                gradients = _gradient(losses.sum(), parameters)
-            total, count = total.to(losses.device) + losses.detach().sum(), count + len(losses)
+                losses = self.quiet_losses(batch)
+                gradients = self._reduced(losses, parameters) if sharded else _gradient(losses.sum(), parameters)
+            means.add(losses)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     sums[parameter] = _dense(gradient) if parameter not in sums else sums[parameter] + _dense(gradient)
-        if not count:
-            raise DirectionError("target_batches: must hold at least one example")
-        return {parameter: gradient / count for parameter, gradient in sums.items()}, total / count
+        mean, count = means.over(group, field="target_batches")
+        if not sharded:
+            sums = {parameter: total(gradient, group) for parameter, gradient in sums.items()}
+        return {parameter: gradient / count for parameter, gradient in sums.items()}, mean
+
+    def _reduced(self, losses: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """Gradients of the sum of the losses of all processes, each with its shards, by a backward pass of all."""
+        with scratch_gradients(self.model, parameters):
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            averaged = num_averaged(parameters)
+            return [None if parameter.grad is None else parameter.grad * averaged for parameter in parameters]
 
     def _mean_loss(self, batches: Iterable[Any]) -> Tensor:
+        means = LossMean()
         with torch.no_grad():
-            losses = [self.losses(batch) for batch in batches]
-        if not losses:
-            raise DirectionError("guard_batches: must hold at least one example")
-        return torch.cat(losses).mean()
+            for batch in batches:
+                means.add(self.quiet_losses(batch))
+        return means.over(world() if sharded_modules(self.model) else self._group, field="guard_batches")[0]
 
     def _next_batches(self) -> Iterator[Any]:
         if self._batches_per_refresh is None:
             yield from self._target
             return
         batches = list(islice(self._turn, self._batches_per_refresh))
+        self._taken += len(batches)
         if len(batches) < self._batches_per_refresh:
             self._turn = iter(self._target)
-            batches += islice(self._turn, self._batches_per_refresh - len(batches))
+            first = list(islice(self._turn, self._batches_per_refresh - len(batches)))
+            self._taken, batches = len(first), batches + first
         yield from batches
 
 

@@ -11,7 +11,7 @@ from equipoise.torch.capture import Contributions
 from equipoise.torch.direction import TargetDirection
 from equipoise.torch.errors import CaptureError, UnsupportedModuleError
 from equipoise.torch.hooked import Call, HookedCapture
-from equipoise.torch.kinds import Kinds, check_eager, layers_of
+from equipoise.torch.kinds import Kinds, check_eager, check_whole, layers_of
 from equipoise.torch.layers import Layer
 from equipoise.torch.rows import Rows
 
@@ -94,8 +94,8 @@ class GhostContributions(Contributions[GhostCapture]):
     were trained with weight 0 have no gradient to see: their contributions are NaN and not scored.
 
     Works with gradient accumulation (one capture for each micro-batch), autocast and GradScaler, activation
-    checkpointing, any attention kernel, tied weights, frozen parameters, and with losses averaged over the tokens of an
-    example, padding or not.
+    checkpointing, DistributedDataParallel, any attention kernel, tied weights, frozen parameters, and with losses
+    averaged over the tokens of an example, padding or not.
 
     Example:
         >>> contributions = GhostContributions(model, direction)
@@ -116,7 +116,7 @@ class GhostContributions(Contributions[GhostCapture]):
             forward mode.
 
     Raises:
-        UnsupportedModuleError: the model has trainable parameters in other modules, or is compiled.
+        UnsupportedModuleError: the model has trainable parameters in other modules, or is compiled or sharded.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class GhostContributions(Contributions[GhostCapture]):
 
     def _refreshed(self) -> None:
         check_eager(self.model)
+        check_whole(self.model)
         self._layers = layers_of(self.model, also=self._also)
 
     def _capture(self, ids: ArrayLike) -> GhostCapture:
@@ -157,6 +158,7 @@ class LastLayerContributions(GhostContributions):
     def _refreshed(self) -> None:
         module = self.model.get_submodule(self._path)
         check_eager(module)
+        check_whole(module)
         self._layers = layers_of(module, prefix=self._path)
         if not self._layers:
             raise UnsupportedModuleError(

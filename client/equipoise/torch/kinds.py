@@ -18,6 +18,7 @@ from equipoise.torch.layers import (
     ScaleLayer,
     TransposedDenseLayer,
 )
+from equipoise.torch.processes import sharded_modules
 
 Kinds: TypeAlias = tuple[type[nn.Module], ...]
 
@@ -70,6 +71,16 @@ def check_eager(model: nn.Module) -> None:
     compiled = compiled_modules(model)
     if compiled:
         raise UnsupportedModuleError(compiled, why="compiled modules run no hooks", instead=INSTEAD)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuses sharded modules: their parameters are elsewhere when they are needed.
+
+    Raises:
+        UnsupportedModuleError: a module is sharded.
+    """
+    if sharded := sharded_modules(model):
+        raise UnsupportedModuleError(sharded, why="this process has a part of its parameters only", instead=INSTEAD)
 
 
 def compiled_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -6,7 +6,8 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from equipoise.torch.errors import CaptureError
+from equipoise.torch.errors import CaptureError, DirectionError
+from equipoise.torch.processes import Group, total
 
 
 def causal_lm_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -47,3 +48,29 @@ def as_weights(weights: ArrayLike | Tensor, losses: Tensor) -> Tensor:
     if factors.shape != losses.shape:
         raise CaptureError(f"weights of shape {tuple(factors.shape)}: must be one for each of {len(losses)} losses")
     return factors.to(losses)
+
+
+class LossMean:
+    """The mean of losses that come in batches, in several processes."""
+
+    def __init__(self) -> None:
+        self._sum = torch.zeros(())
+        self._count = 0
+
+    def add(self, losses: Tensor) -> None:
+        """Takes the losses of a batch, [B]."""
+        self._sum = self._sum.to(losses.device) + losses.detach().sum()
+        self._count += len(losses)
+
+    def over(self, group: Group, *, field: str) -> tuple[Tensor, int]:
+        """The mean over the processes of a group, and how many losses there were.
+
+        Raises:
+            DirectionError: there were none.
+        """
+        if group is not None:  # what is alone need not wait for its device
+            both = total(torch.stack([self._sum.double(), self._sum.new_tensor(self._count).double()]), group)
+            self._sum, self._count = both[0].to(self._sum.dtype), int(both[1])
+        if not self._count:
+            raise DirectionError(f"{field}: must hold at least one example")
+        return self._sum / self._count, self._count

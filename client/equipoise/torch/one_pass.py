@@ -10,11 +10,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from equipoise.torch.capture import Contributions
 from equipoise.torch.direction import TargetDirection
-from equipoise.torch.errors import CaptureError
+from equipoise.torch.errors import CaptureError, UnsupportedModuleError
 from equipoise.torch.hooked import Call, HookedCapture
-from equipoise.torch.kinds import Kinds, check_eager, layers_of
+from equipoise.torch.kinds import Kinds, check_eager, check_whole, layers_of
 from equipoise.torch.layers import Layer
 from equipoise.torch.losses import as_weights
+from equipoise.torch.processes import replicated_modules
 from equipoise.torch.rows import Rows
 
 
@@ -122,8 +123,8 @@ class OnePassContributions(Contributions[OnePassCapture]):
 
     The backward pass is cut in two: gradients of activations give the contributions; then the weights that the service
     answers, in the same step, give the gradients of the parameters. Zero-weight examples are scored too. Keeps the
-    gradient of every module's output until `backward`. Activation checkpointing
-    saves no memory then, and hooks on parameters do not run, those of DistributedDataParallel among them.
+    gradient of every module's output until `backward`. Activation checkpointing saves no memory then, and hooks on
+    parameters do not run, which is why models in DistributedDataParallel are refused.
 
     Example:
         >>> contributions = OnePassContributions(model, direction)
@@ -142,7 +143,8 @@ class OnePassContributions(Contributions[OnePassCapture]):
         also: as in `GhostContributions`.
 
     Raises:
-        UnsupportedModuleError: the model has trainable parameters in other modules, or is compiled.
+        UnsupportedModuleError: the model has trainable parameters in other modules, or is compiled, replicated or
+            sharded.
     """
 
     def __init__(
@@ -162,6 +164,13 @@ class OnePassContributions(Contributions[OnePassCapture]):
 
     def _refreshed(self) -> None:
         check_eager(self.model)
+        check_whole(self.model)
+        if replicated := replicated_modules(self.model):
+            raise UnsupportedModuleError(
+                replicated,
+                why="gradients that are formed here do not pass the hooks that reduce them",
+                instead="use GhostContributions, or the model inside and reduce `.grad` yourself",
+            )
         self._layers = layers_of(self.model, also=self._also)
 
     def _capture(self, ids: ArrayLike) -> OnePassCapture:

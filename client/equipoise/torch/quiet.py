@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from equipoise.torch.processes import reshard
+
 
 class RandomState:
     """The state of torch's random generators on the devices of a model, at the time it is made."""
@@ -57,12 +59,13 @@ def repeating(model: nn.Module, random: RandomState) -> Iterator[None]:
 
 
 @contextmanager
-def moved(steps: dict[nn.Parameter, Tensor], scale: float) -> Iterator[None]:
+def moved(model: nn.Module, steps: dict[nn.Parameter, Tensor], scale: float) -> Iterator[None]:
     """Parameters moved by `scale` times a step; put back as copies of what they were, bit for bit.
 
-    Not noticed by autograd: graphs recorded before stay valid after it.
+    Not noticed by autograd: graphs recorded before stay valid after it. Of a sharded model the shards move.
     """
     saved = {parameter: parameter.data.clone() for parameter in steps}
+    reshard(model)
     try:
         for parameter, step in steps.items():
             parameter.data.add_(step.to(parameter.dtype), alpha=scale)
@@ -70,3 +73,4 @@ def moved(steps: dict[nn.Parameter, Tensor], scale: float) -> Iterator[None]:
     finally:
         for parameter, value in saved.items():
             parameter.data.copy_(value)
+        reshard(model)

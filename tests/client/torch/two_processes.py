@@ -1,0 +1,163 @@
+"""What each of two processes does with its half of a batch; the test compares with one process that has all of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from equipoise.torch import (
+    Contributions,
+    FiniteDifferenceContributions,
+    GhostContributions,
+    JvpContributions,
+    OnePassContributions,
+    TargetDirection,
+    UnsupportedModuleError,
+    weighted_mean,
+)
+from tests.client.torch.models import gpt2, lm_losses, tokens
+
+COUNT, HALF = 12, 6
+WEIGHTS = torch.linspace(0.5, 1.5, COUNT)
+STEPS = 2
+Result: TypeAlias = dict[str, Any]
+Method: TypeAlias = Callable[[nn.Module, TargetDirection], Contributions[Any]]
+
+
+def rows(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    return {name: values[start:stop] for name, values in batch.items()}
+
+
+def training() -> list[dict[str, Tensor]]:
+    return [tokens(COUNT, seed=10 + step, padded=True) for step in range(STEPS)]
+
+
+def targets() -> list[dict[str, Tensor]]:
+    """Of unequal size, so that a mean of means would be wrong."""
+    return [tokens(8, seed=1), tokens(5, seed=2, padded=True)]
+
+
+def run(model: nn.Module, method: Method, *, part: slice, batches: list[Any], group: Any = None) -> Result:
+    """Steps of Adam on a part of each batch: what is known after them."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    direction = TargetDirection(
+        model,
+        lm_losses,
+        batches,
+        refresh_every=1,
+        guard_batches=batches,
+        preconditioner=optimizer,
+        group=group,
+    )
+    contributions, found = method(model, direction), []
+    for batch in training():
+        with contributions.capture(range(COUNT)[part]) as capture:
+            losses = capture.losses(rows(batch, part.start, part.stop))
+            weighted_mean(losses, WEIGHTS[part].to(losses)).backward()
+        found.append(capture.contributions.double())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "contributions": torch.stack(found),
+        "target_loss": direction.target_loss,
+        "guard_loss": direction.guard_loss,
+        "norm": direction.norm,
+        "parameters": [full(parameter) for parameter in model.parameters()],
+    }
+
+
+def alone(method: Method) -> Result:
+    """The same in one process."""
+    return run(gpt2().double(), method, part=slice(0, COUNT), batches=targets())
+
+
+def replicated(method: Method, rank: int) -> Result:
+    return run(
+        DistributedDataParallel(gpt2().double()),
+        method,
+        part=slice(rank * HALF, (rank + 1) * HALF),
+        batches=targets()[rank : rank + 1],
+        group=dist.group.WORLD,
+    )
+
+
+def sharded_model() -> Any:
+    model: Any = gpt2().double()
+    for block in model.transformer.h:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def sharded(rank: int) -> Result:
+    part, batches = slice(rank * HALF, (rank + 1) * HALF), targets()[rank : rank + 1]
+    return run(sharded_model(), FiniteDifferenceContributions, part=part, batches=batches)
+
+
+def refusals() -> Result:
+    """Messages of methods that cannot work, and of a model whose shards are hidden."""
+    found = {}
+    for name, model, method in (
+        ("one pass, replicated", DistributedDataParallel(gpt2()), OnePassContributions),
+        ("ghost, sharded", sharded_model(), GhostContributions),
+        ("jvp, sharded", sharded_model(), JvpContributions),
+    ):
+        try:
+            method(model, TargetDirection(model, lm_losses, targets()))
+        except UnsupportedModuleError as error:
+            found[name] = str(error)
+    return found
+
+
+def accumulating() -> Result:
+    """A refresh that is due while gradients wait to be reduced; and what the job's gradients are in the end."""
+    model, batch = sharded_model(), training()[0]
+    direction = TargetDirection(model, lm_losses, targets(), refresh_every=1)
+    contributions, ages = FiniteDifferenceContributions(model, direction), []
+    for index, sync in enumerate((False, True)):
+        model.set_requires_gradient_sync(sync)
+        with contributions.capture(range(HALF)) as capture:
+            capture.losses(rows(batch, index * HALF, (index + 1) * HALF)).mean().backward()
+        ages.append(direction.age)
+    gradients = [full(parameter.grad) for parameter in model.parameters()]
+    with contributions.capture(range(HALF)):
+        ages.append(direction.age)
+    kept = [full(parameter.grad) for parameter in model.parameters()]
+    return {"ages": ages, "gradients": gradients, "kept": kept}
+
+
+def restored(rank: int) -> Result:
+    """A sharded direction from a checkpoint."""
+    model = sharded_model()
+    direction = TargetDirection(model, lm_losses, targets()[rank : rank + 1])
+    direction.refresh()
+    copy = TargetDirection(model, lm_losses, targets()[rank : rank + 1])
+    copy.load_state_dict(direction.state_dict())
+    pairs = zip(copy.vectors.values(), direction.vectors.values(), strict=True)
+    return {"same": all(torch.equal(full(a), full(b)) for a, b in pairs), "norms": (copy.norm, direction.norm)}
+
+
+def full(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().clone()
+
+
+def process(rank: int, folder: str) -> None:
+    """All of it, in one of two processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {
+        "ghost": replicated(GhostContributions, rank),
+        "finite_difference": replicated(FiniteDifferenceContributions, rank),
+        "sharded": sharded(rank),
+        "refusals": refusals(),
+        "accumulating": accumulating(),
+        "restored": restored(rank),
+    }
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

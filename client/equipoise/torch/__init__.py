@@ -39,6 +39,7 @@ from equipoise.torch.errors import (
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.losses import causal_lm_losses, weighted_mean
 from equipoise.torch.one_pass import OnePassContributions
+from equipoise.torch.sampler import WeightedSampler
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "OnePassContributions",
     "TargetDirection",
     "UnsupportedModuleError",
+    "WeightedSampler",
     "causal_lm_losses",
     "join",
     "weighted_mean",

@@ -1,0 +1,103 @@
+"""Ids drawn by the server, one request ahead of their use."""
+
+import logging
+from concurrent.futures import Future
+from threading import Thread
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise.errors import InvalidRequestError, PolicyNotFoundError, UnavailableError
+
+logger = logging.getLogger("equipoise")
+
+
+class Sampling(Protocol):
+    """What draws ids by weight: a `PolicyClient`."""
+
+    def sample_examples(
+        self, count: int, *, with_replacement: bool = True, seed: int | None = None
+    ) -> NDArray[np.uint64]:
+        """Draws ids: uint64 [count]."""
+
+
+class Draws:
+    """Draw number 0, 1, 2, ... of one process; while one is used the next is under way.
+
+    Args:
+        client: what draws.
+        num_examples: N.
+        size: ids in a draw.
+        seed: numbers that give every process draws of its own.
+        timeout: longest wait for a draw, seconds; then the draw is uniform.
+    """
+
+    def __init__(
+        self, client: Sampling, num_examples: int, *, size: int, seed: tuple[int, int], timeout: float
+    ) -> None:
+        self.lost = False
+        """Whether the newest draw was uniform because the server did not answer."""
+        self.fallbacks = 0
+        """How many draws were uniform for that reason."""
+        self._client = client
+        self._num_examples = num_examples
+        self._size = size
+        self._seed = seed
+        self._timeout = timeout
+        self._coming: Future[NDArray[np.uint64]] | None = None
+
+    def take(self, number: int) -> NDArray[np.uint64]:
+        """Ids of a draw, [size]; asks for the next one.
+
+        Raises:
+            EquipoiseError: what no retry mends.
+        """
+        ids = self._wait(number)
+        if self._coming is None:
+            self._ask(number + 1)
+        self._note(lost=ids is None)
+        if ids is None:
+            return self._generator(number).integers(self._num_examples, size=self._size, dtype=np.uint64)
+        if int(ids.max()) >= self._num_examples:
+            raise InvalidRequestError(
+                field="num_examples", value=self._num_examples, rule=f"the policy has more: it gave id {ids.max()}"
+            )
+        return ids
+
+    def _wait(self, number: int) -> NDArray[np.uint64] | None:
+        """The draw that comes; None: not in time."""
+        coming = self._coming or self._ask(number)
+        try:
+            ids = coming.result(self._timeout)
+        except TimeoutError as error:
+            if isinstance(error, UnavailableError):
+                self._coming = None
+            return None  # a draw that is late serves the next time
+        except (UnavailableError, PolicyNotFoundError):  # a policy appears with the first step
+            ids = None
+        self._coming = None
+        return ids
+
+    def _ask(self, number: int) -> Future[NDArray[np.uint64]]:
+        self._coming = future = Future[NDArray[np.uint64]]()
+        seed = int(self._generator(number).integers(2**63))
+        Thread(target=self._draw, args=(future, seed), name="equipoise-draw", daemon=True).start()
+        return future
+
+    def _draw(self, future: Future[NDArray[np.uint64]], seed: int) -> None:
+        try:
+            future.set_result(self._client.sample_examples(self._size, seed=seed))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _generator(self, number: int) -> np.random.Generator:
+        return np.random.default_rng((*self._seed, number))
+
+    def _note(self, *, lost: bool) -> None:
+        self.fallbacks += lost
+        if lost != self.lost:
+            logger.warning(
+                "the server does not answer: drawing examples uniformly" if lost else "drawing examples by weight again"
+            )
+        self.lost = lost

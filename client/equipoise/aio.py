@@ -73,6 +73,13 @@ class PolicyClient(Trainer):
         """As `equipoise.PolicyClient.read_weights`."""
         return await self.admin.read_weights(self.policy, field, ids)
 
+    async def preload(self) -> None:
+        """As `equipoise.PolicyClient.preload`."""
+        status = await self.status()
+        ids = np.arange(min(status.spec.num_examples, self._options.limits.cached_examples))
+        weights = await self.read_weights(ids=ids)
+        self._session.preload(weights, uid=status.uid, num_examples=status.spec.num_examples)
+
     async def sample_examples(
         self, count: int, *, with_replacement: bool = True, seed: int | None = None
     ) -> NDArray[np.uint64]:

@@ -115,6 +115,16 @@ class PolicyClient(Trainer):
         """Served weights or the rule's scores (NaN where never scored): float32 [len(ids)], or [N] without ids."""
         return self.admin.read_weights(self.policy, field, ids)
 
+    def preload(self) -> None:
+        """Reads the weights of all examples, up to `limits.cached_examples`: `weights` knows them from then on.
+
+        For a trainer that joins, or comes back to, a policy that has learnt already.
+        """
+        status = self.status()
+        weights = self.read_weights(ids=np.arange(min(status.spec.num_examples, self._options.limits.cached_examples)))
+        with self._lock:
+            self._session.preload(weights, uid=status.uid, num_examples=status.spec.num_examples)
+
     def sample_examples(
         self, count: int, *, with_replacement: bool = True, seed: int | None = None
     ) -> NDArray[np.uint64]:

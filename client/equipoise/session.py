@@ -148,6 +148,13 @@ class Session:
         bounds = wire.Bounds(num_examples=self._view.bounds.num_examples)
         return self._view.weights(wire.example_ids("ids", ids, bounds))[0]
 
+    def preload(self, weights: NDArray[np.float32], *, uid: str, num_examples: int) -> None:
+        """Takes note of the weights of the first examples of a policy, where no answer has told them yet."""
+        if self._view.uid in ("", uid):  # else it is another incarnation, as the next opening will find out
+            self._view.uid = uid
+            self._view.resize(num_examples)
+            self._view.preload(weights)
+
     def raise_unreported(self) -> None:
         """Raises what ended the session, or once what was refused of steps that nobody waited for."""
         if self.failure is not None:

@@ -7,7 +7,7 @@ import re
 import secrets
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -85,6 +85,24 @@ class Trainer:
         self._follow_fork()
         with self._lock:
             return self._session.stats
+
+    def for_policy(self, policy: str) -> Self:
+        """A client with the same options, of another policy of the same server: one that was forked or imported."""
+        options = self._options
+        return type(self)(
+            self.address,
+            policy=policy,
+            num_examples=options.spec.num_examples or None,
+            rule=options.spec.rule,
+            settings=options.spec.settings,
+            durability=options.spec.durability,
+            reference_nats=options.spec.reference_nats,
+            when_lost=options.when_lost,
+            max_staleness=options.max_staleness,
+            timeout=options.timeout,
+            backoff=options.backoff,
+            limits=options.limits,
+        )
 
     def weights(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Per id the weight of the newest answer that held it, else 1: float32 [len(ids)]. Asks nobody, never waits.

@@ -69,6 +69,10 @@ class PolicyView:
         self._cache.store(ids, weights, version=answer.version)
         self._made_when_served = max(self._made_when_served, made)
 
+    def preload(self, weights: NDArray[np.float32]) -> None:
+        """Keeps the weights of the first examples where no answer has told them yet."""
+        self._cache.store(np.arange(len(weights), dtype=np.uint64), weights, version=0)
+
     def weights(self, ids: NDArray[np.uint64]) -> tuple[NDArray[np.float32], Source]:
         """Newest weight of each id, 1 where unknown; all 1 when they are too old."""
         weights, known = self._cache.lookup(ids)

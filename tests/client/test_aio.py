@@ -159,6 +159,8 @@ async def test_calls_beside_the_loop(server: ScriptedServer) -> None:
         assert (await client.server_info()).max_batch_examples == 1000
         assert [p.spec.name async for p in admin.list_policies("x")] == ["x0", "x1", "x2", "x3", "x4", "x5"]
         assert (await client.read_weights()).tolist() == [0, 1, 2, 3, 4, 5]
+        await client.preload()
+        assert client.weights([5, 2]).tolist() == [5, 2]
         statuses = client.watch()
         assert [(await anext(statuses)).version for _ in range(3)] == [0, 1, 2]
         with pytest.raises(errors.PolicyDeletedError):

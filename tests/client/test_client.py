@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -60,6 +61,31 @@ def test_submissions_never_wait_and_their_weights_arrive(server: ScriptedServer)
         client.submit([5], losses=[1.0], weights_for=[6])
         assert client.flush(5)
         assert client.weights([4, 5, 6]).tolist() == [2.0, 1.0, 1.0]
+
+
+def test_weights_can_be_known_before_the_first_step(server: ScriptedServer) -> None:
+    """Answers are newer; another incarnation's weights do not hold."""
+    with client_of(server, num_examples=6) as first:
+        step(first, 1)
+    with client_of(server, num_examples=6) as client, client_of(server, num_examples=6) as other:
+        for each in (client, other):
+            each.preload()
+            assert each.weights([5, 3, 2]).tolist() == [5.0, 3.0, 2.0]
+        client.step([3], losses=[1.0])
+        assert client.weights([5, 3, 2]).tolist() == [5.0, 2.0, 2.0]
+        server.memory.uid = "another"
+        step(other, 4)
+        assert other.flush(5)
+        assert other.weights([5, 3, 2]).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_client_of_another_policy_has_the_same_options(server: ScriptedServer) -> None:
+    with client_of(server, rule="ema_sign", settings={"floor": 0.5}, when_lost="wait", max_staleness=7) as client:
+        other = client.for_policy("run-8")
+        assert (other.policy, other.address) == ("run-8", client.address)
+        assert other.trainer_id != client.trainer_id
+        assert replace(other._options, spec=client._options.spec) == client._options
+        assert replace(other._options.spec, name="run-7") == client._options.spec
 
 
 def test_submissions_do_not_wait_for_a_silent_server(server: ScriptedServer) -> None:

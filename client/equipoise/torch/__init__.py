@@ -39,8 +39,10 @@ from equipoise.torch.errors import (
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.losses import causal_lm_losses, weighted_mean
 from equipoise.torch.one_pass import OnePassContributions
+from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import WeightedSampler
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
+from equipoise.torch.steps import WeightedStep, WeightedSteps, look_ahead
 
 __all__ = [
     "BatchShapeError",
@@ -58,7 +60,12 @@ __all__ = [
     "TargetDirection",
     "UnsupportedModuleError",
     "WeightedSampler",
+    "WeightedStep",
+    "WeightedSteps",
     "causal_lm_losses",
     "join",
+    "look_ahead",
+    "resume_run",
+    "run_state",
     "weighted_mean",
 ]

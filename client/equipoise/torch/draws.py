@@ -40,7 +40,8 @@ class Draws:
         """Whether the newest draw was uniform because the server did not answer."""
         self.fallbacks = 0
         """How many draws were uniform for that reason."""
-        self._client = client
+        self.client = client
+        """What draws; may be exchanged."""
         self._num_examples = num_examples
         self._size = size
         self._seed = seed
@@ -65,6 +66,21 @@ class Draws:
             )
         return ids
 
+    @property
+    def coming(self) -> NDArray[np.uint64] | None:
+        """The draw that is under way, once it is there; None: there is none, or not in time."""
+        try:
+            return None if self._coming is None else self._coming.result(self._timeout)
+        except (TimeoutError, UnavailableError, PolicyNotFoundError):
+            return None
+
+    @coming.setter
+    def coming(self, ids: NDArray[np.uint64] | None) -> None:
+        self._coming = None
+        if ids is not None:
+            self._coming = Future()
+            self._coming.set_result(ids)
+
     def _wait(self, number: int) -> NDArray[np.uint64] | None:
         """The draw that comes; None: not in time."""
         coming = self._coming or self._ask(number)
@@ -87,7 +103,7 @@ class Draws:
 
     def _draw(self, future: Future[NDArray[np.uint64]], seed: int) -> None:
         try:
-            future.set_result(self._client.sample_examples(self._size, seed=seed))
+            future.set_result(self.client.sample_examples(self._size, seed=seed))
         except BaseException as error:
             future.set_exception(error)
 

@@ -130,6 +130,12 @@ def rank() -> int:
     return dist.get_rank() if num_processes() > 1 else 0
 
 
+def barrier() -> None:
+    """Waits until every process is here."""
+    if num_processes() > 1:
+        dist.barrier()
+
+
 def same_everywhere(value: Any) -> Any:
     """What the first process says, in all of them: for small picklable values."""
     if num_processes() == 1:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from equipoise.errors import InvalidRequestError
@@ -99,6 +98,15 @@ class WeightedSampler(Sampler[int]):
             yield self._given[-1]
 
     @property
+    def client(self) -> Sampling:
+        """What draws."""
+        return self._draws.client
+
+    @client.setter
+    def client(self, client: Sampling) -> None:
+        self._draws.client = client
+
+    @property
     def lost(self) -> bool:
         """Whether the newest draw was uniform because the server did not answer."""
         return self._draws.lost
@@ -109,7 +117,7 @@ class WeightedSampler(Sampler[int]):
         return self._draws.fallbacks
 
     def state_dict(self, *, trained: int | None = None) -> dict[str, Any]:
-        """For a checkpoint of this process: integers, and an array of the ids that were drawn and not used.
+        """For a checkpoint of this process: integers, and arrays of the ids that were drawn and not used.
 
         Args:
             trained: ids of this epoch that have been trained on. Needed where a DataLoader with workers, or Accelerate,
@@ -127,13 +135,14 @@ class WeightedSampler(Sampler[int]):
             "position": self._position - ahead,
             "draws": self._number,
             "drawn": np.array([*again, *self._drawn], np.uint64),
+            "coming": self._draws.coming,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the sampler stood that gave `state`: within its epoch, or with the next where that was over."""
         self.epoch, self._position, self._number = state["epoch"], state["position"], state["draws"]
-        drawn: NDArray[np.uint64] = np.asarray(state["drawn"])
-        self._drawn = deque(drawn.tolist())
+        self._drawn = deque(state["drawn"].tolist())
+        self._draws.coming = state["coming"]
         self._given.clear()
         self._resumed = 0 < self._position < self._length
 

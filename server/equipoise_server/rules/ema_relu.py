@@ -4,19 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
-from equipoise_server.rules.ema import FlooredEmaRule
-from equipoise_server.rules.settings import FlooredEmaSettings, number
+from equipoise_server.rules.contribution import ContributionRule, ContributionSettings
+from equipoise_server.rules.settings import number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmaReluSettings(FlooredEmaSettings):
+class EmaReluSettings(ContributionSettings):
     """Settings of `ema_relu`."""
 
     saturation: float = number(1.0, low=1e-3, high=1e3)
     """Moving average at which the weight reaches its top, in units of the running RMS of contributions."""
 
 
-class EmaRelu(FlooredEmaRule[EmaReluSettings]):
+class EmaRelu(ContributionRule[EmaReluSettings]):
     """r = floor + (1-floor)·min(relu(EMA)/saturation, 1). After Ren et al. 2018, with a memory and a bound."""
 
     name = "ema_relu"

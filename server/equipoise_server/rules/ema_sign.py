@@ -4,19 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
-from equipoise_server.rules.ema import FlooredEmaRule
-from equipoise_server.rules.settings import FlooredEmaSettings, number
+from equipoise_server.rules.contribution import ContributionRule, ContributionSettings
+from equipoise_server.rules.settings import number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmaSignSettings(FlooredEmaSettings):
+class EmaSignSettings(ContributionSettings):
     """Settings of `ema_sign`."""
 
     threshold: float = number(0.0, low=-1e3, high=1e3)
     """What the moving average must exceed for full weight, in units of the running RMS of contributions."""
 
 
-class EmaSign(FlooredEmaRule[EmaSignSettings]):
+class EmaSign(ContributionRule[EmaSignSettings]):
     """r = 1 where EMA > threshold, else the floor. The Learning Law's sign alone: robust to the size of outliers."""
 
     name = "ema_sign"

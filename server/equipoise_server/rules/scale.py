@@ -14,7 +14,12 @@ MAX_SCALED = 1e12
 """No value over the running RMS is larger: decays end at 0.9999 and B below 2^40, so √(B/(1-decay)) is below 1.1e8."""
 
 
-def next_mean_square(previous: float, signal: NDArray[np.float32], *, decay: float, name: str, rule: str) -> float:
+def running(previous: float | None, value: float, *, decay: float) -> float:
+    """decay·previous + (1-decay)·value, or `value` where there is nothing before it."""
+    return value if previous is None else decay * previous + (1.0 - decay) * value
+
+
+def next_mean_square(previous: float, signal: NDArray[np.floating], *, decay: float, name: str, rule: str) -> float:
     """Running mean square with this step's B values included; the first step that is not all zero initialises it.
 
     Squares of float32 are exact in float64, and numpy adds them pairwise in one thread: the number of threads cannot
@@ -29,10 +34,12 @@ def next_mean_square(previous: float, signal: NDArray[np.float32], *, decay: flo
     if not math.isfinite(mean_square):
         index = int(np.flatnonzero(~np.isfinite(signal))[0])
         raise RuleError(name, f"{name}[{index}] = {signal[index]}: rule {rule} needs finite values")
-    return mean_square if previous == 0.0 else decay * previous + (1.0 - decay) * mean_square
+    return running(previous or None, mean_square, decay=decay)
 
 
-def scaled(signal: NDArray[np.float32], mean_square: float, *, rule: str) -> NDArray[np.float64]:
+def scaled(
+    signal: NDArray[np.floating], mean_square: float, *, rule: str, name: str = MEAN_SQUARE
+) -> NDArray[np.float64]:
     """The signal over its running RMS, float64 [B]; zeros while the mean square is unset.
 
     Divided here rather than on the device, where a division by a constant becomes a product with its reciprocal.
@@ -44,7 +51,7 @@ def scaled(signal: NDArray[np.float32], mean_square: float, *, rule: str) -> NDA
     if 0.0 < mean_square < math.inf:
         values /= math.sqrt(mean_square)
     elif mean_square != 0.0:
-        raise RuleError(MEAN_SQUARE, f"{MEAN_SQUARE} = {mean_square}: rule {rule} needs a finite number >= 0")
+        raise RuleError(name, f"{name} = {mean_square}: rule {rule} needs a finite number >= 0")
     if values.size and not max(values.max(), -values.min()) <= MAX_SCALED:
-        raise RuleError(MEAN_SQUARE, f"{MEAN_SQUARE} = {mean_square} does not belong to this step of rule {rule}")
+        raise RuleError(name, f"{name} = {mean_square} does not belong to this step of rule {rule}")
     return values

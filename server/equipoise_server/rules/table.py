@@ -22,14 +22,14 @@ class TableRule(ABC, Generic[SignalSettingsT]):
     """Base of the rules that keep tables (see `Rule` for what each public method promises).
 
     A subclass says how a visit moves its statistic (`advance`) and how a step changes the tables (`apply`). A rule from
-    another signal than contributions overrides `signal`, `signals` and `signal_name`.
+    another signal than contributions overrides `signal`, `signals` and `signal_name`; one that adds to it, `scaled`.
     """
 
     name: ClassVar[str]
     settings_type: ClassVar[type[SignalSettingsT]]
     statistic: ClassVar[str] = "ema"
     """Column of the statistic, float32: what SCORE reads."""
-    signals: ClassVar[tuple[str, ...]] = ("contributions",)
+    signals: tuple[str, ...] = ("contributions",)
     """Statistics that the rule reads."""
     signal_name: ClassVar[str] = "contributions"
     """What the signal is called in errors."""
@@ -67,6 +67,10 @@ class TableRule(ABC, Generic[SignalSettingsT]):
     def signal(self, statistics: Statistics) -> NDArray[np.float32] | None:
         """What the rule reads of a step, float32 [B]; None where the trainer did not send it."""
         return statistics.contributions
+
+    def scaled(self, signal: NDArray[np.float32], statistics: Statistics, scalars: Scalars) -> NDArray[np.float64]:
+        """The step's signal in units of its running RMS, float64 [B]."""
+        return scaled(signal, scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
 
     def init(self, num_examples: int, *, device: torch.device) -> TableState:
         """The uniform policy."""
@@ -159,7 +163,7 @@ class TableRule(ABC, Generic[SignalSettingsT]):
         self, state: TableState, statistics: Statistics, scalars: Scalars, pages: NDArray[np.bool_] | None
     ) -> tuple[torch.Tensor | None, NDArray[np.float64]]:
         """Where the step's rows lie (None: everywhere) and their scaled signal, restricted to `pages`."""
-        signal = scaled(self._rows(state, statistics), scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
+        signal = self.scaled(self._rows(state, statistics), statistics, scalars)
         ids = statistics.ids
         if pages is not None and len(signal) and not pages.all():
             ids = np.arange(state.num_examples) if ids is None else ids

@@ -240,3 +240,36 @@ def test_tables_take_at_most_sixteen_bytes_per_example(rule: Rule, start: Start)
     state = start(rule, 1000)
     assert {name: column.dtype for name, column in state.columns.items()} == dict(rule.columns)
     assert state.nbytes <= 16 * 1000
+
+
+def test_a_loss_penalty_lowers_what_surprises_and_needs_losses(start: Start) -> None:
+    rule = build("ema_sign", {"loss_penalty": 2.0})
+    assert rule.signals == ("contributions", "losses")
+    with pytest.raises(RuleError, match="losses is absent: rule ema_sign needs it in every step"):
+        rule.check(Statistics(ids=None, contributions=np.ones(N, np.float32)))
+    losses = np.linspace(0, 5, N, dtype=np.float32)
+    state = rule.update(start(rule, N), Statistics(ids=None, contributions=np.ones(N, np.float32), losses=losses))
+    scores = rule.scores(state, None)
+    assert (np.diff(scores) < 0).all()
+    np.testing.assert_array_equal(rule.above_floor(state, None), scores > 0)
+    assert 0 < rule.above_floor(state, None).sum() < N
+
+
+def test_a_loss_penalty_does_not_mind_the_scale_of_losses(start: Start) -> None:
+    rng = np.random.default_rng(13)
+    rule = build("ema_sign", {"loss_penalty": 1.0})
+    plain, scaled = start(rule, N), start(rule, N)
+    for _ in range(20):
+        c, losses = rng.normal(size=N).astype(np.float32), rng.random(N).astype(np.float32)
+        plain = rule.update(plain, Statistics(ids=None, contributions=c, losses=losses))
+        scaled = rule.update(scaled, Statistics(ids=None, contributions=c, losses=losses * np.float32(1024)))
+    np.testing.assert_allclose(rule.scores(scaled, None), rule.scores(plain, None), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss_mean", np.nan), ("loss_variance", -1.0), ("loss_variance", np.inf)])
+def test_an_impossible_loss_moment_is_refused(start: Start, name: str, value: float) -> None:
+    rule = build("ema_sign", {"loss_penalty": 1.0})
+    state = start(rule, N)
+    state.scalars = {name: value}
+    with pytest.raises(RuleError, match=f"{name} = "):
+        rule.restore(state)

@@ -23,6 +23,8 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("ema_sign", {"threshold": 0.3, "floor": 0.0, "ema_decay": 0.5, "rms_decay": 0.0}),
     ("ema_relu", {}),
     ("ema_relu", {"saturation": 0.5, "floor": 0.1, "ema_decay": 0.0, "rms_decay": 0.9999}),
+    ("ema_sign", {"loss_penalty": 3.0, "rms_decay": 0.8}),
+    ("ema_relu", {"loss_penalty": 0.5, "saturation": 0.5, "rms_decay": 0.0}),
     ("exponentiated_gradient", {}),
     ("exponentiated_gradient", {"learning_rate": 1.0, "decay": 0.0, "floor": 1e-4}),
     ("rho", {}),
@@ -42,6 +44,7 @@ class Definition:
         self.statistic = np.zeros(N)
         self.weights = np.ones(N)
         self.mean_square = 0.0
+        self.loss_moments: tuple[float, float] | None = None
 
     def step(self, statistics: Statistics) -> None:
         ids = np.arange(N) if statistics.ids is None else statistics.ids
@@ -49,6 +52,8 @@ class Definition:
         squares, decay = float(np.mean(values**2)), self.settings["rms_decay"]
         self.mean_square = decay * self.mean_square + (1 - decay) * squares if self.mean_square else squares
         signal = values / math.sqrt(self.mean_square) if self.mean_square else values
+        if penalty := self.settings.get("loss_penalty"):
+            signal = signal - penalty * self._surprise(statistics)
         first = ~self.seen[ids]
         self.seen[ids] = True
         if self.name == "exponentiated_gradient":
@@ -61,6 +66,18 @@ class Definition:
         else:
             raw = self._raw()[self.seen]
             self.weights[self.seen] = raw / raw.mean() if raw.any() else 1.0
+
+    def _surprise(self, statistics: Statistics) -> Floats:
+        """How many standard deviations each loss is above the mean, both running."""
+        assert statistics.losses is not None
+        losses, decay = statistics.losses.astype(np.float64), self.settings["rms_decay"]
+        if self.loss_moments is None:
+            mean, variance = losses.mean(), losses.var()
+        else:
+            mean = decay * self.loss_moments[0] + (1 - decay) * losses.mean()
+            variance = decay * self.loss_moments[1] + (1 - decay) * ((losses - mean) ** 2).mean()
+        self.loss_moments = mean, variance
+        return (losses - mean) / math.sqrt(variance)
 
     def _signal(self, statistics: Statistics) -> Floats:
         if self.name == "rho":
@@ -118,6 +135,8 @@ def test_state_and_weights_follow_the_definition(
         if statistics.losses is not None and statistics.reference_losses is not None:
             shift = rng.normal(size=len(statistics.losses)).astype(np.float32)
             statistics = replace(statistics, losses=statistics.losses + shift, reference_losses=shift)
+        elif statistics.losses is not None:
+            statistics = replace(statistics, losses=np.abs(rng.normal(size=len(statistics.losses))).astype(np.float32))
         definition.step(statistics)
         state = rule.update(state, statistics)
         decided = np.abs(definition.statistic - settings.get("threshold", 0.0)) > 1e-6

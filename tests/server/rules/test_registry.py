@@ -24,7 +24,7 @@ def test_later_rule_is_named_as_such() -> None:
 
 def test_settings_are_resolved() -> None:
     settings = build("ema_sign", {"floor": 1, "ema_decay": 0.5}).settings
-    assert settings == {"floor": 1.0, "ema_decay": 0.5, "rms_decay": 0.99, "threshold": 0.0}
+    assert settings == {"floor": 1.0, "ema_decay": 0.5, "rms_decay": 0.99, "threshold": 0.0, "loss_penalty": 0.0}
     assert all(type(value) is float for value in settings.values())
     assert build("ema_sign", settings).settings == settings
 

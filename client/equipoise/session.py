@@ -466,7 +466,8 @@ class Session:
         ticket.answered = True
         self._stats.unacked -= is_new
         if refused:
-            self._refuse(ticket, answer, now)
+            if is_new:  # a replay is refused again: its caller knows
+                self._refuse(ticket, answer, now)
         else:
             self._stats.applied += is_new and answer.outcome == pb.OUTCOME_APPLIED
             self._stats.duplicates += is_new and answer.outcome == pb.OUTCOME_DUPLICATE

@@ -238,6 +238,22 @@ def test_a_refused_step_raises_for_its_caller() -> None:
     talk.session.raise_unreported()  # once is enough
 
 
+def test_a_refusal_is_told_once_though_its_step_is_sent_again() -> None:
+    talk = opened()
+    ticket = talk.step(2)
+    refuse(talk)
+    talk.cut()
+    talk.server.crash()  # neither step was durable
+    talk.connect()
+    for move in (talk.send, talk.serve, talk.receive, talk.send, talk.serve, talk.receive):
+        move()
+    refuse(talk)
+    assert isinstance(ticket.error, errors.StepRefusedError)
+    assert talk.session.stats.refused == 1
+    talk.session.raise_unreported()
+    assert talk.session.flushed(durable=False)
+
+
 def test_a_refused_submission_raises_at_the_next_call() -> None:
     talk = opened()
     talk.step(2, waits=False)

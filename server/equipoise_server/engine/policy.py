@@ -66,7 +66,7 @@ class Policy:
         if step.kind is Kind.READ:
             return self._answer(step, Outcome.REFUSED if step.error else Outcome.READ), None
         if step.sequence and self.trainers.is_duplicate(step.trainer_id, step.sequence):
-            return self._answer(step, Outcome.DUPLICATE), None
+            return self._answer(step, Outcome.REFUSED if step.error else Outcome.DUPLICATE), None
         if step.kind is Kind.STEP:
             try:
                 scalars = self._update(step, with_evidence=with_evidence)

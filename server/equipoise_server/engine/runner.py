@@ -248,7 +248,9 @@ class PolicyRunner:
         seconds = self._loop.time() - started
         self.status = status
         self._telemetry.batch(steps=len(batch))
-        for pending, (result, _) in zip(batch, results, strict=True):
+        for pending, (result, entry) in zip(batch, results, strict=True):
+            if entry is not None and pending.step.sequence:
+                self._sequences.add(pending.step.trainer_id, version=entry.version, sequence=pending.step.sequence)
             self._telemetry.stage(method="Exchange", stage="queue", seconds=started - pending.since)
             self._telemetry.stage(method="Exchange", stage="compute", seconds=seconds)
             self._answer(pending, result)
@@ -276,8 +278,6 @@ class PolicyRunner:
             return
         step, applied_at = pending.step, self._loop.time()
         self._telemetry.step(policy=self.spec_name, outcome=result.outcome.name.lower(), rows=step.num_rows)
-        if step.sequence and result.outcome in (Outcome.APPLIED, Outcome.REFUSED):
-            self._sequences.add(step.trainer_id, version=result.version, sequence=step.sequence)
 
         def release() -> None:
             self._telemetry.stage(method="Exchange", stage="log", seconds=self._loop.time() - applied_at)

@@ -138,6 +138,15 @@ def test_a_refused_step_consumes_its_sequence_and_nothing_else() -> None:
     assert same_bits(policy, without)
 
 
+def test_a_refused_step_that_is_sent_again_is_refused_again() -> None:
+    policy = fresh(spec(num_examples=1000))
+    error = invalid("NON_FINITE_STAT", "c", "nan")
+    refused = Step(kind=Kind.REFUSED, trainer_id="trainer", sequence=1, error=error, wants_weights=False)
+    policy.apply(refused, now=0.0)
+    answer, entry = policy.apply(refused, now=0.0)
+    assert (answer.outcome, answer.error, answer.version, entry) == (Outcome.REFUSED, error, 1, None)
+
+
 def test_many_steps_in_one_call_equal_single_calls() -> None:
     of = spec(num_examples=3000)
     fused, single = fresh(of), fresh(of)

@@ -1,0 +1,336 @@
+"""The kill run: trainers train while a schedule of faults, drawn from one seed, lands on their server and its Redis."""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from time import monotonic, sleep
+
+import numpy as np
+
+from equipoise import PolicyClient
+from equipoise.archive import PolicyArchive, export_policy
+from equipoise_server.rules import build
+from equipoise_server.store import scripts
+from tests.e2e.faults.aof import Log, read_log
+from tests.e2e.faults.checker import Findings, check
+from tests.e2e.faults.history import History
+from tests.e2e.faults.proxy import At, FaultProxy, Way, until
+from tests.e2e.faults.redis_server import RedisServer
+from tests.e2e.faults.trainers import KINDS, Async, Trainer
+from tests.e2e.faults.zygote import ForkedServer, Zygote
+
+POLICY = "run"
+NUM_EXAMPLES = 70_000
+"""Two pages, and tables smaller than the log at which a sweep begins."""
+RULES = ("ema_sign", "ema_relu", "exponentiated_gradient")
+SWEEP_MIN_BYTES = 2 << 20
+RESTORING = (b"XRANGE", b"HGETALL", scripts.ACQUIRE.sha.encode())
+SWEEPING = (scripts.STAGE.sha.encode(), scripts.TRIM.sha.encode())
+APPENDING = scripts.APPEND.sha.encode()
+
+
+class Fault(Enum):
+    """What a round does."""
+
+    BEFORE_APPEND = "server killed before its append reaches Redis"
+    BEFORE_REPLY = "server killed after its append, before Redis's reply"
+    BEFORE_ACKNOWLEDGEMENT = "server killed after Redis's reply, before the trainer's answer"
+    IN_SWEEP = "server killed in a sweep"
+    IN_RESTORE = "server killed in a restore"
+    ANY_TIME = "server killed at any time"
+    PAUSE = "server paused"
+    PAUSE_AND_KILL = "server paused, then killed"
+    REDIS_PAUSED = "Redis paused"
+    REDIS_KILLED = "Redis killed"
+    TRAINERS_CUT = "connections of trainers reset"
+    REDIS_CUT = "connections to Redis reset"
+    REDIS_HALF_OPEN = "connections to Redis black-holed"
+    TRAINER_RESTARTED = "a trainer starts again from its checkpoint"
+
+
+KILLS_AND_PAUSES = (*list(Fault)[:10],)
+FORCED = (*list(Fault)[:5],)
+"""Failpoints: each is forced a given number of times."""
+
+
+def draw_schedule(seed: int, *, forced: int, kills: int) -> list[Fault]:
+    """Rounds in random order: each failpoint `forced` times, kills and pauses `kills` together, and other faults."""
+    random = np.random.default_rng(seed)
+    schedule = [fault for fault in FORCED for _ in range(forced)]
+    others = [fault for fault in Fault if fault not in FORCED]
+    while sum(fault in KILLS_AND_PAUSES for fault in schedule) < kills:
+        schedule.append(others[random.integers(len(others))])
+    random.shuffle(schedule)  # type: ignore[arg-type]  # a list is shuffled in place too
+    return schedule
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    Attributes:
+        landed: rounds by fault.
+        in_flight: unanswered steps at each kill or pause.
+        recovery_s: seconds from the end of each fault to the next answer.
+    """
+
+    landed: Counter[Fault] = field(default_factory=Counter)
+    in_flight: list[int] = field(default_factory=list)
+    recovery_s: list[float] = field(default_factory=list)
+
+
+class KillRun:
+    """Trainers, a server behind a proxy, and its Redis behind another."""
+
+    def __init__(self, directory: Path, zygote: Zygote, *, seed: int, durability: str) -> None:
+        self.seed = seed
+        self.random = np.random.default_rng([seed, 1])
+        self.rule = RULES[seed % len(RULES)]
+        self.history = History()
+        self.report = Report()
+        self.redis = RedisServer(directory / "redis")
+        self.redis.start()
+        self.to_redis = FaultProxy(("127.0.0.1", self.redis.port))
+        self.server = ForkedServer(
+            zygote,
+            directory / "server",
+            redis_url=f"redis://{self.to_redis.address}",
+            sweep_min_bytes=SWEEP_MIN_BYTES,
+            redis_timeout_s=0.5,
+        )
+        self.server.start()
+        self.to_server = FaultProxy(("127.0.0.1", int(self.server.address.rpartition(":")[2])))
+        with PolicyClient(
+            self.server.address, policy=POLICY, num_examples=NUM_EXAMPLES, rule=self.rule, durability=durability
+        ) as client:
+            client.read([0])
+        self.trainers: list[Trainer] = [
+            kind(
+                self.to_server.address,
+                policy=POLICY,
+                num_examples=NUM_EXAMPLES,
+                history=self.history,
+                seed=seed + number,
+            )
+            for number, kind in enumerate(KINDS)
+        ]
+
+    def run(self, schedule: list[Fault]) -> None:
+        """Lands every fault of the schedule, then lets the trainers end."""
+        for trainer in self.trainers:
+            trainer.start()
+        self._wait_for_answers()
+        for fault in schedule:
+            self._land(fault)
+            ended = monotonic()
+            self._wait_for_answers()
+            self.report.recovery_s.append(monotonic() - ended)
+            self.report.landed[fault] += 1
+        for trainer in self.trainers:
+            trainer.stop()
+        for trainer in self.trainers:
+            trainer.join()
+
+    def close(self) -> None:
+        """Ends every process."""
+        for trainer in self.trainers:
+            trainer.stop()
+        self.server.kill()
+        self.to_server.close()
+        self.to_redis.close()
+        self.redis.kill()
+
+    @property
+    def log(self) -> Log:
+        """The policy's log as Redis took it."""
+        return read_log(self.redis.append_only_file, policy=POLICY)
+
+    def check(self) -> Findings:
+        """What the checker finds, after the run; the server's own tables are compared too."""
+        findings = check(self.history, self.log, rule=build(self.rule, {}), num_examples=NUM_EXAMPLES)
+        for trainer in self.trainers:
+            for stats in trainer.stats:
+                if stats.lost or stats.regressions or stats.forgotten:
+                    findings.violations.append(f"{trainer.trainer_id}: {stats}")
+        archive = export_policy(self.server.address, POLICY)
+        for name, column in findings.model.state.columns.items():
+            if column.numpy().tobytes() != archive.columns[name].tobytes():
+                findings.violations.append(f"at the end, column {name!r} of the server is not the model's")
+        if archive.version != findings.model.version:
+            findings.violations.append(
+                f"the server is at version {archive.version}, the log at {len(self.log.entries)}"
+            )
+        return findings
+
+    def uninterrupted(self) -> tuple[PolicyArchive, PolicyArchive]:
+        """The policy as the run left it, and one to which the same steps were sent in the same order without faults."""
+        with PolicyClient(
+            self.server.address, policy="calm", num_examples=NUM_EXAMPLES, rule=self.rule, when_lost="wait"
+        ) as client:
+            for position, entry in enumerate(entry for entry in self.log.entries if not entry.refused):
+                step = self.history.sent[entry.trainer_id][entry.sequence - 1]
+                client.submit(step.ids, **step.fields)  # type: ignore[misc]  # fields by name
+                if position % 500 == 0:
+                    assert client.flush(60)
+            assert client.flush(60, durable=True)
+        return export_policy(self.server.address, POLICY), export_policy(self.server.address, "calm")
+
+    # Rounds.
+
+    def _land(self, fault: Fault) -> None:
+        steps: dict[Fault, Callable[[], None]] = {
+            Fault.BEFORE_APPEND: lambda: self._kill_at(At.REQUEST),
+            Fault.BEFORE_REPLY: lambda: self._kill_at(At.REPLY),
+            Fault.BEFORE_ACKNOWLEDGEMENT: self._kill_before_acknowledgement,
+            Fault.IN_SWEEP: self._kill_in_sweep,
+            Fault.IN_RESTORE: self._kill_in_restore,
+            Fault.ANY_TIME: self._kill_any_time,
+            Fault.PAUSE: self._pause,
+            Fault.PAUSE_AND_KILL: self._pause_and_kill,
+            Fault.REDIS_PAUSED: self._pause_redis,
+            Fault.REDIS_KILLED: self._kill_redis,
+            Fault.TRAINERS_CUT: self._cut_trainers,
+            Fault.REDIS_CUT: self.to_redis.reset,
+            Fault.REDIS_HALF_OPEN: self._black_hole_redis,
+            Fault.TRAINER_RESTARTED: self._restart_trainer,
+        }
+        steps[fault]()
+
+    def _kill_at(self, at: At) -> None:
+        with self.to_redis.trap(APPENDING, at) as trap:
+            assert trap.caught.wait(30), "no append came"
+            self._kill()
+            self._let_go(trap)
+            self.server.start()
+
+    def _let_go(self, trap: object) -> None:
+        """What the dead server sent arrives late, or never."""
+        self.to_redis.free(trap, drop=bool(self.random.integers(2)))  # type: ignore[arg-type]
+
+    def _kill_before_acknowledgement(self) -> None:
+        with self.to_redis.trap(APPENDING, At.REPLY) as trap:
+            assert trap.caught.wait(30), "no append came"
+            self.to_server.hold(Way.DOWN)
+            before = self.to_server.taken[Way.DOWN]
+            self.to_redis.free(trap)
+            until(lambda: self.to_server.taken[Way.DOWN] > before, what="an answer leaves the server")
+        self._kill()
+        self.to_server.reset()
+        self.to_server.release()
+        self.server.start()
+
+    def _kill_in_sweep(self) -> None:
+        pattern = SWEEPING[int(self.random.integers(len(SWEEPING)))]
+        at = (At.REQUEST, At.REPLY)[int(self.random.integers(2))]
+        with self._hurry(), self.to_redis.trap(pattern, at) as trap:
+            assert trap.caught.wait(60), "no sweep came"
+            self._kill()
+            self._let_go(trap)
+        self.server.start()
+        before = self._log_start
+        until(lambda: self._log_start > before, what="a sweep ends well")
+
+    @property
+    def _log_start(self) -> int:
+        """First version that the log still has."""
+        with self.redis.client() as client:
+            keys = list(client.scan_iter(f"*{{{POLICY}}}*:log"))
+            entries = client.xrange(keys[0], count=1) if keys else []
+        return int(entries[0][0].split(b"-")[0]) if entries else 0
+
+    def _kill_in_restore(self) -> None:
+        self._kill()
+        pattern = RESTORING[int(self.random.integers(len(RESTORING)))]
+        at = (At.REQUEST, At.REPLY)[int(self.random.integers(2))]
+        with self.to_redis.trap(pattern, at) as trap:
+            self.server.start()
+            assert trap.caught.wait(30), "no restore came"
+            self._kill()
+            self._let_go(trap)
+        self.server.start()
+
+    def _kill_any_time(self) -> None:
+        sleep(self.random.uniform(0, 0.05))
+        self._kill()
+        sleep(self.random.uniform(0, 0.05))
+        self.server.start()
+
+    def _pause(self) -> None:
+        self._signal_in_flight(self.server.pid, signal.SIGSTOP)
+        sleep(self.random.uniform(0.05, 1.2))
+        self.server.resume()
+
+    def _pause_and_kill(self) -> None:
+        self._signal_in_flight(self.server.pid, signal.SIGSTOP)
+        sleep(self.random.uniform(0.05, 0.3))
+        self.server.kill()
+        self.server.start()
+
+    def _pause_redis(self) -> None:
+        self._signal_in_flight(self.redis.pid, signal.SIGSTOP)
+        sleep(self.random.uniform(0.05, 0.8))
+        os.kill(self.redis.pid, signal.SIGCONT)
+
+    def _kill_redis(self) -> None:
+        self._signal_in_flight(self.redis.pid, signal.SIGKILL)
+        self.redis.kill()
+        sleep(self.random.uniform(0, 0.2))
+        self.redis.start()
+
+    def _cut_trainers(self) -> None:
+        self.to_server.cut_after(int(self.random.integers(1, 2000)), (Way.UP, Way.DOWN)[int(self.random.integers(2))])
+        sleep(0.02)
+        self.to_server.reset()
+
+    def _black_hole_redis(self) -> None:
+        self.to_redis.hold()
+        sleep(self.random.uniform(0.05, 1.0))
+        if self.random.integers(2):
+            self.to_redis.reset()
+        self.to_redis.release()
+
+    def _restart_trainer(self) -> None:
+        able = [trainer for trainer in self.trainers if not isinstance(trainer, Async)]
+        able[int(self.random.integers(len(able)))].restart()
+
+    def _kill(self) -> None:
+        self._signal_in_flight(self.server.pid, signal.SIGKILL)
+        self.server.kill()
+
+    def _signal_in_flight(self, pid: int, number: signal.Signals) -> None:
+        """Lands a signal while a step is in flight."""
+        until(lambda: self._in_flight, what="a step is in flight")
+        os.kill(pid, number)
+        self.report.in_flight.append(self._in_flight)
+
+    @property
+    def _in_flight(self) -> int:
+        return sum(trainer.in_flight for trainer in self.trainers)
+
+    def _wait_for_answers(self) -> None:
+        """Every fault ends in answers of the server to every trainer."""
+        before = {trainer.trainer_id: self._served(trainer) for trainer in self.trainers}
+        for trainer in self.trainers:
+            until(
+                lambda trainer=trainer: trainer.failure or self._served(trainer) > before[trainer.trainer_id],  # type: ignore[misc]
+                within_s=60,
+                what=f"{trainer.trainer_id} is answered",
+            )
+
+    def _served(self, trainer: Trainer) -> int:
+        return sum(stats.applied + stats.duplicates for stats in trainer.stats)
+
+    @contextmanager
+    def _hurry(self) -> Iterator[None]:
+        for trainer in self.trainers:
+            trainer.hurry.set()
+        try:
+            yield
+        finally:
+            for trainer in self.trainers:
+                trainer.hurry.clear()

@@ -1,0 +1,302 @@
+"""A TCP proxy that does to connections what networks do: delay, hold, cut and reset them, at a chosen byte or message.
+
+It runs an event loop in a thread of its own; every method may be called from any thread and takes effect at once.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from time import monotonic, sleep
+from typing import Any
+
+CHUNK_BYTES = 64 * 1024
+
+
+class Way(Enum):
+    """A direction of a connection."""
+
+    UP = "up"
+    """From the client to the server."""
+    DOWN = "down"
+    """From the server to the client."""
+
+
+class At(Enum):
+    """Where a trap closes."""
+
+    REQUEST = "request"
+    """Before the matching bytes reach the server."""
+    REPLY = "reply"
+    """After they did, before what the server says next on this connection reaches the client."""
+
+
+class Trap:
+    """Holds every connection that carries certain bytes, until it is freed.
+
+    Attributes:
+        caught: set once a connection is held.
+    """
+
+    def __init__(self, pattern: bytes, at: At) -> None:
+        self.pattern = pattern
+        self.at = at
+        self.caught = threading.Event()
+        self.freed = asyncio.Event()
+        self.drops = False
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One connection through the proxy: both sides, and what it is about to be held for."""
+
+    client: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+    server: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+    tail: bytes = b""
+    awaits_reply: list[Trap] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Ends both sides at once (RST)."""
+        for _, writer in (self.client, self.server):
+            reset(writer)
+
+
+class FaultProxy:
+    """Stands before one server, at `address`.
+
+    Args:
+        target: host and port of the server, which need not be there yet; may change.
+    """
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.target = target
+        self.passed = dict.fromkeys(Way, 0)
+        """Bytes forwarded so far."""
+        self.taken = dict.fromkeys(Way, 0)
+        """Bytes taken so far, held ones included."""
+        self.delay_s = 0.0
+        """Every piece of data waits so long before it goes on."""
+        self.bytes_per_s: float | None = None
+        """How fast data goes on."""
+        self.on_data: Callable[[Way, bytes], None] = lambda way, data: None
+        """Sees everything that is forwarded, just before it is."""
+        self._open = dict.fromkeys(Way, True)
+        self._cut: dict[Way, int] = {}
+        self._traps: list[Trap] = []
+        self._connections: set[Connection] = set()
+        self._loop = asyncio.new_event_loop()
+        self._changed = asyncio.Condition()
+        self._server: asyncio.Server | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
+        self._thread.start()
+        self._port = 0
+        self.accept()
+
+    @property
+    def address(self) -> str:
+        """Where clients connect to."""
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def port(self) -> int:
+        """Port of the address."""
+        return self._port
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    def hold(self, *ways: Way) -> None:
+        """Data stops (both ways if none is given): it is taken, and goes nowhere; nobody learns of a broken peer."""
+        self._do(self._set_open, ways or tuple(Way), False)
+
+    def release(self) -> None:
+        """All that is held goes on, in both directions."""
+        self._do(self._set_open, tuple(Way), True)
+
+    def reset(self) -> None:
+        """Ends every connection at once; what was held is lost."""
+        self._do(self._reset)
+
+    def refuse(self) -> None:
+        """Turns new connections away."""
+        self._do(self._stop_listening)
+
+    def accept(self) -> None:
+        """Takes connections (again)."""
+        self._do(self._listen)
+
+    def cut_after(self, count: int, way: Way) -> None:
+        """Resets the connection over which byte `count` from now on passes in a direction, right behind that byte."""
+        self._cut[way] = count
+
+    @contextlib.contextmanager
+    def trap(self, pattern: bytes, at: At) -> Iterator[Trap]:
+        """Holds connections that send these bytes to the server; at the end what is held still goes on."""
+        trap = Trap(pattern, at)
+        self._traps.append(trap)
+        try:
+            yield trap
+        finally:
+            self.free(trap)
+
+    def free(self, trap: Trap, *, drop: bool = False) -> None:
+        """Ends a trap: what it holds goes on, or is dropped with its connections."""
+        if trap in self._traps:
+            self._traps.remove(trap)
+            trap.drops = drop
+            self._do(self._free, trap)
+
+    def close(self) -> None:
+        """Ends everything."""
+        for trap in list(self._traps):
+            self.free(trap, drop=True)
+        self._do(self._stop_listening)
+        self._do(self._reset)
+        self._do(self._finish)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    def __enter__(self) -> "FaultProxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Inside the loop.
+
+    def _do(self, work: Callable[..., Any], *arguments: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work(*arguments), self._loop).result(20)
+
+    async def _set_open(self, ways: tuple[Way, ...], is_open: bool) -> None:
+        async with self._changed:
+            self._open.update(dict.fromkeys(ways, is_open))
+            self._changed.notify_all()
+
+    async def _reset(self) -> None:
+        for connection in list(self._connections):
+            connection.reset()
+        self._connections.clear()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _free(self, trap: Trap) -> None:
+        trap.freed.set()
+
+    async def _listen(self) -> None:
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+            self._port = self._server.sockets[0].getsockname()[1]
+
+    async def _stop_listening(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    async def _finish(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.01)  # transports close in the loop's next turns
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            server = await self._connect()
+        except BaseException:
+            reset(writer)
+            raise
+        if server is None:
+            reset(writer)
+            return
+        connection = Connection((reader, writer), server)
+        self._connections.add(connection)
+        pumps = [asyncio.ensure_future(self._pump(connection, way)) for way in Way]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            await self._wait_open(Way.UP)
+            await self._wait_open(Way.DOWN)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            self._connections.discard(connection)
+            connection.reset()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        try:
+            return await asyncio.open_connection(*self.target)
+        except OSError:
+            await self._wait_open(Way.DOWN)  # a black hole does not tell that nobody is behind it
+            return None
+
+    async def _pump(self, connection: Connection, way: Way) -> None:
+        source, sink = (connection.client, connection.server)[:: 1 if way is Way.UP else -1]
+        while data := await source[0].read(CHUNK_BYTES):
+            self.taken[way] += len(data)
+            if not await self._pass_traps(connection, way, data):
+                connection.reset()
+                return
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
+            if self.bytes_per_s:
+                await asyncio.sleep(len(data) / self.bytes_per_s)
+            await self._wait_open(way)
+            if connection not in self._connections:
+                return
+            left = self._cut.get(way)
+            if left is not None and left <= len(data):
+                del self._cut[way]
+                sink[1].write(data[:left])
+                await sink[1].drain()
+                connection.reset()
+                return
+            if left is not None:
+                self._cut[way] = left - len(data)
+            self.on_data(way, data)
+            self.passed[way] += len(data)
+            sink[1].write(data)
+            await sink[1].drain()
+
+    async def _pass_traps(self, connection: Connection, way: Way, data: bytes) -> bool:
+        """Waits where a trap holds the connection; whether it may go on."""
+        if way is Way.UP:
+            seen, held = connection.tail + data, []
+            for trap in self._traps:
+                # Only what ends in the new data is new: the tail was looked at before.
+                if trap.pattern in seen[max(0, len(connection.tail) - len(trap.pattern) + 1) :]:
+                    (held if trap.at is At.REQUEST else connection.awaits_reply).append(trap)
+            connection.tail = seen[-256:]
+        else:
+            held, connection.awaits_reply = connection.awaits_reply, []
+        for trap in held:
+            trap.caught.set()
+            await trap.freed.wait()
+        return not any(trap.drops for trap in held)
+
+    async def _wait_open(self, way: Way) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._open[way])
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Ends a connection with RST instead of FIN."""
+    with contextlib.suppress(OSError):
+        bare = writer.get_extra_info("socket")
+        bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+def until(condition: Callable[[], object], *, within_s: float = 30.0, what: str = "") -> float:
+    """Waits for a condition; seconds it took. Fails when it does not come about."""
+    started = monotonic()
+    while not condition():
+        assert monotonic() < started + within_s, f"not within {within_s} s: {what or condition}"
+        sleep(0.002)
+    return monotonic() - started

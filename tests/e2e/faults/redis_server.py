@@ -1,0 +1,114 @@
+"""Real Redis processes on loopback ports, which tests pause, kill and start again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from equipoise_server.store import parent_bound
+from equipoise_server.store.redis_binary import find_redis_server
+from tests.e2e.faults.proxy import until
+
+NO_REWRITE = {"auto-aof-rewrite-percentage": "0"}
+"""The append-only file keeps every command ever applied: it is the history of the log."""
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as bare:
+        bare.bind(("127.0.0.1", 0))
+        port: int = bare.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """A Redis that keeps an append-only file in a directory.
+
+    Attributes:
+        port: its port; the same after a restart.
+        append_only_file: every command it has applied.
+    """
+
+    def __init__(self, directory: Path, *arguments: str, **settings: str) -> None:
+        directory.mkdir(exist_ok=True, parents=True)
+        self.directory = directory
+        self.port = free_port()
+        self.append_only_file = directory / "appendonly.aof"
+        self._arguments = arguments
+        self._settings = {
+            "bind": "127.0.0.1",
+            "port": str(self.port),
+            "save": "",
+            "appendonly": "yes",
+            "maxmemory-policy": "noeviction",
+            "logfile": "redis.log",
+            **NO_REWRITE,
+            **settings,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it is reached."""
+        return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Starts it and returns once it answers."""
+        # Bound to this process, so that a test that dies leaves nothing behind.
+        bound = (sys.executable, "-I", "-S", parent_bound.__file__, str(os.getpid()), str(find_redis_server()))
+        flags = [part for name, value in self._settings.items() for part in (f"--{name}", value)]
+        self._process = subprocess.Popen(
+            [*bound, *self._arguments, *flags], cwd=self.directory, stdout=subprocess.DEVNULL
+        )
+        until(self._answers, what="redis answers")
+
+    def kill(self) -> None:
+        """Ends it at once (SIGKILL)."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """SIGSTOP, and SIGCONT at the end."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
+    def client(self, **options: Any) -> "redis.Redis[bytes]":
+        """A connection past every proxy."""
+        return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=10, **options)
+
+    def command(self, *words: str | int) -> Any:
+        """Runs one command."""
+        with self.client() as client:
+            return client.execute_command(*words)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self.directory / "redis.log").read_text()[-2000:]
+        try:
+            return self.command("PING") in (True, b"PONG")
+        except redis.RedisError:
+            return False

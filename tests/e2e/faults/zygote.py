@@ -1,0 +1,206 @@
+"""Servers in a hundredth of a second: a process that has loaded everything a server needs, and forks.
+
+    python -m tests.e2e.faults.zygote
+
+It reads orders from its standard input, one JSON array a line, and answers each with a line: `["start", arguments,
+log]` with the pid of a new server, `["wait", pid]` with the exit status of one that has ended. It dies with its parent.
+A forked server is a process like any other: it begins where `equipoise serve` does, with nothing but modules loaded.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+from equipoise.errors import UnavailableError
+
+START_SECONDS = 60.0
+STOP_SECONDS = 40.0
+PR_SET_PDEATHSIG = 1
+
+
+class Zygote:
+    """The process, seen from its parent."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[3],
+            text=True,
+        )
+        assert self._ask() == "ready"
+
+    def start(self, arguments: Sequence[str], *, log: Path) -> int:
+        """Forks a server; its pid."""
+        return int(self._ask("start", list(arguments), str(log)))
+
+    def wait(self, pid: int) -> int:
+        """Waits until a server has ended; its exit status, negative for a signal."""
+        return int(self._ask("wait", pid))
+
+    def close(self) -> None:
+        """Ends the process; its servers must have ended before."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+    def _ask(self, *order: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if order:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+class ForkedServer:
+    """One server that can be killed, paused and started again, always on the same port.
+
+    Attributes:
+        address: `host:port` of the gRPC service.
+        metrics_address: `host:port` of `/metrics`.
+        starts: seconds that each start took until the server served.
+    """
+
+    def __init__(self, zygote: Zygote, directory: Path, **settings: str | float | Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self.address = "127.0.0.1:0"
+        self.metrics_address = "127.0.0.1:0"
+        self.pid = 0
+        self.starts: list[float] = []
+        self._zygote = zygote
+        self._settings = {"data_dir": directory / "data", **settings}
+        self._log = directory / "server.log"
+        self._ready = directory / "ready.json"
+
+    @property
+    def log(self) -> str:
+        """What the server has written so far, over all its starts."""
+        return self._log.read_text(errors="replace")
+
+    def start(self) -> None:
+        """Starts the server and returns once it serves."""
+        started = monotonic()
+        self.launch()
+        while not self._ready.exists():
+            assert monotonic() < started + START_SECONDS, f"not ready in {START_SECONDS} s:\n{self.log[-3000:]}"
+            if (Path("/proc") / str(self.pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                status, self.pid = self._zygote.wait(self.pid), 0
+                raise UnavailableError(f"the server ended with {status}:\n{self.log[-3000:]}")
+            sleep(0.002)
+        ready = json.loads(self._ready.read_text())
+        self.address, self.metrics_address = ready["address"], ready["metrics_address"]
+        self.starts.append(monotonic() - started)
+
+    def launch(self) -> None:
+        """Starts the server and does not wait for it."""
+        assert not self.pid, "the server runs"
+        self._ready.unlink(missing_ok=True)
+        settings = {
+            "listen": self.address,
+            "metrics_listen": self.metrics_address,
+            "ready_file": self._ready,
+            **self._settings,
+        }
+        flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        self.pid = self._zygote.start(flags, log=self._log)
+
+    def kill(self) -> None:
+        """Ends the server at once (SIGKILL)."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """Ends the server in order (SIGTERM); its exit status."""
+        return self._end(signal.SIGTERM)
+
+    def terminate(self) -> None:
+        """Asks the server to end (SIGTERM) and does not wait; `stop` collects its status."""
+        os.kill(self.pid, signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Stops the server from running (SIGSTOP): its connections stay open and silent."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets a paused server run again."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def _end(self, number: signal.Signals) -> int:
+        if not self.pid:
+            return 0
+        pid, self.pid = self.pid, 0
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            os.kill(pid, signal.SIGCONT)
+        return self._zygote.wait(pid)
+
+
+def main() -> None:
+    """Loads a server's modules, then obeys."""
+    for module in ("equipoise_server.app", "equipoise_server.commands.serve"):
+        importlib.import_module(module)
+    answer("ready")
+    for order in orders():
+        match order:
+            case ["start", arguments, log]:
+                pid = os.fork()
+                if not pid:
+                    become_server(arguments, log)
+                answer(pid)
+            case ["wait", pid]:
+                answer(wait(pid))
+
+
+def orders() -> Iterator[Any]:
+    # Unbuffered: a forked child must not hold half of the next line.
+    with os.fdopen(0, "rb", buffering=0) as lines:
+        while line := lines.readline():
+            yield json.loads(line)
+
+
+def answer(value: Any) -> None:
+    os.write(1, json.dumps(value).encode() + b"\n")
+
+
+def wait(pid: int) -> int:
+    end = monotonic() + STOP_SECONDS
+    while monotonic() < end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def become_server(arguments: list[str], log: str) -> None:
+    from equipoise_server.commands import serve
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for fd in (1, 2):
+        os.dup2(out, fd)
+    status = 1
+    try:
+        status = serve.main(arguments)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -71,10 +71,16 @@ class PolicyAdmin:
         """The status now and whenever it changes, at most once per `min_interval` seconds."""
         return self._stream(calls.watch(policy, min_interval=min_interval), timeout=None)
 
-    def read_weights(self, policy: str, field: Field = "weight", ids: ArrayLike | None = None) -> NDArray[np.float32]:
-        """Served weights or scores (NaN where never scored): float32 [len(ids)], or [N] without ids."""
-        values = calls.Values()
-        for chunk in self._stream(calls.read_values(policy, field, ids), timeout=None):
+    def read_weights(
+        self, policy: str, field: Field = "weight", ids: ArrayLike | None = None, *, rows: range | None = None
+    ) -> NDArray[np.float32]:
+        """Served weights or the rule's scores (NaN where never scored): float32 [len(ids)], or [N] without ids.
+
+        With `rows`, for rule `trajectory`: the weights of these rows, float32 [len(rows), N], or [len(rows),
+        len(ids)]; without, the mean weight of each example over all rows.
+        """
+        values = calls.Values(rows)
+        for chunk in self._stream(calls.read_values(policy, field, ids, rows), timeout=None):
             values.add(chunk)
         return values.array()
 

@@ -58,10 +58,10 @@ class PolicyClient(Trainer):
         self._session.step(ids, fields, now=monotonic(), waits=False)
         stream.notify()
 
-    async def read(self, ids: ArrayLike) -> StepResult:
+    async def read(self, ids: ArrayLike | None = None, *, step: int | None = None) -> StepResult:
         """As `equipoise.PolicyClient.read`."""
         stream = self._connected()
-        return await stream.settle(self._session.read(ids, now=monotonic()))
+        return await stream.settle(self._session.read(ids, step=step, now=monotonic()))
 
     async def flush(self, timeout: float | None = None, *, durable: bool = False) -> bool:
         """As `equipoise.PolicyClient.flush`."""
@@ -69,9 +69,11 @@ class PolicyClient(Trainer):
         self._session.raise_unreported()
         return done
 
-    async def read_weights(self, field: Field = "weight", ids: ArrayLike | None = None) -> NDArray[np.float32]:
+    async def read_weights(
+        self, field: Field = "weight", ids: ArrayLike | None = None, *, rows: range | None = None
+    ) -> NDArray[np.float32]:
         """As `equipoise.PolicyClient.read_weights`."""
-        return await self.admin.read_weights(self.policy, field, ids)
+        return await self.admin.read_weights(self.policy, field, ids, rows=rows)
 
     async def preload(self) -> None:
         """As `equipoise.PolicyClient.preload`."""
@@ -185,11 +187,11 @@ class PolicyAdmin:
         return self._stream(calls.watch(policy, min_interval=min_interval), timeout=None)
 
     async def read_weights(
-        self, policy: str, field: Field = "weight", ids: ArrayLike | None = None
+        self, policy: str, field: Field = "weight", ids: ArrayLike | None = None, *, rows: range | None = None
     ) -> NDArray[np.float32]:
         """As `equipoise.PolicyAdmin.read_weights`."""
-        values = calls.Values()
-        async for chunk in self._stream(calls.read_values(policy, field, ids), timeout=None):
+        values = calls.Values(rows)
+        async for chunk in self._stream(calls.read_values(policy, field, ids, rows), timeout=None):
             values.add(chunk)
         return values.array()
 

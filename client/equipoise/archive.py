@@ -39,7 +39,7 @@ class PolicyArchive:
         spec: what the policy is, as in the contract.
         version: steps it had seen.
         scalars: the rule's scalars by name, float64.
-        columns: tables by name, each [N], int32, int64 or float32.
+        columns: tables by name, int32, int64 or float32; each [N], those of a trajectory row after row.
     """
 
     spec: pb.PolicySpec
@@ -59,9 +59,9 @@ class PolicyArchive:
         if first is None or not first.HasField("header"):
             raise errors.ServerBugError("the export does not start with a header")
         header = first.header
+        lengths = {name: header.lengths.get(name, header.spec.num_examples) for name in header.columns}
         columns = {
-            name: np.zeros(header.spec.num_examples, np.dtype(kind).newbyteorder("<"))
-            for name, kind in header.columns.items()
+            name: np.zeros(lengths[name], np.dtype(kind).newbyteorder("<")) for name, kind in header.columns.items()
         }
         arrived = dict.fromkeys(columns, 0)
         for message in stream:
@@ -72,8 +72,8 @@ class PolicyArchive:
             columns[chunk.column][chunk.offset : chunk.offset + len(values)] = values
             arrived[chunk.column] += len(values)
         for name, count in arrived.items():
-            if count != header.spec.num_examples:
-                raise errors.ServerBugError(f"the export has {count} of {header.spec.num_examples} values of {name!r}")
+            if count != lengths[name]:
+                raise errors.ServerBugError(f"the export has {count} of {lengths[name]} values of {name!r}")
         return cls(spec=header.spec, version=header.version, scalars=dict(header.scalars), columns=columns)
 
     def messages(self, name: str) -> Iterator[pb.ImportPolicyRequest]:
@@ -82,7 +82,8 @@ class PolicyArchive:
         spec.CopyFrom(self.spec)
         spec.name = name
         kinds = {column: values.dtype.name for column, values in self.columns.items()}
-        header = pb.StateHeader(spec=spec, version=self.version, scalars=self.scalars, columns=kinds)
+        lengths = {column: len(values) for column, values in self.columns.items()}
+        header = pb.StateHeader(spec=spec, version=self.version, scalars=self.scalars, columns=kinds, lengths=lengths)
         yield pb.ImportPolicyRequest(header=header)
         for column, values in self.columns.items():
             piece = CHUNK_BYTES // values.itemsize

@@ -91,14 +91,18 @@ def sample(policy: str, count: int, *, with_replacement: bool, seed: int | None)
     )
 
 
-def read_values(policy: str, field: Field, ids: ArrayLike | None) -> Call["ValuesChunk"]:
-    """Weights or scores; streams."""
+def read_values(policy: str, field: Field, ids: ArrayLike | None, rows: range | None = None) -> Call["ValuesChunk"]:
+    """Weights or scores, or the weights of rows of a trajectory; streams."""
     fields: Mapping[str, pb.Field.ValueType] = {"weight": pb.FIELD_WEIGHT, "score": pb.FIELD_SCORE}
     if field not in fields:
         raise InvalidRequestError(field="field", value=field, rule="must be 'weight' or 'score'")
     request = pb.ReadWeightsRequest(policy=policy, field=fields[field])
     if ids is not None:
         request.example_ids = wire.example_ids("ids", ids, wire.Bounds()).tobytes()
+    if rows is not None:
+        if rows.step != 1 or not 0 <= rows.start < rows.stop:
+            raise InvalidRequestError(field="rows", value=rows, rule="must be a range of rows, step 1, not empty")
+        request.first_row, request.num_rows = rows.start, len(rows)
     return Call(method="ReadWeights", policy=policy, request=request, parse=_chunk)
 
 
@@ -111,9 +115,10 @@ class ValuesChunk:
 
 
 class Values:
-    """Puts the chunks of a read together."""
+    """Puts the chunks of a read together; `rows`: those of a trajectory that were asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: range | None = None) -> None:
+        self._rows = rows
         self._chunks: list[NDArray[np.float32]] = []
         self._length = 0
 
@@ -129,8 +134,9 @@ class Values:
         self._length += len(chunk.values)
 
     def array(self) -> NDArray[np.float32]:
-        """All values, float32."""
-        return np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.float32)
+        """All values, float32: one per example, or [rows, examples]."""
+        values = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.float32)
+        return values if self._rows is None else values.reshape(len(self._rows), -1)
 
 
 def _status(answer: Any) -> PolicyStatus:

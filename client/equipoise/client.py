@@ -85,11 +85,14 @@ class PolicyClient(Trainer):
             self._session.step(ids, fields, now=monotonic(), waits=False)
             stream.notify()
 
-    def read(self, ids: ArrayLike) -> StepResult:
-        """Reads the weights of ids [B], as of all steps made before. Raises as `step` does."""
+    def read(self, ids: ArrayLike | None = None, *, step: int | None = None) -> StepResult:
+        """Reads the weights of ids [B] (None: of all N), as of all steps made before. Raises as `step` does.
+
+        With `step`, for rule `trajectory`: those of this row; uniform once the server is lost (`when_lost="continue"`).
+        """
         stream = self._connected()
         with self._lock:
-            return self._finish(stream, self._session.read(ids, now=monotonic()))
+            return self._finish(stream, self._session.read(ids, step=step, now=monotonic()))
 
     def flush(self, timeout: float | None = None, *, durable: bool = False) -> bool:
         """Waits until every step is answered (with `durable`: and in the server's store).
@@ -111,9 +114,15 @@ class PolicyClient(Trainer):
             self._session.raise_unreported()
             return done
 
-    def read_weights(self, field: Field = "weight", ids: ArrayLike | None = None) -> NDArray[np.float32]:
-        """Served weights or the rule's scores (NaN where never scored): float32 [len(ids)], or [N] without ids."""
-        return self.admin.read_weights(self.policy, field, ids)
+    def read_weights(
+        self, field: Field = "weight", ids: ArrayLike | None = None, *, rows: range | None = None
+    ) -> NDArray[np.float32]:
+        """Served weights or the rule's scores (NaN where never scored): float32 [len(ids)], or [N] without ids.
+
+        With `rows`, for rule `trajectory`: the weights of these rows, float32 [len(rows), N], or [len(rows),
+        len(ids)]; without, the mean weight of each example over all rows.
+        """
+        return self.admin.read_weights(self.policy, field, ids, rows=rows)
 
     def preload(self) -> None:
         """Reads the weights of all examples, up to `limits.cached_examples`: `weights` knows them from then on.

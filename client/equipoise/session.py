@@ -129,14 +129,14 @@ class Session:
             self._fall_back(ticket, now)
         return ticket
 
-    def read(self, ids: ArrayLike, *, now: float) -> Ticket:
+    def read(self, ids: ArrayLike | None, *, step: int | None = None, now: float) -> Ticket:
         """Makes a read.
 
         Raises:
             EquipoiseError: the ids break a rule, the session has failed, or an earlier step was refused.
         """
         self.raise_unreported()
-        return self._read(wire.build_read(ids, self._view.bounds), now)
+        return self._read(wire.build_read(ids, self._view.bounds, step=step), now)
 
     def probe(self, now: float) -> None:
         """Asks how far the steps are durable, unless an answer that will tell is under way already."""
@@ -365,7 +365,8 @@ class Session:
         self._stats.fallbacks += 1
         if ticket.request.reads:
             outcome = Outcome.DROPPED
-        self._settle(ticket, self._view.fallback(ticket.request.answer_ids, outcome), now)
+        request = ticket.request
+        self._settle(ticket, self._view.fallback(request.answer_ids, outcome, knows=not request.of_row), now)
 
     def _make_room(self, request: wire.Request) -> bool:
         while self._window.full_for(request):
@@ -471,7 +472,8 @@ class Session:
         else:
             self._stats.applied += is_new and answer.outcome == pb.OUTCOME_APPLIED
             self._stats.duplicates += is_new and answer.outcome == pb.OUTCOME_DUPLICATE
-            self._view.serve(answer, ids, weights, made=ticket.made)
+            if not ticket.request.of_row:
+                self._view.serve(answer, ids, weights, made=ticket.made)
             self._settle(ticket, _served(answer, weights), now)
         self._view.durable_sequence = max(self._view.durable_sequence, answer.durable_sequence)
         self._window.release(self._view.durable_sequence)

@@ -80,9 +80,9 @@ class PolicyView:
             return weights, Source.STALE
         return np.ones(len(ids), np.float32), Source.UNIFORM
 
-    def fallback(self, ids: NDArray[np.uint64], outcome: Outcome) -> StepResult:
-        """An answer without the server."""
-        weights, source = self.weights(ids)
+    def fallback(self, ids: NDArray[np.uint64], outcome: Outcome, *, knows: bool = True) -> StepResult:
+        """An answer without the server; uniform when what is known is not what was asked for (`knows`)."""
+        weights, source = self.weights(ids) if knows else (np.ones(len(ids), np.float32), Source.UNIFORM)
         epoch, version = self.seen
         return StepResult(
             weights=weights,

@@ -33,9 +33,10 @@ class StepFields(TypedDict, total=False):
         scored: bool or 0/1 [B]: rows that are not scored are ignored and may hold NaN; default: all are.
         target_loss: mean loss on the target set A, nats.
         guard_loss: mean loss on the guard set B, nats.
-        step: the training step; informational.
+        step: the training step; informational. For rule `trajectory` the row that the contributions move.
         weights_for: ids whose weights the answer holds, instead of those of the rows.
         all_examples: the rows are all examples of the policy in order; instead of ids.
+        omit_weights: the answer holds no weights, for trainers that only report.
     """
 
     contributions: ArrayLike
@@ -49,6 +50,7 @@ class StepFields(TypedDict, total=False):
     step: int
     weights_for: ArrayLike
     all_examples: bool
+    omit_weights: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +74,13 @@ class Request:
         message: the step, without its sequence.
         answer_ids: uint64: the examples whose weights the answer holds.
         reads: whether it carries no statistics.
+        of_row: whether it asks for a row of a trajectory, which says nothing about the weights of other rows.
     """
 
     message: pb.StepRequest
     answer_ids: NDArray[np.uint64]
     reads: bool
+    of_row: bool = False
 
 
 def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Request:
@@ -107,17 +111,29 @@ def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Req
     if weights_for is not None:
         rows = example_ids("weights_for", weights_for, bounds)
         message.weights_for = rows.tobytes()
+    if fields.get("omit_weights", False):
+        message.omit_weights = True
+        rows = np.zeros(0, np.uint64)
     return _sized(Request(message=message, answer_ids=rows, reads=False))
 
 
-def build_read(ids: ArrayLike, bounds: Bounds) -> Request:
-    """A read of the weights of ids.
+def build_read(ids: ArrayLike | None, bounds: Bounds, *, step: int | None = None) -> Request:
+    """A read of the weights of ids, None: of all examples; with a step, in that row of a trajectory.
 
     Raises:
         InvalidRequestError: the ids break a rule; nothing was sent.
     """
-    rows = example_ids("ids", ids, bounds)
-    return _sized(Request(message=pb.StepRequest(example_ids=rows.tobytes()), answer_ids=rows, reads=True))
+    message = pb.StepRequest(step=0 if step is None else _training_step(step))
+    if ids is not None:
+        rows = example_ids("ids", ids, bounds)
+        message.example_ids = rows.tobytes()
+    elif bounds.num_examples:
+        _check_rows("ids", bounds.num_examples, bounds)
+        rows = np.arange(bounds.num_examples, dtype=np.uint64)
+        message.all_examples = True
+    else:
+        raise InvalidRequestError(field="ids", rule="must be given, or num_examples to the client, before it connects")
+    return _sized(Request(message=message, answer_ids=rows, reads=True, of_row=step is not None))
 
 
 def example_ids(field: str, values: ArrayLike, bounds: Bounds) -> NDArray[np.uint64]:
@@ -148,6 +164,8 @@ def uint64s(data: bytes) -> NDArray[np.uint64]:
 
 def answer_ids(message: pb.StepRequest, num_examples: int) -> NDArray[np.uint64]:
     """Ids whose weights the answer to a step holds."""
+    if message.omit_weights:
+        return np.zeros(0, np.uint64)
     if message.HasField("weights_for"):
         return uint64s(message.weights_for)
     return np.arange(num_examples, dtype=np.uint64) if message.all_examples else uint64s(message.example_ids)

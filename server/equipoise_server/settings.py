@@ -110,7 +110,11 @@ class Settings(BaseSettings):
     log_timeout_s: float = Field(
         0.25, gt=0, description="longest wait for a step to reach Redis before it is answered as not yet durable"
     )
-    sweep_min_bytes: int = Field(64 * MIB, ge=MIB, description="a policy's log grows at least this far before a sweep")
+    sweep_min_bytes: int = Field(
+        64 * MIB,
+        ge=MIB,
+        description="a policy's log grows at least this far before a sweep; rule trajectory: a quarter of its rows",
+    )
     sweep_bytes_per_s: int = Field(64 * MIB, ge=MIB, description="how fast a sweep writes pages to Redis, per policy")
     policy_idle_s: float = Field(600.0, gt=0, description="a policy that nobody uses for so long leaves memory")
     trainer_idle_s: float = Field(24 * HOUR_S, gt=0, description="a trainer silent for so long is forgotten")

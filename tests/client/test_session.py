@@ -446,3 +446,14 @@ def test_reads_survive_a_loss_in_wait_mode_only() -> None:
         talk.cut()
         talk.settle()
         assert ticket.value().source is source
+
+
+def test_a_row_of_a_trajectory_says_nothing_about_other_weights() -> None:
+    talk = opened()
+    row = talk.session.read([1, 5], step=3, now=talk.now)
+    talk.settle()
+    assert row.value().weights.tolist() == [2.0, 2.0]
+    assert talk.session.cached_weights([1, 5]).tolist() == [2.0, 1.0]  # of the step before alone
+    talk.cut()
+    lost = talk.session.read([1, 5], step=3, now=talk.now).value()
+    assert (lost.source, lost.outcome, lost.weights.tolist()) == (Source.UNIFORM, Outcome.DROPPED, [1.0, 1.0])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from equipoise.errors import InvalidRequestError
-from equipoise.wire import Bounds, build_read, build_step
+from equipoise.wire import Bounds, answer_ids, build_read, build_step
 
 BOUNDS = Bounds(num_examples=10, max_batch_examples=4)
 
@@ -47,6 +47,24 @@ def test_all_examples_need_no_ids() -> None:
     request = build_step(None, {"contributions": [1, 2, 3], "all_examples": True}, bounds)
     assert request.message.all_examples
     assert request.answer_ids.tolist() == [0, 1, 2]
+
+
+def test_an_answer_without_weights_is_asked_for() -> None:
+    request = build_step([3, 1], {"losses": [1.0, 2.0], "omit_weights": True}, BOUNDS)
+    assert request.message.omit_weights
+    assert request.answer_ids.tolist() == []
+    assert answer_ids(request.message, 10).tolist() == []
+
+
+def test_a_read_is_of_ids_or_of_all_examples_and_of_a_row_where_it_names_a_step() -> None:
+    some = build_read([3, 1], BOUNDS)
+    assert (some.answer_ids.tolist(), some.of_row, some.message.step) == ([3, 1], False, 0)
+    row = build_read(None, Bounds(num_examples=3), step=0)
+    assert (row.answer_ids.tolist(), row.of_row, row.message.all_examples) == ([0, 1, 2], True, True)
+    with pytest.raises(InvalidRequestError, match="ids: must be given, or num_examples"):
+        build_read(None, Bounds(), step=0)
+    with pytest.raises(InvalidRequestError, match="at most 4 in one step"):
+        build_read(None, BOUNDS)
 
 
 def test_a_loss_alone_needs_no_rows() -> None:

@@ -106,10 +106,10 @@ class _FieldEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     FIELD_UNSPECIFIED: _Field.ValueType  # 0
     """Not set: WEIGHT."""
     FIELD_WEIGHT: _Field.ValueType  # 1
-    """Served weights: N·γ, mean 1 over all examples."""
+    """Served weights: N·γ, mean 1 over all examples. Of a trajectory, unless rows are asked for: the mean over its rows."""
     FIELD_SCORE: _Field.ValueType  # 2
-    """The rule's own statistic (for most rules the moving average of the contribution); NaN where an example was never
-    scored. Low scores find mislabelled examples.
+    """The rule's own statistic (for most rules the moving average of the contribution, for `trajectory` the mean weight
+    over its rows); NaN where an example was never scored. Low scores find mislabelled examples.
     """
 
 class Field(_Field, metaclass=_FieldEnumTypeWrapper):
@@ -118,10 +118,10 @@ class Field(_Field, metaclass=_FieldEnumTypeWrapper):
 FIELD_UNSPECIFIED: Field.ValueType  # 0
 """Not set: WEIGHT."""
 FIELD_WEIGHT: Field.ValueType  # 1
-"""Served weights: N·γ, mean 1 over all examples."""
+"""Served weights: N·γ, mean 1 over all examples. Of a trajectory, unless rows are asked for: the mean over its rows."""
 FIELD_SCORE: Field.ValueType  # 2
-"""The rule's own statistic (for most rules the moving average of the contribution); NaN where an example was never
-scored. Low scores find mislabelled examples.
+"""The rule's own statistic (for most rules the moving average of the contribution, for `trajectory` the mean weight
+over its rows); NaN where an example was never scored. Low scores find mislabelled examples.
 """
 Global___Field: typing_extensions.TypeAlias = Field
 
@@ -179,7 +179,18 @@ Global___SettingValue: typing_extensions.TypeAlias = SettingValue
 
 @typing.final
 class RuleSpec(google.protobuf.message.Message):
-    """A rule with its settings."""
+    """A rule with its settings.
+
+    `trajectory` is the paper's offline policy γ[T,N]: one policy γ_t, a point of the simplex over all N examples, for
+    each training step t in [0, T); a run is replayed again and again, each replay a policy epoch. Its settings: `rows`
+    (T, a whole number, required), `learning_rate` (ε₀ > 0, required) and `policy_epochs` (E, a whole number; 0, the
+    default: no decay). Every row starts uniform, γ_t = 1/N. A step with `step` = t moves row t and no other (the paper's
+    Eq. 6, c = λ_{t+1}·∇l_n exactly as sent, no scaling):
+        γ_t ← Proj(γ_t + ε_t·c),  ε_t = ε₀·max(0, 1 − u_t/E),  u_t = steps row t has had before,
+    Proj the Euclidean projection onto {γ >= 0, Σγ = 1}, with exact zeros. It needs the contributions of all N examples,
+    each scored. N is at most `max_batch_examples`, 4·N bytes fit one message, and T·N is at most `max_examples`.
+    Read rows with ReadWeights, or one by one with a read whose `step` is t.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -290,14 +301,15 @@ class PolicyStatus(google.protobuf.message.Message):
     durable_version: builtins.int
     """Newest version that is in Redis."""
     scored_examples: builtins.int
-    """Number of examples that were scored at least once."""
+    """Number of examples that were scored at least once; of a trajectory all N once any row was moved."""
     effective_examples: builtins.float
-    """1/Σγ² over the whole table, in [1, N]."""
+    """1/Σγ² over the whole table, in [1, N]; of a trajectory the mean of 1/Σγ_t² over its rows."""
     largest_weight: builtins.float
     """Largest served weight seen among the last step's rows."""
     sim: builtins.float
     """Mean over standard deviation of the contributions of the last step's scored rows with raw weight above the floor,
-    under the weights before the step (paper, section 4). Absent before two such rows, or when they do not differ.
+    under the weights before the step (paper, section 4), of a trajectory those of the step's row. Absent before two
+    such rows, or when they do not differ.
     """
     positive_share: builtins.float
     """Share of positive contributions among the last step's scored rows, in [0, 1]."""
@@ -646,13 +658,17 @@ class StepRequest(google.protobuf.message.Message):
     deduplication).
     """
     step: builtins.int
-    """The training step the statistics belong to; informational (for the `trajectory` rule: the row)."""
+    """The training step the statistics belong to; informational. For rule `trajectory`: the row t that a read reads, or
+    that a step with statistics moves; in [0, T) (OUT_OF_RANGE_VALUE).
+    """
     example_ids: builtins.bytes
     """uint64 ids in [0, N), at most `max_batch_examples`."""
     all_examples: builtins.bool
     """All examples in order, 0 to N-1; N is at most `max_batch_examples`."""
     contributions: builtins.bytes
-    """float32 per row: contribution ∇L_target·∇l_n of the unweighted example loss. Finite where scored."""
+    """float32 per row: contribution ∇L_target·∇l_n of the unweighted example loss (for rule `trajectory` λ_{t+1}·∇l_n, λ
+    the adjoint). Finite where scored.
+    """
     losses: builtins.bytes
     """float32 per row: unweighted example loss, nats. Finite where scored."""
     reference_losses: builtins.bytes
@@ -801,7 +817,9 @@ class StepResponse(google.protobuf.message.Message):
     outcome: Global___Outcome.ValueType
     """What happened."""
     weights: builtins.bytes
-    """float32 served weights as of right after this step, for the rows or for `weights_for`; empty when REFUSED."""
+    """float32 served weights as of right after this step, for the rows or for `weights_for` (of a trajectory those of
+    its row `step`); empty when REFUSED.
+    """
     @property
     def error(self) -> google.rpc.status_pb2.Status:
         """Why the step was refused; set when REFUSED."""
@@ -908,9 +926,11 @@ class ReadWeightsRequest(google.protobuf.message.Message):
     example_ids: builtins.bytes
     """uint64 ids to read, in this order; absent: all examples in order."""
     first_row: builtins.int
-    """For the `trajectory` rule: the first row to read."""
+    """For rule `trajectory`: the first row to read, in [0, T)."""
     num_rows: builtins.int
-    """For the `trajectory` rule: how many rows to read."""
+    """For rule `trajectory`: how many rows to read, from `first_row` on; their values come row after row, [num_rows, N]
+    (or [num_rows, ids]), in chunks of whole rows. Only field WEIGHT. 0: no rows but one value per example.
+    """
     def __init__(
         self,
         *,
@@ -1073,7 +1093,7 @@ class StateChunk(google.protobuf.message.Message):
     column: builtins.str
     """Name of the column, such as `ema`."""
     offset: builtins.int
-    """First example of the piece."""
+    """Position of the piece's first value in the column."""
     data: builtins.bytes
     """Little-endian values of the column's element type."""
     def __init__(
@@ -1125,10 +1145,27 @@ class StateHeader(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class LengthsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     SPEC_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     SCALARS_FIELD_NUMBER: builtins.int
     COLUMNS_FIELD_NUMBER: builtins.int
+    LENGTHS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Version of the exported state."""
     @property
@@ -1143,6 +1180,10 @@ class StateHeader(google.protobuf.message.Message):
     def columns(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Element types by column: `int32`, `int64` or `float32`."""
 
+    @property
+    def lengths(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Numbers of values by column, tables of several dimensions row after row; a column that is absent has num_examples."""
+
     def __init__(
         self,
         *,
@@ -1150,9 +1191,10 @@ class StateHeader(google.protobuf.message.Message):
         version: builtins.int = ...,
         scalars: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         columns: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        lengths: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["columns", b"columns", "scalars", b"scalars", "spec", b"spec", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["columns", b"columns", "lengths", b"lengths", "scalars", b"scalars", "spec", b"spec", "version", b"version"]) -> None: ...
 
 Global___StateHeader: typing_extensions.TypeAlias = StateHeader
 

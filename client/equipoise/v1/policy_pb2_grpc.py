@@ -159,17 +159,17 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReadWeights(self, request, context):
-        """Reads the served weights or the rule's score, in chunks. Each chunk is consistent in itself and carries its
-        version; versions never decrease from chunk to chunk. Errors: INVALID_ARGUMENT (`ID_OUT_OF_RANGE`,
-        `INVALID_FIELD`), NOT_FOUND (`POLICY_NOT_FOUND`).
+        """Reads the served weights or the rule's score, in chunks: one value per example, or rows of a trajectory. Each chunk
+        is consistent in itself and carries its version; versions never decrease from chunk to chunk. Errors:
+        INVALID_ARGUMENT (`ID_OUT_OF_RANGE`, `INVALID_FIELD`, `OUT_OF_RANGE_VALUE`), NOT_FOUND (`POLICY_NOT_FOUND`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SampleExamples(self, request, context):
-        """Draws example ids with probability proportional to their served weights. Equal seed, version and arguments give
-        equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
+        """Draws example ids with probability proportional to their served weights (of a trajectory: the means over its
+        rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
         number of examples with non-zero weight), NOT_FOUND (`POLICY_NOT_FOUND`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

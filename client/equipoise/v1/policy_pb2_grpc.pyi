@@ -379,14 +379,14 @@ class PolicyServiceStub(typing.Generic[_PolicyServiceCreatePolicyType, _PolicySe
     """
 
     ReadWeights: _PolicyServiceReadWeightsType
-    """Reads the served weights or the rule's score, in chunks. Each chunk is consistent in itself and carries its
-    version; versions never decrease from chunk to chunk. Errors: INVALID_ARGUMENT (`ID_OUT_OF_RANGE`,
-    `INVALID_FIELD`), NOT_FOUND (`POLICY_NOT_FOUND`).
+    """Reads the served weights or the rule's score, in chunks: one value per example, or rows of a trajectory. Each chunk
+    is consistent in itself and carries its version; versions never decrease from chunk to chunk. Errors:
+    INVALID_ARGUMENT (`ID_OUT_OF_RANGE`, `INVALID_FIELD`, `OUT_OF_RANGE_VALUE`), NOT_FOUND (`POLICY_NOT_FOUND`).
     """
 
     SampleExamples: _PolicyServiceSampleExamplesType
-    """Draws example ids with probability proportional to their served weights. Equal seed, version and arguments give
-    equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
+    """Draws example ids with probability proportional to their served weights (of a trajectory: the means over its
+    rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
     number of examples with non-zero weight), NOT_FOUND (`POLICY_NOT_FOUND`).
     """
 
@@ -537,9 +537,9 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         request: equipoise.v1.policy_pb2.ReadWeightsRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[equipoise.v1.policy_pb2.ReadWeightsResponse], collections.abc.AsyncIterator[equipoise.v1.policy_pb2.ReadWeightsResponse]]:
-        """Reads the served weights or the rule's score, in chunks. Each chunk is consistent in itself and carries its
-        version; versions never decrease from chunk to chunk. Errors: INVALID_ARGUMENT (`ID_OUT_OF_RANGE`,
-        `INVALID_FIELD`), NOT_FOUND (`POLICY_NOT_FOUND`).
+        """Reads the served weights or the rule's score, in chunks: one value per example, or rows of a trajectory. Each chunk
+        is consistent in itself and carries its version; versions never decrease from chunk to chunk. Errors:
+        INVALID_ARGUMENT (`ID_OUT_OF_RANGE`, `INVALID_FIELD`, `OUT_OF_RANGE_VALUE`), NOT_FOUND (`POLICY_NOT_FOUND`).
         """
 
     @abc.abstractmethod
@@ -548,8 +548,8 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         request: equipoise.v1.policy_pb2.SampleExamplesRequest,
         context: _ServicerContext,
     ) -> typing.Union[equipoise.v1.policy_pb2.SampleExamplesResponse, collections.abc.Awaitable[equipoise.v1.policy_pb2.SampleExamplesResponse]]:
-        """Draws example ids with probability proportional to their served weights. Equal seed, version and arguments give
-        equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
+        """Draws example ids with probability proportional to their served weights (of a trajectory: the means over its
+        rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
         number of examples with non-zero weight), NOT_FOUND (`POLICY_NOT_FOUND`).
         """
 

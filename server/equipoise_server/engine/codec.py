@@ -1,9 +1,9 @@
 """Log entries: what a rule consumed, as named fields of a Redis stream entry.
 
 Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
-`target`, `guard` (losses, nats); `scalars` (JSON); `ids` (int64, absent: all examples); `c`, `l` and `ref` (float32
-contributions, losses and reference losses, nats); `refused` (the reason). Numbers are text that keeps every bit; arrays
-are little-endian.
+`target`, `guard` (losses, nats); `scalars` (JSON); `row` (of a trajectory); `ids` (int64, absent: all examples); `n`
+(int32, rows of each id, absent: one); `c`, `l` and `ref` (float32 contributions, losses and reference losses, nats);
+`refused` (the reason). Numbers are text that keeps every bit; arrays are little-endian.
 """
 
 import json
@@ -71,6 +71,8 @@ def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
     for name, key in _ARRAYS.items():
         if (values := getattr(statistics, name)) is not None:
             fields[key] = values.astype("<f4", copy=False).tobytes()
+    if statistics.trajectory_row is not None:
+        fields["row"] = str(statistics.trajectory_row).encode()
     if statistics.counts is not None:
         fields["n"] = statistics.counts.astype("<i4").tobytes()
     return fields
@@ -83,5 +85,6 @@ def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
     return Statistics(
         ids=np.frombuffer(fields["ids"], "<i8") if "ids" in fields else None,
         counts=np.frombuffer(fields["n"], "<i4").astype(np.int64) if "n" in fields else None,
+        trajectory_row=int(fields["row"]) if "row" in fields else None,
         **arrays,
     )

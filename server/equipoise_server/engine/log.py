@@ -114,6 +114,8 @@ class LogWriter:
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
+        self._longer_than = 0
+        self._long = asyncio.Event()
         self._lagging = False
         self._overrun = False
 
@@ -143,6 +145,13 @@ class LogWriter:
             reached: asyncio.Future[None] = self._loop.create_future()
             self._watchers.append((version, reached))
             await reached
+
+    async def wait_longer_than(self, size: int) -> None:
+        """Returns once the store's log has more than `size` bytes since the last trim; for one caller at a time."""
+        self._longer_than = size
+        while self.appended_bytes <= size:
+            self._long.clear()
+            await self._long.wait()
 
     async def run(self) -> None:
         """Writes until cancelled. Raises Fenced when another server owns the policy."""
@@ -188,6 +197,8 @@ class LogWriter:
         while batch := self.tail.after(self.durable_version, most_bytes=MAX_APPEND_BYTES):
             await self._store.append(self.owner, batch)
             self.appended_bytes += sum(map(entry_bytes, batch))
+            if self.appended_bytes > self._longer_than:
+                self._long.set()
             self._advance(batch[-1].version)
             self._telemetry.persisted()
 

@@ -13,7 +13,7 @@ from equipoise_server.engine.spec import PolicySpec
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
 from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import invalid
-from equipoise_server.rules import PAGE_EXAMPLES, Rule, RuleError, Statistics, TableState, evidence
+from equipoise_server.rules import Rule, RuleError, Statistics, TableState, evidence
 from equipoise_server.store import LogEntry, LogLost
 
 
@@ -147,14 +147,9 @@ class Policy:
         return scalars
 
     def _mark(self, statistics: Statistics, among: NDArray[np.bool_] | None = None) -> None:
-        touched = self.dirty_pages
-        if not len(touched):
-            return
-        if self.rule.touches_all_rows or statistics.ids is None:
-            touched[:] = True if among is None else touched | among
-        else:
-            pages = statistics.ids // PAGE_EXAMPLES
-            touched[pages] = True if among is None else touched[pages] | among[pages]
+        if len(self.dirty_pages):
+            touched = self.rule.touched_pages(self.state, statistics)
+            self.dirty_pages[touched] = True if among is None else self.dirty_pages[touched] | among[touched]
 
     def _answer(self, step: Step, outcome: Outcome) -> Answer:
         wanted = step.wants_weights and outcome is not Outcome.REFUSED

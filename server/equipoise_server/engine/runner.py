@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 log = structlog.get_logger("equipoise.policy")
 
-SWEEP_CHECK_S = 1.0
-"""How often the length of the log is looked at."""
+SWEEP_RETRY_S = 1.0
+"""Pause after a sweep that the store ended."""
 STEPS_PER_CALL = 64
 """Most steps applied in one device call, so that answers are not held back for too long."""
 
@@ -297,14 +297,15 @@ class PolicyRunner:
             await self.close(fenced(self.spec_name))
 
     async def _sweep_when_due(self) -> None:
+        most = self.policy.rule.most_log_bytes(self.policy.state)
+        if most is None:
+            most = max(self._limits.sweep.min_bytes, self.status.table_bytes)
         while True:
-            await asyncio.sleep(SWEEP_CHECK_S)
-            if self.log.appended_bytes <= max(self._limits.sweep.min_bytes, self.status.table_bytes):
-                continue
+            await self.log.wait_longer_than(most)
             try:
                 await self.sweep()
-            except StoreError:
-                continue  # the log writer deals with the store; the pages are dirty again
+            except StoreError:  # the log writer deals with the store; the pages are dirty again
+                await asyncio.sleep(SWEEP_RETRY_S)
 
     async def sweep(self) -> None:
         """Writes changed pages and trims the log, now."""

@@ -8,7 +8,7 @@ from equipoise_server.engine import tables
 from equipoise_server.engine.policy import Policy
 from equipoise_server.engine.progress import Progress
 from equipoise_server.engine.trainers import Trainers
-from equipoise_server.rules import PAGE_EXAMPLES, Scalars, TableState
+from equipoise_server.rules import Scalars, TableState
 from equipoise_server.store import Page
 
 
@@ -70,35 +70,42 @@ class Snapshot:
 
     Attributes:
         facts: see `Facts`.
-        columns: little-endian bytes of each table [N], by name.
-        item_sizes: bytes per example of each table.
-        num_examples: N.
+        columns: little-endian bytes of each table, by name.
+        row_bytes: bytes per row of each table.
+        num_rows: rows of every table.
+        page_rows: rows per page.
     """
 
     facts: Facts
     columns: dict[str, bytes]
-    item_sizes: dict[str, int]
-    num_examples: int
+    row_bytes: dict[str, int]
+    num_rows: int
+    page_rows: int
 
     @classmethod
     def of(cls, policy: Policy) -> "Snapshot":
         """A copy of now."""
         state = policy.state
+        columns = {name: tables.slice_bytes(column, 0, state.num_rows) for name, column in state.columns.items()}
+        return cls.shaped(state, facts=Facts.of(policy), columns=columns)
+
+    @classmethod
+    def shaped(cls, state: TableState, *, facts: Facts, columns: dict[str, bytes]) -> "Snapshot":
+        """A snapshot whose tables have the shapes of a state's; `columns` holds their bytes."""
         return cls(
-            facts=Facts.of(policy),
-            columns={name: tables.slice_bytes(column, 0, state.num_examples) for name, column in state.columns.items()},
-            item_sizes={name: column.element_size() for name, column in state.columns.items()},
-            num_examples=state.num_examples,
+            facts=facts,
+            columns=columns,
+            row_bytes={name: tables.row_bytes(column) for name, column in state.columns.items()},
+            num_rows=state.num_rows,
+            page_rows=state.page_rows,
         )
 
     def pages(self) -> Iterator[tuple[int, Page]]:
         """Every page, as the store takes them; none of a policy without tables."""
-        if not self.columns:
-            return
-        for index, start in enumerate(range(0, self.num_examples, PAGE_EXAMPLES)):
-            stop = min(start + PAGE_EXAMPLES, self.num_examples)
+        for index, start in enumerate(range(0, self.num_rows, self.page_rows)):
+            stop = min(start + self.page_rows, self.num_rows)
             columns = {
-                name: data[start * self.item_sizes[name] : stop * self.item_sizes[name]]
+                name: data[start * self.row_bytes[name] : stop * self.row_bytes[name]]
                 for name, data in self.columns.items()
             }
             yield index, Page(version=self.facts.progress.version, columns=columns)

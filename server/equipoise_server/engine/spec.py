@@ -5,8 +5,10 @@ import re
 from dataclasses import asdict, dataclass
 from enum import Enum
 
+import torch
+
 from equipoise_server.errors import invalid
-from equipoise_server.rules import SettingValues
+from equipoise_server.rules import SettingValues, TableState, build
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
@@ -44,6 +46,10 @@ class PolicySpec:
         """The specification as stored."""
         fields = asdict(self) | {"durability": self.durability.value, "settings": dict(self.settings)}
         return json.dumps(fields, sort_keys=True)
+
+    def outline(self) -> TableState:
+        """The policy's tables with their shapes and types but no memory. Raises RuleError when they cannot be."""
+        return build(self.rule, self.settings).init(self.num_examples, device=torch.device("meta"))
 
     @classmethod
     def from_json(cls, text: str) -> "PolicySpec":

@@ -1,16 +1,22 @@
 """Tables as bytes: pages for the store, whole columns for forks and exports."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 
-from equipoise_server.rules import PAGE_EXAMPLES, TableState
+from equipoise_server.rules import TableState
 
 
 def page_bounds(state: TableState, index: int) -> tuple[int, int]:
-    """First example of a page, and the one behind its last."""
-    start = index * PAGE_EXAMPLES
-    return start, min(start + PAGE_EXAMPLES, state.num_examples)
+    """First row of a page, and the one behind its last."""
+    start = index * state.page_rows
+    return start, min(start + state.page_rows, state.num_rows)
+
+
+def row_bytes(column: torch.Tensor) -> int:
+    """Bytes of one row of a column."""
+    return column.element_size() * math.prod(column.shape[1:])
 
 
 def slice_bytes(column: torch.Tensor, start: int, stop: int) -> bytes:
@@ -35,8 +41,9 @@ def load_page(state: TableState, index: int, columns: Mapping[str, bytes]) -> No
 
 def load_slice(column: torch.Tensor, name: str, start: int, stop: int, data: bytes) -> None:
     """Overwrites rows `start` to `stop` of a column. Raises ValueError when `data` has another length."""
-    expected = (stop - start) * column.element_size()
+    expected = (stop - start) * row_bytes(column)
     if len(data) != expected:
         raise ValueError(f"column {name!r}, rows {start} to {stop}: {len(data)} bytes, expected {expected}")
     if data:
-        column[start:stop] = torch.frombuffer(bytearray(data), dtype=column.dtype).to(column.device)
+        values = torch.frombuffer(bytearray(data), dtype=column.dtype)
+        column[start:stop] = values.view(stop - start, *column.shape[1:]).to(column.device)

@@ -13,6 +13,7 @@ from equipoise_server.rules.base import (
 from equipoise_server.rules.evidence import Evidence, evidence
 from equipoise_server.rules.projection import project
 from equipoise_server.rules.registry import build, names
+from equipoise_server.rules.simplex import project_simplex
 
 __all__ = [
     "PAGE_EXAMPLES",
@@ -28,4 +29,5 @@ __all__ = [
     "evidence",
     "names",
     "project",
+    "project_simplex",
 ]

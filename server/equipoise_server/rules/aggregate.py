@@ -10,12 +10,13 @@ from equipoise_server.rules.base import Statistics
 
 
 def aggregate(
-    ids: NDArray[np.int64] | None,
-    contributions: NDArray[np.float32] | None,
-    losses: NDArray[np.float32] | None,
-    scored: NDArray[np.bool_] | None,
+    ids: NDArray[np.int64] | None = None,
+    contributions: NDArray[np.float32] | None = None,
+    losses: NDArray[np.float32] | None = None,
+    scored: NDArray[np.bool_] | None = None,
     *,
     reference_losses: NDArray[np.float32] | None = None,
+    trajectory_row: int | None = None,
 ) -> Statistics:
     """The distinct ids with a scored row and the means of their statistics over these rows.
 
@@ -28,10 +29,17 @@ def aggregate(
         losses: float32 [rows], nats, finite where scored; None: not sent.
         scored: bool [rows]; rows that are False are ignored. None: all rows are scored.
         reference_losses: float32 [rows], nats, finite where scored; None: not sent.
+        trajectory_row: row of a trajectory that the request is about; None: the rule has no trajectory.
     """
     if contributions is None and losses is None and reference_losses is None:
-        return Statistics(ids=np.zeros(0, np.int64))
-    rows = Statistics(ids=ids, contributions=contributions, losses=losses, reference_losses=reference_losses)
+        return Statistics(ids=np.zeros(0, np.int64), trajectory_row=trajectory_row)
+    rows = Statistics(
+        ids=ids,
+        contributions=contributions,
+        losses=losses,
+        reference_losses=reference_losses,
+        trajectory_row=trajectory_row,
+    )
     if scored is not None and not scored.all():
         kept = np.flatnonzero(scored) if ids is None else ids[scored]
         rows = replace(_mapped(rows, lambda values: values[scored]), ids=kept)

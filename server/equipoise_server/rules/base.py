@@ -1,6 +1,7 @@
 """A rule: the function that turns statistics into the next policy, as two pure steps on a state of tables.
 
-Shape legend: N examples of the policy, B distinct scored ids of one step, P pages of `PAGE_EXAMPLES` examples.
+Shape legend: N examples of the policy, B distinct scored ids of one step, R rows of its tables (the N examples, or the
+T rows of a trajectory), P pages of `page_rows` rows.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 PAGE_EXAMPLES = 65_536
-"""Examples per page: the unit in which tables are stored and replayed."""
+"""Examples per page: the unit in which tables are stored and replayed. A page of a trajectory has about as many
+weights, in whole rows."""
 
 Scalars: TypeAlias = dict[str, float]
 """What a step's row updates need beside the row and its statistics, by name; finite float64."""
@@ -39,6 +41,7 @@ class Statistics:
         losses: float32 [B], nats, finite; None where the trainer sent none.
         reference_losses: float32 [B], nats, finite: of a reference model; None where the trainer sent none.
         counts: int64 [B], rows of the request with this id, scored or not; None: one each.
+        trajectory_row: t, which row of a trajectory the step or read is about; None: the rule has no trajectory.
     """
 
     ids: NDArray[np.int64] | None
@@ -46,6 +49,7 @@ class Statistics:
     losses: NDArray[np.float32] | None = None
     reference_losses: NDArray[np.float32] | None = None
     counts: NDArray[np.int64] | None = None
+    trajectory_row: int | None = None
 
     @property
     def size(self) -> int:
@@ -60,13 +64,15 @@ class TableState:
 
     Attributes:
         num_examples: N.
-        columns: tables by name, each [N], on one device. `raw` is one of them: the raw weight r in the rule's
-            fixed-point unit, -1 where an example was never scored. A rule that keeps nothing per example has none.
+        columns: tables by name, each [R] or [R, values per row], on one device. For a table rule R is N, and `raw` is
+            one of them: the raw weight r in the rule's fixed-point unit, -1 where an example was never scored. A rule
+            that keeps nothing has none.
         scalars: what the last step's row updates used.
         scored: K, the number of examples scored at least once.
         raw_sum: Σ raw over the scored ones, exact.
         raw_square_sum: Σ raw² over the scored ones, exact.
         guard_strength: g in [0, 1]; served weight = (1 − g)·w + g.
+        page_rows: rows of every page but the last, which may have fewer.
     """
 
     num_examples: int
@@ -76,6 +82,7 @@ class TableState:
     raw_sum: int = 0
     raw_square_sum: int = 0
     guard_strength: float = 0.0
+    page_rows: int = PAGE_EXAMPLES
 
     @property
     def device(self) -> torch.device:
@@ -83,9 +90,14 @@ class TableState:
         return next(iter(self.columns.values())).device
 
     @property
+    def num_rows(self) -> int:
+        """R; 0 without tables."""
+        return next((len(column) for column in self.columns.values()), 0)
+
+    @property
     def num_pages(self) -> int:
         """P; 0 without tables."""
-        return -(-self.num_examples // PAGE_EXAMPLES) if self.columns else 0
+        return -(-self.num_rows // self.page_rows)
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +133,7 @@ class Rule(Protocol):
 
     @property
     def columns(self) -> Mapping[str, torch.dtype]:
-        """Names and element types of the tables; at most 16 bytes per example together."""
+        """Names and element types of the tables; at most 16 bytes per example (of each row of a trajectory)."""
         ...
 
     @property
@@ -129,8 +141,24 @@ class Rule(Protocol):
         """Whether a step may change rows other than its own."""
         ...
 
+    @property
+    def trajectory_rows(self) -> int:
+        """T, number of rows of a trajectory, a policy for each training step; 0: the rule has one policy for all."""
+        ...
+
     def init(self, num_examples: int, *, device: torch.device) -> TableState:
-        """The uniform policy."""
+        """The uniform policy. On device `meta` its tables have shapes but no memory."""
+        ...
+
+    def touched_pages(self, state: TableState, statistics: Statistics) -> NDArray[np.int64] | slice:
+        """Which pages a step may change, as an index into arrays [P]."""
+        ...
+
+    def most_log_bytes(self, state: TableState) -> int | None:
+        """Bytes of log above which writing the pages is worth it for the rule; None: when the log outgrows the tables.
+
+        A rule whose steps dirty few pages asks for less: a sweep then writes no more bytes than a later one would.
+        """
         ...
 
     def check(self, statistics: Statistics) -> None:
@@ -168,7 +196,17 @@ class Rule(Protocol):
         ...
 
     def weights(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        """Served weights, mean 1 over N: float32 [len(ids)], or [N] for None; ids in [0, N), repeats allowed."""
+        """Served weights, mean 1 over N: float32 [len(ids)], or [N] for None; ids in [0, N), repeats allowed.
+
+        Of a trajectory: the mean over its rows.
+        """
+        ...
+
+    def trajectory_weights(self, state: TableState, rows: slice, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        """Served weights of rows of a trajectory: float32 [rows, len(ids)], or [rows, N] for None.
+
+        Raises RuleError when the rule has no trajectory.
+        """
         ...
 
     def answer(
@@ -178,11 +216,11 @@ class Rule(Protocol):
 
         Table rules answer what a read answers. Batch rules weigh the step's own examples, and 1 elsewhere: the step
         was just applied to `state`, or was applied before and is sent again; then its statistics are weighed on the
-        scale of now.
+        scale of now. A trajectory answers with the row of the step or read.
 
         Args:
             state: state after the step.
-            statistics: the step; None: a read.
+            statistics: the step; None or without rows: a read.
             ids: int64, in [0, N), repeats allowed; None: all N.
         """
         ...
@@ -191,10 +229,21 @@ class Rule(Protocol):
         """The rule's own statistic, NaN where never scored; shapes as for `weights`."""
         ...
 
-    def above_floor(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
-        """Whether the raw weight is above the floor (never scored: yes); shapes as for `weights`."""
+    def above_floor(
+        self, state: TableState, ids: NDArray[np.int64] | None, *, trajectory_row: int | None = None
+    ) -> NDArray[np.bool_]:
+        """Whether the raw weight is above the floor (never scored: yes); shapes as for `weights`.
+
+        Args:
+            state: the policy.
+            ids: int64, in [0, N); None: all N.
+            trajectory_row: which row of a trajectory; None: the rule has none.
+        """
         ...
 
     def effective_examples(self, state: TableState) -> float:
-        """1/Σγ² over the whole table, for batch rules over the rows of the last step; in [1, N] and O(1)."""
+        """1/Σγ² over the whole table, in [1, N] and O(1); for batch rules over the rows of the last step.
+
+        Of a trajectory: the mean over its rows, in O(T).
+        """
         ...

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from equipoise_server.rules.base import RuleError, Scalars, SettingValues, Statistics, TableState
 from equipoise_server.rules.exponential import exponential
+from equipoise_server.rules.online import OnlineRule
 from equipoise_server.rules.settings import SettingsT, resolved
 from equipoise_server.rules.signals import check_length, check_signals
 
@@ -23,18 +24,16 @@ _LOWEST_LOGIT = -40.0
 """Below e^-40 of the largest, a weight is as good as zero."""
 
 
-class BatchRule(ABC, Generic[SettingsT]):
+class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
     """Base of the batch rules (see `Rule` for what each public method promises).
 
     A step's scored examples get w ∝ exp(logit), mean 1 over their rows; all others, and all reads, get 1. There are no
     tables: any N costs nothing, a page is never written, and what lasts is the step's scalars.
     """
 
-    name: ClassVar[str]
     settings_type: ClassVar[type[SettingsT]]
     signals: ClassVar[tuple[str, ...]]
     """Statistics that the rule reads; the first one is the signal."""
-    touches_all_rows: ClassVar[bool] = False
 
     def __init__(self, settings: SettingsT) -> None:
         self._settings = settings
@@ -129,7 +128,9 @@ class BatchRule(ABC, Generic[SettingsT]):
         """NaN: nothing is kept."""
         return np.full(state.num_examples if ids is None else len(ids), np.nan, np.float32)
 
-    def above_floor(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+    def above_floor(
+        self, state: TableState, ids: NDArray[np.int64] | None, *, trajectory_row: int | None = None
+    ) -> NDArray[np.bool_]:
         """Always: there is no floor."""
         return np.ones(state.num_examples if ids is None else len(ids), np.bool_)
 

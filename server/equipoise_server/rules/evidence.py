@@ -36,7 +36,7 @@ def evidence(rule: Rule, state: TableState, statistics: Statistics, scalars: Sca
     largest = float(weights.max())
     if statistics.contributions is None:
         return Evidence(sim=None, positive_share=None, largest_weight=largest)
-    above = rule.above_floor(state, statistics.ids)
+    above = rule.above_floor(state, statistics.ids, trajectory_row=statistics.trajectory_row)
     contributions = statistics.contributions.astype(np.float64)
     return Evidence(
         sim=_similarity(contributions[above], weights[above]),

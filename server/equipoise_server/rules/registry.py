@@ -13,9 +13,10 @@ from equipoise_server.rules.projected_gradient import ProjectedGradient
 from equipoise_server.rules.rho import Rho
 from equipoise_server.rules.settings import bind
 from equipoise_server.rules.table import TableRule
+from equipoise_server.rules.trajectory import Trajectory
 from equipoise_server.rules.uniform import Uniform
 
-_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]]] = {
+_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]] | type[Trajectory]] = {
     rule.name: rule
     for rule in (
         Boltzmann,
@@ -25,12 +26,10 @@ _RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]]] = {
         LossLinearUpper,
         ProjectedGradient,
         Rho,
+        Trajectory,
         Uniform,
     )
 }
-
-_LATER = frozenset({"trajectory"})
-"""Names kept for rules that this version does not have."""
 
 
 def names() -> list[str]:
@@ -39,13 +38,12 @@ def names() -> list[str]:
 
 
 def build(name: str, settings: SettingValues) -> Rule:
-    """The rule with its settings bound; settings left out get their defaults.
+    """The rule with its settings bound; settings left out get their defaults, where they have one.
 
     Raises:
         RuleError: `rule.name` is unknown, or a setting is unknown or out of range (`rule.settings.<key>`).
     """
     rule_type = _RULES.get(name)
     if rule_type is None:
-        what = "is not available in this version" if name in _LATER else "is not a rule"
-        raise RuleError("rule.name", f"rule.name = {name!r} {what}; available: {', '.join(names())}")
+        raise RuleError("rule.name", f"rule.name = {name!r} is not a rule; available: {', '.join(names())}")
     return rule_type(bind(rule_type.settings_type, settings, rule=name))

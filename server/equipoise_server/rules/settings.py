@@ -1,6 +1,6 @@
 """Settings: declared once, as dataclass fields with a range, and bound from a typed map."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from equipoise_server.rules.base import RuleError, SettingValues
@@ -20,23 +20,34 @@ MAX_DECAY = 0.9999
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """The closed interval [low, high] of numbers, and 0 where `or_zero`."""
+    """The closed interval [low, high] of numbers, or of integers where `whole`, and 0 where `or_zero`."""
 
     low: float
     high: float
     or_zero: bool = False
+    whole: bool = False
 
     def __contains__(self, value: float) -> bool:
+        if self.whole and not float(value).is_integer():
+            return False
         return self.low <= value <= self.high or (self.or_zero and value == 0)
 
     def __str__(self) -> str:
         interval = f"in [{self.low:g}, {self.high:g}]"
+        if self.whole:
+            interval = f"whole and {interval}"
         return f"0 or {interval}" if self.or_zero else interval
 
 
-def number(default: float, *, low: float, high: float, or_zero: bool = False) -> Any:
-    """A dataclass field for a number in [low, high], or 0 where `or_zero`."""
-    return field(default=default, metadata={RANGE: Range(low=low, high=high, or_zero=or_zero)})
+def number(default: float | None, *, low: float, high: float, or_zero: bool = False, whole: bool = False) -> Any:
+    """A dataclass field for a number in [low, high], or 0 where `or_zero`; None as default: it must be given."""
+    metadata = {RANGE: Range(low=low, high=high, or_zero=or_zero, whole=whole)}
+    return field(default=MISSING if default is None else default, metadata=metadata)
+
+
+def integer(default: float | None, *, low: float, high: float, or_zero: bool = False) -> Any:
+    """As `number`, for a whole number."""
+    return number(default, low=low, high=high, or_zero=or_zero, whole=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +84,14 @@ def bind(settings_type: type[SettingsT], values: SettingValues, *, rule: str) ->
     """Settings of a rule from a typed map; those left out get their defaults.
 
     Raises:
-        RuleError: `rule.settings.<key>` is unknown, no number, not finite or out of its range.
+        RuleError: `rule.settings.<key>` is unknown, no number, not finite or out of its range, or absent without a
+            default.
     """
     ranges: dict[str, Range] = {each.name: each.metadata[RANGE] for each in fields(settings_type)}
+    for each in fields(settings_type):
+        if each.default is MISSING and each.name not in values:
+            where = f"rule.settings.{each.name}"
+            raise RuleError(where, f"{where} is absent: rule {rule} needs a value {ranges[each.name]}")
     return settings_type(**{key: _number(key, value, ranges, rule) for key, value in values.items()})
 
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
+from equipoise_server.rules.online import OnlineRule
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
 from equipoise_server.rules.settings import SignalSettingsT, resolved
 from equipoise_server.rules.signals import check_length, check_signals
@@ -18,14 +19,13 @@ RAW = "raw"
 """Column of raw weights in fixed point; -1: never scored."""
 
 
-class TableRule(ABC, Generic[SignalSettingsT]):
+class TableRule(OnlineRule, ABC, Generic[SignalSettingsT]):
     """Base of the rules that keep tables (see `Rule` for what each public method promises).
 
     A subclass says how a visit moves its statistic (`advance`) and how a step changes the tables (`apply`). A rule from
     another signal than contributions overrides `signal`, `signals` and `signal_name`; one that adds to it, `scaled`.
     """
 
-    name: ClassVar[str]
     settings_type: ClassVar[type[SignalSettingsT]]
     statistic: ClassVar[str] = "ema"
     """Column of the statistic, float32: what SCORE reads."""
@@ -34,7 +34,6 @@ class TableRule(ABC, Generic[SignalSettingsT]):
     signal_name: ClassVar[str] = "contributions"
     """What the signal is called in errors."""
     raw_dtype: ClassVar[torch.dtype]
-    touches_all_rows: ClassVar[bool] = False
 
     def __init__(self, settings: SignalSettingsT) -> None:
         self._settings = settings
@@ -128,7 +127,9 @@ class TableRule(ABC, Generic[SignalSettingsT]):
         statistic, raw = (gather(state.columns[name], index) for name in (self.statistic, RAW))
         return _numpy_float32(torch.where(raw < 0, torch.nan, statistic))
 
-    def above_floor(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+    def above_floor(
+        self, state: TableState, ids: NDArray[np.int64] | None, *, trajectory_row: int | None = None
+    ) -> NDArray[np.bool_]:
         """Whether the raw weight is above the floor; always so where floor and top are the same."""
         raw = gather(state.columns[RAW], None if ids is None else _on(state.device, ids))
         floor, top = self.raw_range

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,8 @@ def to_step(request: pb.StepRequest, *, trainer_id: str, policy: Policy, limits:
     rows = _Rows.parse(request, num_examples=policy.spec.num_examples, limits=limits)
     weights_for = _weights_for(request, rows, policy, limits)
     if not is_step(request):
-        return _to_read(request, rows, weights_for, trainer_id)
-    statistics = _statistics(request, rows)
+        return _to_read(request, rows, weights_for, trainer_id, policy)
+    statistics = _statistics(request, rows, policy)
     if statistics is not None:
         _check_rule(policy, statistics)
     return Step(
@@ -103,15 +104,19 @@ def is_step(request: pb.StepRequest) -> bool:
     return any(getattr(request, name) for name in STATISTICS)
 
 
-def _to_read(request: pb.StepRequest, rows: _Rows, weights_for: NDArray[np.int64] | None, trainer_id: str) -> Step:
+def _to_read(
+    request: pb.StepRequest, rows: _Rows, weights_for: NDArray[np.int64] | None, trainer_id: str, policy: Policy
+) -> Step:
     if not rows.given and not request.HasField("weights_for"):
         raise invalid("EMPTY_REQUEST", "rows", "neither rows nor losses: send rows, weights_for, or a loss to report")
     if request.sequence:
         description = f"{request.sequence} on a read (no statistics); reads carry 0"
         raise invalid("SEQUENCE_ON_READ", "sequence", description)
+    trajectory_row = _trajectory_row(request, policy)
     return Step(
         kind=Kind.READ,
         trainer_id=trainer_id,
+        statistics=None if trajectory_row is None else aggregate(trajectory_row=trajectory_row),
         wants_weights=not request.omit_weights,
         weights_for=weights_for,
         num_rows=rows.count,
@@ -130,7 +135,15 @@ def _weights_for(request: pb.StepRequest, rows: _Rows, policy: Policy, limits: S
     )
 
 
-def _statistics(request: pb.StepRequest, rows: _Rows) -> Statistics | None:
+def _trajectory_row(request: pb.StepRequest, policy: Policy) -> int | None:
+    """The row that a read or a step with statistics is about; None where the rule has no trajectory."""
+    rows = policy.rule.trajectory_rows
+    if rows and request.step >= rows:
+        raise invalid("OUT_OF_RANGE_VALUE", "step", f"{request.step}: rule {policy.spec.rule!r} has rows [0, {rows})")
+    return request.step if rows else None
+
+
+def _statistics(request: pb.StepRequest, rows: _Rows, policy: Policy) -> Statistics | None:
     for name in LATER_STATISTICS:
         if getattr(request, name):
             raise invalid("UNUSABLE_STATISTICS", name, "no rule of this server's version uses it; leave it out")
@@ -140,13 +153,13 @@ def _statistics(request: pb.StepRequest, rows: _Rows) -> Statistics | None:
                 raise invalid("SHAPE_MISMATCH", name, "sent without rows; send example_ids or all_examples with it")
         return None
     scored = parse_scored(request.scored, rows=rows.count)
-    values = {
+    values: dict[str, Any] = {
         name: parse_statistic(getattr(request, name), field=name, rows=rows.count, scored=scored)
         for name in ("contributions", "losses", "reference_losses")
     }
     if all(given is None for given in values.values()):
         return None
-    return aggregate(rows.ids, scored=scored, **values)
+    return aggregate(rows.ids, scored=scored, trajectory_row=_trajectory_row(request, policy), **values)
 
 
 def _check_rule(policy: Policy, statistics: Statistics) -> None:

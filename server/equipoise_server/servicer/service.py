@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
-import numpy as np
 
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1 import policy_pb2_grpc
@@ -16,8 +15,7 @@ from equipoise_server.engine.sampling import draw
 from equipoise_server.engine.spec import check_name
 from equipoise_server.errors import Code, ServiceError, invalid
 from equipoise_server.rules import names
-from equipoise_server.servicer import specs, transfer
-from equipoise_server.servicer.arrays import parse_ids, to_bytes
+from equipoise_server.servicer import reading, specs, transfer
 from equipoise_server.servicer.convert import StepLimits, to_response, to_step
 from equipoise_server.servicer.exchange import Exchange
 
@@ -26,8 +24,6 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 POLICY_HEADER = "x-equipoise-policy"
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MOST = 1000
-CHUNK_EXAMPLES = 262_144
-"""Values per chunk of ReadWeights: 1 MiB."""
 WATCH_INTERVAL_DEFAULT_MS = 1000
 WATCH_INTERVAL_LEAST_MS = 100
 
@@ -53,6 +49,15 @@ class ServiceLimits:
     first_message_timeout_s: float
     build_version: str
     device: str
+
+    @property
+    def spec(self) -> specs.SpecLimits:
+        """Bounds of a specification."""
+        return specs.SpecLimits(
+            max_examples=self.max_examples,
+            max_batch_examples=self.step.max_batch_examples,
+            max_message_bytes=self.max_message_bytes,
+        )
 
 
 class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
@@ -146,25 +151,9 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[pb.ReadWeightsResponse]:
         """See the contract."""
         runner = await self._runner(request.policy, context)
-        if request.first_row or request.num_rows:
-            raise invalid("INVALID_FIELD", "first_row", f"rule {runner.policy.spec.rule!r} has no trajectory rows")
-        if request.field not in (pb.FIELD_UNSPECIFIED, pb.FIELD_WEIGHT, pb.FIELD_SCORE):
-            raise invalid("INVALID_FIELD", "field", f"{request.field} is neither WEIGHT nor SCORE")
-        num_examples = runner.policy.spec.num_examples
-        ids = None
-        if request.HasField("example_ids"):
-            ids = parse_ids(
-                request.example_ids,
-                field="example_ids",
-                num_examples=num_examples,
-                most=self._limits.step.max_batch_examples,
-            )
-        total = num_examples if ids is None else len(ids)
-        for start in range(0, total, CHUNK_EXAMPLES):
-            stop = min(start + CHUNK_EXAMPLES, total)
-            part = np.arange(start, stop, dtype=np.int64) if ids is None else ids[start:stop]
-            version, values = await runner.read(_reading(part, scores=request.field == pb.FIELD_SCORE))
-            yield pb.ReadWeightsResponse(offset=start, values=values, epoch=runner.epoch, version=version)
+        for piece in reading.pieces(request, runner.policy, limits=self._limits.step):
+            version, values = await runner.read(piece.read)
+            yield pb.ReadWeightsResponse(offset=piece.offset, values=values, epoch=runner.epoch, version=version)
 
     async def SampleExamples(self, request: pb.SampleExamplesRequest, context: Context) -> pb.SampleExamplesResponse:  # noqa: N802
         """See the contract."""
@@ -211,7 +200,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self, request_iterator: AsyncIterator[object], context: Context
     ) -> pb.ImportPolicyResponse:
         """See the contract."""
-        spec, snapshot = await transfer.import_snapshot(request_iterator, max_examples=self._limits.max_examples)
+        spec, snapshot = await transfer.import_snapshot(request_iterator, limits=self._limits.spec)
         _check_header(context, spec.name)
         await self._engine.create_from(spec, snapshot)
         return pb.ImportPolicyResponse(status=specs.status_message(await self._engine.runner(spec.name)))
@@ -235,19 +224,11 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
     async def _create(self, request: pb.CreatePolicyRequest) -> tuple[Any, bool]:
         if not request.HasField("policy") or not getattr(request, "from"):
-            spec = specs.resolve_spec(request.policy, max_examples=self._limits.max_examples)
+            spec = specs.resolve_spec(request.policy, limits=self._limits.spec)
             return await self._engine.create(spec)
         source = await self._engine.runner(getattr(request, "from"))
         spec = specs.forked_spec(request.policy, source.policy.spec)
         return await self._engine.create_from(spec, await source.read(transfer.snapshot)), True
-
-
-def _reading(part: np.ndarray[Any, np.dtype[np.int64]], *, scores: bool) -> Any:
-    def read(policy: Policy) -> tuple[int, bytes]:
-        values = policy.rule.scores(policy.state, part) if scores else policy.weights(part)
-        return policy.version, to_bytes(values)
-
-    return read
 
 
 def _header_policy(context: Context) -> str | None:

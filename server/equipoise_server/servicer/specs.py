@@ -1,7 +1,7 @@
 """Specifications and statuses between wire and domain."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -20,11 +20,30 @@ DURABILITIES = {
 }
 
 
-def resolve_spec(message: pb.PolicySpec, *, max_examples: int) -> PolicySpec:
+FRAME_BYTES = 4096
+"""Room that a message leaves for its framing and the fields around the arrays."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecLimits:
+    """Bounds of a specification.
+
+    Attributes:
+        max_examples: most examples of a policy; of a trajectory: most weights of all its rows together.
+        max_batch_examples: most rows of a request.
+        max_message_bytes: largest message.
+    """
+
+    max_examples: int
+    max_batch_examples: int
+    max_message_bytes: int
+
+
+def resolve_spec(message: pb.PolicySpec, *, limits: SpecLimits) -> PolicySpec:
     """A full specification, defaults filled in. Raises ServiceError (INVALID_ARGUMENT)."""
     check_name(message.name, field="policy.name")
-    if not 1 <= message.num_examples <= max_examples:
-        description = f"{message.num_examples} is not in [1, {max_examples}]"
+    if not 1 <= message.num_examples <= limits.max_examples:
+        description = f"{message.num_examples} is not in [1, {limits.max_examples}]"
         raise invalid("OUT_OF_RANGE_VALUE", "policy.num_examples", description)
     if message.durability not in DURABILITIES:
         raise invalid("OUT_OF_RANGE_VALUE", "policy.durability", f"{message.durability} is not a Durability")
@@ -32,7 +51,7 @@ def resolve_spec(message: pb.PolicySpec, *, max_examples: int) -> PolicySpec:
         description = f"{message.reference_nats} is not a finite number ≥ 0 (ln|V| in nats; 0: not given)"
         raise invalid("OUT_OF_RANGE_VALUE", "policy.reference_nats", description)
     rule_name = message.rule.name or DEFAULT_RULE
-    return PolicySpec(
+    spec = PolicySpec(
         name=message.name,
         num_examples=message.num_examples,
         rule=rule_name,
@@ -40,6 +59,8 @@ def resolve_spec(message: pb.PolicySpec, *, max_examples: int) -> PolicySpec:
         durability=DURABILITIES[message.durability],
         reference_nats=message.reference_nats or None,
     )
+    _check_size(spec, limits)
+    return spec
 
 
 def resolve_settings(rule_name: str, given: SettingValues) -> SettingValues:
@@ -136,6 +157,24 @@ def status_message(runner: PolicyRunner) -> pb.PolicyStatus:
         bytes=status.table_bytes,
         training_step=progress.training_step,
     )
+
+
+def _check_size(spec: PolicySpec, limits: SpecLimits) -> None:
+    """Raises ServiceError (OUT_OF_RANGE_VALUE) where a trajectory's rows would not fit a step, or not the server."""
+    rule, num_examples = build(spec.rule, spec.settings), spec.num_examples
+    rows, most = rule.trajectory_rows, min(limits.max_batch_examples, (limits.max_message_bytes - FRAME_BYTES) // 4)
+    if rows and num_examples > most:
+        description = f"{num_examples}: a step of rule {rule.name!r} has all examples, and takes at most {most} here"
+        raise invalid("OUT_OF_RANGE_VALUE", "policy.num_examples", description)
+    if rows * num_examples > limits.max_examples:
+        description = (
+            f"{rows} rows of {num_examples} examples are more weights than max_examples, {limits.max_examples}"
+        )
+        raise invalid("OUT_OF_RANGE_VALUE", "policy.rule.settings.rows", description)
+    try:
+        spec.outline()
+    except RuleError as error:
+        raise invalid("OUT_OF_RANGE_VALUE", f"policy.{error.field}", str(error)) from error
 
 
 def _setting_message(value: float | bool | str) -> pb.SettingValue:

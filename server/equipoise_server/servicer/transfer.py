@@ -10,12 +10,11 @@ from equipoise_server.engine.progress import Progress
 from equipoise_server.engine.snapshot import Facts, Snapshot
 from equipoise_server.errors import invalid
 from equipoise_server.interceptors import Malformed
-from equipoise_server.rules import build
+from equipoise_server.rules import TableState
 from equipoise_server.servicer import specs
 
 CHUNK_BYTES = 1 << 20
 ELEMENT_TYPES = {"torch.int32": "int32", "torch.int64": "int64", "torch.float32": "float32"}
-ITEM_SIZES = {"int32": 4, "int64": 8, "float32": 4}
 
 
 def snapshot(policy: Policy) -> Snapshot:
@@ -27,31 +26,39 @@ async def export_messages(runner: PolicyRunner) -> AsyncIterator[pb.ExportPolicy
     """The header and the columns of one version."""
     copy = await runner.read(snapshot)
     spec = runner.policy.spec
+    outline = spec.outline()
     yield pb.ExportPolicyResponse(
         header=pb.StateHeader(
             spec=specs.spec_message(spec),
             version=copy.facts.progress.version,
             scalars=copy.facts.scalars,
-            columns=element_types(spec),
+            columns=element_types(outline),
+            lengths=lengths(outline),
         )
     )
     for column, data in copy.columns.items():
-        step = CHUNK_BYTES - CHUNK_BYTES % copy.item_sizes[column]
+        size = outline.columns[column].element_size()
+        step = CHUNK_BYTES - CHUNK_BYTES % size
         for start in range(0, len(data), step):
-            offset = start // copy.item_sizes[column]
-            chunk = pb.StateChunk(column=column, offset=offset, data=data[start : start + step])
+            chunk = pb.StateChunk(column=column, offset=start // size, data=data[start : start + step])
             yield pb.ExportPolicyResponse(chunk=chunk)
 
 
-def element_types(spec: PolicySpec) -> dict[str, str]:
+def element_types(outline: TableState) -> dict[str, str]:
     """Element types of a policy's columns by their names."""
-    return {name: ELEMENT_TYPES[str(dtype)] for name, dtype in build(spec.rule, spec.settings).columns.items()}
+    return {name: ELEMENT_TYPES[str(column.dtype)] for name, column in outline.columns.items()}
 
 
-async def import_snapshot(requests: AsyncIterator[object], *, max_examples: int) -> tuple[PolicySpec, Snapshot]:
+def lengths(outline: TableState) -> dict[str, int]:
+    """Numbers of values of a policy's columns by their names."""
+    return {name: column.numel() for name, column in outline.columns.items()}
+
+
+async def import_snapshot(requests: AsyncIterator[object], *, limits: specs.SpecLimits) -> tuple[PolicySpec, Snapshot]:
     """What a client imports, checked. Raises ServiceError (INVALID_STATE)."""
     spec: PolicySpec | None = None
     header = pb.StateHeader()
+    outline = TableState(num_examples=0, columns={})
     received: dict[str, bytearray] = {}
     async for message in requests:
         if isinstance(message, Malformed):
@@ -61,54 +68,56 @@ async def import_snapshot(requests: AsyncIterator[object], *, max_examples: int)
             if message.WhichOneof("message") != "header":
                 raise invalid("INVALID_STATE", "message", "the first message must be the header")
             header = message.header
-            spec = specs.resolve_spec(header.spec, max_examples=max_examples)
-            _check_columns(header, spec)
+            spec = specs.resolve_spec(header.spec, limits=limits)
+            outline = spec.outline()
+            _check_columns(header, spec, outline)
             received = {name: bytearray() for name in header.columns}
         else:
-            _receive(message, received, header, spec)
+            _receive(message, received, outline)
     if spec is None:
         raise invalid("INVALID_STATE", "message", "the stream ended before the header")
-    return spec, _to_snapshot(spec, header, received)
+    return spec, _to_snapshot(outline, header, received)
 
 
-def _check_columns(header: pb.StateHeader, spec: PolicySpec) -> None:
-    expected = element_types(spec)
+def _check_columns(header: pb.StateHeader, spec: PolicySpec, outline: TableState) -> None:
+    expected = element_types(outline)
     if dict(header.columns) != expected:
         description = f"{dict(header.columns)}, but rule {spec.rule!r} keeps {expected}"
         raise invalid("INVALID_STATE", "header.columns", description)
+    for name, length in lengths(outline).items():
+        given = header.lengths.get(name, spec.num_examples)
+        if given != length:
+            description = f"{given} values, but rule {spec.rule!r} with these settings keeps {length}"
+            raise invalid("INVALID_STATE", f"header.lengths.{name}", description)
     for name, value in header.scalars.items():
         if not np.isfinite(value):
             raise invalid("INVALID_STATE", f"header.scalars.{name}", f"{value} is not finite")
 
 
-def _receive(
-    message: pb.ImportPolicyRequest, received: dict[str, bytearray], header: pb.StateHeader, spec: PolicySpec
-) -> None:
+def _receive(message: pb.ImportPolicyRequest, received: dict[str, bytearray], outline: TableState) -> None:
     if message.WhichOneof("message") != "chunk":
         raise invalid("INVALID_STATE", "message", "after the header, every message must be a chunk")
     chunk = message.chunk
     column = received.get(chunk.column)
     if column is None:
         raise invalid("INVALID_STATE", "chunk.column", f"{chunk.column!r} is not in the header's columns")
-    size = ITEM_SIZES[header.columns[chunk.column]]
+    expected = outline.columns[chunk.column]
+    size = expected.element_size()
     if chunk.offset * size != len(column):
         description = f"{chunk.offset}, but column {chunk.column!r} continues at {len(column) // size}; send in order"
         raise invalid("INVALID_STATE", "chunk.offset", description)
-    if len(column) + len(chunk.data) > spec.num_examples * size:
-        raise invalid("INVALID_STATE", "chunk.data", f"column {chunk.column!r} is longer than num_examples")
+    if len(column) + len(chunk.data) > expected.nbytes:
+        raise invalid(
+            "INVALID_STATE", "chunk.data", f"column {chunk.column!r} is longer than {expected.numel()} values"
+        )
     column.extend(chunk.data)
 
 
-def _to_snapshot(spec: PolicySpec, header: pb.StateHeader, received: dict[str, bytearray]) -> Snapshot:
-    sizes = {name: ITEM_SIZES[kind] for name, kind in header.columns.items()}
+def _to_snapshot(outline: TableState, header: pb.StateHeader, received: dict[str, bytearray]) -> Snapshot:
     for name, data in received.items():
-        if len(data) != spec.num_examples * sizes[name]:
-            description = f"column {name!r} has {len(data) // sizes[name]} of {spec.num_examples} examples"
+        expected = outline.columns[name]
+        if len(data) != expected.nbytes:
+            description = f"column {name!r} has {len(data) // expected.element_size()} of {expected.numel()} values"
             raise invalid("INVALID_STATE", "chunk", description)
     facts = Facts(progress=Progress(), trainers="{}", scalars=dict(header.scalars), guard_strength=0.0)
-    return Snapshot(
-        facts=facts,
-        columns={name: bytes(data) for name, data in received.items()},
-        item_sizes=sizes,
-        num_examples=spec.num_examples,
-    )
+    return Snapshot.shaped(outline, facts=facts, columns={name: bytes(data) for name, data in received.items()})

@@ -10,6 +10,9 @@ from equipoise_server.rules import Rule, Statistics, TableState, build, names
 
 MakeStep: TypeAlias = Callable[..., Statistics]
 
+ONLINE = [name for name in names() if name != "trajectory"]
+"""The rules whose steps may have any rows; `trajectory` has tests of its own."""
+
 
 def told(rule: Rule, ids: NDArray[np.int64] | None, values: NDArray[np.float32]) -> Statistics:
     """A step whose signal is `values` [B], whichever statistics the rule reads."""
@@ -18,19 +21,19 @@ def told(rule: Rule, ids: NDArray[np.int64] | None, values: NDArray[np.float32])
     return Statistics(ids=ids, **given)
 
 
-@pytest.fixture(params=names())
+@pytest.fixture(params=ONLINE)
 def rule(request: pytest.FixtureRequest) -> Rule:
-    """Every rule in turn, with its defaults."""
+    """Every online rule in turn, with its defaults."""
     return build(request.param, {})
 
 
-@pytest.fixture(params=[name for name in names() if build(name, {}).columns])
+@pytest.fixture(params=[name for name in ONLINE if build(name, {}).columns])
 def table_rule(request: pytest.FixtureRequest) -> Rule:
-    """Every rule that keeps tables in turn, with its defaults."""
+    """Every online rule that keeps tables in turn, with its defaults."""
     return build(request.param, {})
 
 
-@pytest.fixture(params=[name for name in names() if "rms_decay" in build(name, {}).settings])
+@pytest.fixture(params=[name for name in ONLINE if "rms_decay" in build(name, {}).settings])
 def scaling_rule(request: pytest.FixtureRequest) -> Rule:
     """Every rule that divides its signal by a running RMS in turn, with its defaults."""
     return build(request.param, {})

@@ -1,4 +1,4 @@
-"""What holds for every rule."""
+"""What holds for every online rule."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from equipoise_server.rules import Rule, RuleError, Statistics, TableState, aggregate, build, names
-from tests.server.rules.conftest import told
+from equipoise_server.rules import Rule, RuleError, Statistics, TableState, aggregate, build
+from tests.server.rules.conftest import ONLINE, told
 
 Start = Callable[[Rule, int], TableState]
 MakeStep = Callable[..., Statistics]
@@ -68,7 +68,7 @@ def test_mean_one_after_ten_thousand_steps(rule: Rule, start: Start) -> None:
     assert _same(rule.restore(state), kept)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", ONLINE)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_float32_gives_a_policy(name: str, data: st.DataObject) -> None:
@@ -205,7 +205,7 @@ def test_wrong_number_of_values_is_refused(rule: Rule, start: Start) -> None:
         rule.update(start(rule, N), told(rule, np.arange(2), np.ones(3, np.float32)))
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name != "uniform"])
+@pytest.mark.parametrize("name", [name for name in ONLINE if name != "uniform"])
 def test_every_signal_is_required(name: str) -> None:
     rule = build(name, {})
     other = "losses" if rule.signals == ("contributions",) else "contributions"
@@ -216,7 +216,7 @@ def test_every_signal_is_required(name: str) -> None:
         assert caught.value.field == missing
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", ONLINE)
 def test_reference_losses_are_refused_where_they_would_be_for_nothing(name: str) -> None:
     rule, ones = build(name, {}), np.ones(2, np.float32)
     everything = Statistics(ids=np.arange(2), contributions=ones, losses=ones, reference_losses=ones)

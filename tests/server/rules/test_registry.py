@@ -4,11 +4,15 @@ import pytest
 
 from equipoise_server.rules import RuleError, build, names
 
+REQUIRED = {"trajectory": {"rows": 2, "learning_rate": 0.1}}
+"""Settings without a default."""
+
 
 def test_names_are_sorted_and_build() -> None:
     gradient = ["exponentiated_gradient", "projected_gradient"]
-    assert names() == sorted(["boltzmann", "ema_relu", "ema_sign", *gradient, "loss_linear_upper", "rho", "uniform"])
-    assert [build(name, {}).name for name in names()] == names()
+    others = ["boltzmann", "ema_relu", "ema_sign", "loss_linear_upper", "rho", "trajectory", "uniform"]
+    assert names() == sorted(gradient + others)
+    assert [build(name, REQUIRED.get(name, {})).name for name in names()] == names()
 
 
 def test_unknown_rule_lists_the_known_ones() -> None:
@@ -17,9 +21,11 @@ def test_unknown_rule_lists_the_known_ones() -> None:
     assert caught.value.field == "rule.name"
 
 
-def test_later_rule_is_named_as_such() -> None:
-    with pytest.raises(RuleError, match="'trajectory' is not available in this version; available: boltzmann"):
-        build("trajectory", {})
+@pytest.mark.parametrize(("given", "missing"), [({}, "rows"), ({"rows": 3}, "learning_rate")])
+def test_a_setting_without_default_is_required(given: dict[str, float], missing: str) -> None:
+    with pytest.raises(RuleError, match=f"rule.settings.{missing} is absent: rule trajectory needs a value") as caught:
+        build("trajectory", given)
+    assert caught.value.field == f"rule.settings.{missing}"
 
 
 def test_settings_are_resolved() -> None:
@@ -42,6 +48,11 @@ def test_settings_are_resolved() -> None:
         ("projected_gradient", "floor", 1.0, r"a value in \[0, 0.99\]"),
         ("ema_relu", "saturation", "1", r"a number in \[0.001, 1000\]"),
         ("ema_relu", "saturation", True, r"a number in \[0.001, 1000\]"),
+        ("trajectory", "rows", 2.5, r"a value whole and in \[1, 1e\+07\]"),
+        ("trajectory", "rows", 0, r"a value whole and in \[1, 1e\+07\]"),
+        ("trajectory", "rows", math.inf, r"a value whole and in \[1, 1e\+07\]"),
+        ("trajectory", "policy_epochs", -1, r"a value 0 or whole and in \[1, 1e\+09\]"),
+        ("trajectory", "learning_rate", 0, r"a value in \[1e-30, 1e\+30\]"),
         ("uniform", "floor", 0.1, r"no such setting; it has ema_decay, rms_decay"),
     ],
 )
@@ -49,7 +60,7 @@ def test_bad_setting_names_field_value_rule_and_range(
     name: str, key: str, value: float | bool | str, allowed: str
 ) -> None:
     with pytest.raises(RuleError, match=allowed) as caught:
-        build(name, {key: value})
+        build(name, REQUIRED.get(name, {}) | {key: value})
     assert caught.value.field == f"rule.settings.{key}"
     message = str(caught.value)
     assert name in message

@@ -1,0 +1,90 @@
+"""What ReadWeights reads, in pieces of bounded size: one value per example, or rows of a trajectory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise.v1 import policy_pb2 as pb
+from equipoise_server.engine import Policy
+from equipoise_server.errors import invalid
+from equipoise_server.servicer.arrays import parse_ids, to_bytes
+from equipoise_server.servicer.convert import StepLimits
+
+PIECE_VALUES = 262_144
+"""Values per piece: 1 MiB; a longer row is one piece."""
+
+Reader: TypeAlias = Callable[[Policy], tuple[int, bytes]]
+"""Reads a piece on the device: version and little-endian values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece: position of its first value in what was asked for, and how to read it."""
+
+    offset: int
+    read: Reader
+
+
+def pieces(request: pb.ReadWeightsRequest, policy: Policy, *, limits: StepLimits) -> Iterator[Piece]:
+    """The pieces of what a request asks for, in order.
+
+    Raises ServiceError (INVALID_FIELD, OUT_OF_RANGE_VALUE, ID_OUT_OF_RANGE, ...) at the first one.
+    """
+    if request.field not in (pb.FIELD_UNSPECIFIED, pb.FIELD_WEIGHT, pb.FIELD_SCORE):
+        raise invalid("INVALID_FIELD", "field", f"{request.field} is neither WEIGHT nor SCORE")
+    ids = None
+    if request.HasField("example_ids"):
+        num_examples, most = policy.spec.num_examples, limits.max_batch_examples
+        ids = parse_ids(request.example_ids, field="example_ids", num_examples=num_examples, most=most)
+    scores = request.field == pb.FIELD_SCORE
+    if request.first_row or request.num_rows:
+        _check_rows(request, policy)
+        yield from _rows(request, ids, width=policy.spec.num_examples if ids is None else len(ids))
+    else:
+        yield from _examples(ids, total=policy.spec.num_examples if ids is None else len(ids), scores=scores)
+
+
+def _examples(ids: NDArray[np.int64] | None, *, total: int, scores: bool) -> Iterator[Piece]:
+    for start in range(0, total, PIECE_VALUES):
+        stop = min(start + PIECE_VALUES, total)
+        part = np.arange(start, stop, dtype=np.int64) if ids is None else ids[start:stop]
+        yield Piece(start, _example_reader(None if ids is None and total == stop - start else part, scores=scores))
+
+
+def _example_reader(ids: NDArray[np.int64] | None, *, scores: bool) -> Reader:
+    def read(policy: Policy) -> tuple[int, bytes]:
+        values = policy.rule.scores(policy.state, ids) if scores else policy.weights(ids)
+        return policy.version, to_bytes(values)
+
+    return read
+
+
+def _rows(request: pb.ReadWeightsRequest, ids: NDArray[np.int64] | None, *, width: int) -> Iterator[Piece]:
+    step = max(1, PIECE_VALUES // max(width, 1))
+    end = request.first_row + request.num_rows
+    for first in range(request.first_row, end, step):
+        rows = slice(first, min(first + step, end))
+        yield Piece((first - request.first_row) * width, _row_reader(rows, ids))
+
+
+def _row_reader(rows: slice, ids: NDArray[np.int64] | None) -> Reader:
+    def read(policy: Policy) -> tuple[int, bytes]:
+        return policy.version, to_bytes(policy.rule.trajectory_weights(policy.state, rows, ids))
+
+    return read
+
+
+def _check_rows(request: pb.ReadWeightsRequest, policy: Policy) -> None:
+    rows, rule = policy.rule.trajectory_rows, policy.spec.rule
+    if not rows:
+        raise invalid("INVALID_FIELD", "first_row", f"rule {rule!r} has no trajectory rows")
+    if request.field == pb.FIELD_SCORE:
+        raise invalid("INVALID_FIELD", "field", "SCORE is one value per example; rows have WEIGHT alone")
+    if not request.num_rows:
+        raise invalid("INVALID_FIELD", "num_rows", f"0 with first_row = {request.first_row}; say how many rows to read")
+    if request.first_row + request.num_rows > rows:
+        description = f"{request.num_rows} from row {request.first_row} on, but rule {rule!r} has rows [0, {rows})"
+        raise invalid("OUT_OF_RANGE_VALUE", "num_rows", description)

@@ -38,6 +38,7 @@ format: .venv/.tools ## format the code and fix what can be fixed
 
 bench: .venv/.tests ## benchmarks, as ratios
 	$(BIN)/python -m tests.benchmarks.exchange
+	$(BIN)/python -m tests.benchmarks.trajectory
 
 proto: .venv-proto/.ready ## lint the contract and write its stubs
 	$(PROTO)/python proto/generate.py

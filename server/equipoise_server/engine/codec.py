@@ -1,30 +1,38 @@
 """Log entries: what a rule consumed, as named fields of a Redis stream entry.
 
 Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
-`target`, `guard` (losses, nats); `scalars` (JSON); `row` (of a trajectory); `ids` (int64, absent: all examples); `n`
+`target`, `guard` (losses, nats); `scalars` and `evidence` (JSON); `row` (of a trajectory); `ids` (int64, absent: all examples); `n`
 (int32, rows of each id, absent: one); `c`, `l` and `ref` (float32 contributions, losses and reference losses, nats);
 `refused` (the reason). Numbers are text that keeps every bit; arrays are little-endian.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from equipoise_server.engine.step import Kind, Step
 from equipoise_server.errors import Code, ServiceError
-from equipoise_server.rules import Scalars, Statistics
+from equipoise_server.rules import Evidence, Scalars, Statistics
 
 _ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedStep:
-    """A step as the log keeps it: enough to replay it page by page."""
+    """A step as the log keeps it: enough to replay it page by page.
+
+    Attributes:
+        step: the step.
+        scalars: what its row updates need beside the statistics.
+        evidence: what it showed, which a page that is ahead of the step would not show again; None: not looked at.
+        at: when it was applied, seconds since 1970.
+    """
 
     step: Step
     scalars: Scalars
+    evidence: Evidence | None
     at: float
 
 
@@ -44,6 +52,8 @@ def encode(logged: LoggedStep) -> dict[str, bytes]:
     if step.statistics is not None:
         fields |= _encode_statistics(step.statistics)
         fields["scalars"] = json.dumps(logged.scalars).encode()
+    if logged.evidence is not None:
+        fields["evidence"] = json.dumps(asdict(logged.evidence)).encode()
     return fields
 
 
@@ -61,7 +71,12 @@ def decode(fields: Mapping[str, bytes]) -> LoggedStep:
         wants_weights=False,
         error=None if refused is None else ServiceError(Code.INVALID_ARGUMENT, refused.decode(), "refused earlier"),
     )
-    return LoggedStep(step=step, scalars=json.loads(fields.get("scalars", b"{}")), at=float(fields["at"]))
+    return LoggedStep(
+        step=step,
+        scalars=json.loads(fields.get("scalars", b"{}")),
+        evidence=Evidence(**json.loads(fields["evidence"])) if "evidence" in fields else None,
+        at=float(fields["at"]),
+    )
 
 
 def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from equipoise_server.engine.spec import PolicySpec
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
 from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import invalid
-from equipoise_server.rules import Rule, RuleError, Statistics, TableState, evidence
+from equipoise_server.rules import Evidence, Rule, RuleError, Scalars, Statistics, TableState, evidence
 from equipoise_server.store import LogEntry, LogLost
 
 
@@ -69,39 +69,37 @@ class Policy:
             return self._answer(step, Outcome.REFUSED if step.error else Outcome.DUPLICATE), None
         if step.kind is Kind.STEP:
             try:
-                scalars = self._update(step, with_evidence=with_evidence)
+                scalars, found = self._update(step, with_evidence=with_evidence)
             except RuleError as error:
                 refusal = invalid("UNUSABLE_STATISTICS", error.field, str(error))
                 if not step.sequence:
                     raise refusal from error
                 step = replace(step, kind=Kind.REFUSED, error=refusal)
         if step.kind is Kind.REFUSED:
-            scalars = {}
+            scalars, found = {}, None
             self.progress = self.progress.after_refusal()
         if step.sequence:
             self.trainers.record(step.trainer_id, step.sequence, now)
-        entry = LogEntry(version=self.version, fields=encode(LoggedStep(step=step, scalars=scalars, at=now)))
+        logged = LoggedStep(step=step, scalars=scalars, evidence=found, at=now)
+        entry = LogEntry(version=self.version, fields=encode(logged))
         return self._answer(step, Outcome.REFUSED if step.kind is Kind.REFUSED else Outcome.APPLIED), entry
 
-    def replay(self, entry: LogEntry, *, with_evidence: bool = True) -> None:
+    def replay(self, entry: LogEntry) -> None:
         """Applies a log entry to every page that does not hold it yet. Raises LogLost when entries are missing."""
         logged = decode(entry.fields)
         step = logged.step
         if step.statistics is not None:
             behind = self._page_versions < entry.version
-            found = evidence(self.rule, self.state, step.statistics, logged.scalars) if with_evidence else None
             self.state = self.rule.apply(
                 self.state, step.statistics, logged.scalars, pages=None if behind.all() else behind
             )
             self._mark(step.statistics, among=behind)
-        else:
-            found = None
         if entry.version <= self.version:
             return
         if entry.version != self.version + 1:
             raise LogLost(self.spec.name, last_version=self.version)
         refused = step.kind is Kind.REFUSED
-        self.progress = self.progress.after_refusal() if refused else self.progress.after(step, found)
+        self.progress = self.progress.after_refusal() if refused else self.progress.after(step, logged.evidence)
         if step.sequence:
             self.trainers.record(step.trainer_id, step.sequence, logged.at)
 
@@ -134,8 +132,9 @@ class Policy:
         self.dirty_pages[index] = False
         return self.version, tables.capture_page(self.state, index)
 
-    def _update(self, step: Step, *, with_evidence: bool) -> dict[str, float]:
-        statistics, scalars = step.statistics, {}
+    def _update(self, step: Step, *, with_evidence: bool) -> tuple[Scalars, Evidence | None]:
+        statistics = step.statistics
+        scalars: Scalars = {}
         found = None
         if statistics is not None:
             scalars = self.rule.prepare(self.state, statistics)
@@ -144,7 +143,7 @@ class Policy:
             self.state = self.rule.apply(self.state, statistics, scalars)
             self._mark(statistics)
         self.progress = self.progress.after(step, found)
-        return scalars
+        return scalars, found
 
     def _mark(self, statistics: Statistics, among: NDArray[np.bool_] | None = None) -> None:
         if len(self.dirty_pages):

@@ -263,10 +263,11 @@ class PolicyRunner:
     ) -> tuple[list[tuple[Answer | Exception, LogEntry | None]], PolicyStatus]:
         now = self._wall_clock()
         results: list[tuple[Answer | Exception, LogEntry | None]] = []
+        # evidence of a step that is followed by another in the same call would never be seen
+        last = max((position for position, pending in enumerate(batch) if pending.step.kind is Kind.STEP), default=0)
         for position, pending in enumerate(batch):
             try:
-                # evidence of a step that is followed by another in the same call would never be seen
-                results.append(self.policy.apply(pending.step, now=now, with_evidence=position == len(batch) - 1))
+                results.append(self.policy.apply(pending.step, now=now, with_evidence=position == last))
             except Exception as error:  # a bug or a gap concerns its own step only
                 results.append((error, None))
         return results, self.policy.status()

@@ -69,6 +69,19 @@ def test_pages_captured_at_different_versions_replay_to_the_same_bits(rule: str)
     assert restored.version == 12
 
 
+def test_what_a_step_showed_is_replayed_though_its_page_is_ahead_already() -> None:
+    of = spec(num_examples=1000)
+    live, restored = fresh(of), fresh(of)
+    entries = run(live, list(islice(steps(of.num_examples), 10)))
+    version, columns = live.capture_page(0)
+    tables.load_page(restored.state, 0, columns)
+    restored.load(restored.progress, {0: version})
+    for entry in entries:
+        restored.replay(entry)
+    assert live.progress.sim is not None
+    assert restored.status() == live.status()
+
+
 def test_a_page_is_dirty_exactly_when_it_changed_since_its_capture() -> None:
     of = spec()
     policy = fresh(of)

@@ -1,9 +1,9 @@
 """Log entries: what a rule consumed, as named fields of a Redis stream entry.
 
 Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
-`target`, `guard` (losses, nats); `scalars` and `evidence` (JSON); `row` (of a trajectory); `ids` (int64, absent: all examples); `n`
-(int32, rows of each id, absent: one); `c`, `l` and `ref` (float32 contributions, losses and reference losses, nats);
-`refused` (the reason). Numbers are text that keeps every bit; arrays are little-endian.
+`target`, `guard` (losses, nats); `scalars` and `evidence` (JSON); `row` (of a trajectory); `ids` (int64, absent: all
+examples); `n` (int32, rows of each id, absent: one); `c`, `l` and `ref` (float32 contributions, losses and reference
+losses, nats); `refused` (the reason). Numbers are text that keeps every bit; arrays are little-endian.
 """
 
 import json

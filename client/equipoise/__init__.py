@@ -12,6 +12,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.hashing import hash_ids
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
 from equipoise.results import Outcome, Source, StepResult
+from equipoise.security import Security
 from equipoise.stats import Stats
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PolicyClient",
     "PolicySpec",
     "PolicyStatus",
+    "Security",
     "ServerInfo",
     "Source",
     "Stats",

@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from equipoise import archive, calls, errors
 from equipoise.calls import Call, Field
-from equipoise.channel import OPTIONS, headers
+from equipoise.channel import Server
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
+from equipoise.security import Security
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 
 T = TypeVar("T")
@@ -27,12 +28,14 @@ class PolicyAdmin:
         address: `host:port` of the server.
         timeout: deadline of each call that does not stream, seconds. Calls that stream have none: a lost server ends
             them within 15 s.
+        security: TLS and token; default: what the environment says.
     """
 
-    def __init__(self, address: str, *, timeout: float = 10.0) -> None:
+    def __init__(self, address: str, *, timeout: float = 10.0, security: Security | None = None) -> None:
         self.address = address
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._server = Server.at(address, security)
+        self._channel = self._server.channel()
         self._stub: Any = PolicyServiceStub(self._channel)
 
     def create(self, spec: PolicySpec) -> PolicyStatus:
@@ -92,7 +95,7 @@ class PolicyAdmin:
 
     def export_policy(self, policy: str, path: str | Path) -> int:
         """Writes the whole state of a policy to a .npz file; returns its version."""
-        state = archive.export_policy(self.address, policy)
+        state = archive.export_policy(self._server, policy)
         state.save(Path(path))
         return state.version
 
@@ -102,7 +105,7 @@ class PolicyAdmin:
         Raises:
             PolicyExistsError: there is one of this name.
         """
-        return archive.import_policy(self.address, archive.PolicyArchive.load(Path(path)), name)
+        return archive.import_policy(self._server, archive.PolicyArchive.load(Path(path)), name)
 
     def server_info(self) -> ServerInfo:
         """The server."""
@@ -123,12 +126,14 @@ class PolicyAdmin:
     def _do(self, call: Call[T]) -> T:
         try:
             method = getattr(self._stub, call.method)
-            return call.parse(method(call.request, timeout=self._timeout, metadata=headers(call.policy)))
+            metadata = self._server.headers(call.policy)
+            return call.parse(method(call.request, timeout=self._timeout, metadata=metadata))
         except grpc.RpcError as failure:
             raise errors.from_rpc(failure, address=self.address) from failure
 
     def _stream(self, call: Call[T], *, timeout: float | None) -> Iterator[T]:
-        stream = getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=headers(call.policy))
+        metadata = self._server.headers(call.policy)
+        stream = getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=metadata)
         try:
             for message in stream:
                 yield call.parse(message)

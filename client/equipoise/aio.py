@@ -19,9 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from equipoise import archive, calls, errors
 from equipoise.calls import Call, Field
-from equipoise.channel import OPTIONS, headers
+from equipoise.channel import Server
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
 from equipoise.results import StepResult
+from equipoise.security import Security
 from equipoise.session import Opening, Session
 from equipoise.trainer import Trainer
 from equipoise.v1 import policy_pb2 as pb
@@ -109,7 +110,7 @@ class PolicyClient(Trainer):
         """As `equipoise.PolicyClient.admin`."""
         self._check_open()
         if self._admin is None:
-            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call)
+            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call, security=self._server.security)
         return self._admin
 
     async def close(self) -> None:
@@ -144,17 +145,18 @@ class PolicyClient(Trainer):
     def _connected(self) -> "_Stream":
         self._check_open()
         if self._stream is None:
-            self._stream = _Stream(self._session, address=self.address)
+            self._stream = _Stream(self._session, self._server)
         return self._stream
 
 
 class PolicyAdmin:
     """As `equipoise.PolicyAdmin`, for asyncio."""
 
-    def __init__(self, address: str, *, timeout: float = 10.0) -> None:
+    def __init__(self, address: str, *, timeout: float = 10.0, security: Security | None = None) -> None:
         self.address = address
         self._timeout = timeout
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._server = Server.at(address, security)
+        self._channel = self._server.aio_channel()
         self._stub: Any = PolicyServiceStub(self._channel)
 
     async def create(self, spec: PolicySpec) -> PolicyStatus:
@@ -203,14 +205,14 @@ class PolicyAdmin:
 
     async def export_policy(self, policy: str, path: str | Path) -> int:
         """As `equipoise.PolicyAdmin.export_policy`."""
-        state = await asyncio.to_thread(archive.export_policy, self.address, policy)
+        state = await asyncio.to_thread(archive.export_policy, self._server, policy)
         await asyncio.to_thread(state.save, Path(path))
         return state.version
 
     async def import_policy(self, path: str | Path, name: str) -> PolicyStatus:
         """As `equipoise.PolicyAdmin.import_policy`."""
         state = await asyncio.to_thread(archive.PolicyArchive.load, Path(path))
-        return await asyncio.to_thread(archive.import_policy, self.address, state, name)
+        return await asyncio.to_thread(archive.import_policy, self._server, state, name)
 
     async def server_info(self) -> ServerInfo:
         """As `equipoise.PolicyAdmin.server_info`."""
@@ -231,12 +233,14 @@ class PolicyAdmin:
     async def _do(self, call: Call[T]) -> T:
         try:
             method = getattr(self._stub, call.method)
-            return call.parse(await method(call.request, timeout=self._timeout, metadata=headers(call.policy)))
+            metadata = self._server.headers(call.policy)
+            return call.parse(await method(call.request, timeout=self._timeout, metadata=metadata))
         except grpc.RpcError as failure:
             raise errors.from_rpc(failure, address=self.address) from failure
 
     async def _stream(self, call: Call[T], *, timeout: float | None) -> AsyncIterator[T]:
-        stream = getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=headers(call.policy))
+        metadata = self._server.headers(call.policy)
+        stream = getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=metadata)
         try:
             async for message in stream:
                 yield call.parse(message)
@@ -271,13 +275,16 @@ class _Signal:
 
 
 class _Stream:
-    """Carries one session over one channel: a task that opens the stream, reads it, and opens it again."""
+    """Carries one session: a task that opens the stream, reads it, and opens it again.
 
-    def __init__(self, session: Session, *, address: str) -> None:
+    All over one channel, or over a new one after certificates were replaced.
+    """
+
+    def __init__(self, session: Session, server: Server) -> None:
         self._session = session
-        self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._stub: Any = PolicyServiceStub(self._channel)
+        self._server = server
+        self._address = server.address
+        self._open_channel()
         self._work = _Signal()
         self._answers = _Signal()
         self._call: Any = None
@@ -339,6 +346,11 @@ class _Stream:
             self._session.ended(error, monotonic())
             self._notify_all()
 
+    def _open_channel(self) -> None:
+        self._certificates = self._server.security.stamp()
+        self._channel = self._server.aio_channel()
+        self._stub: Any = PolicyServiceStub(self._channel)
+
     async def _next_opening(self) -> Opening | None:
         while self._session.failure is None:
             at = self._session.connect_at
@@ -350,11 +362,14 @@ class _Stream:
 
     async def _converse(self, opening: Opening) -> None:
         timeout = self._session.options.timeout.connect
-        metadata = headers(self._session.options.spec.name)
+        if self._certificates != self._server.security.stamp():
+            await self._channel.close()
+            self._open_channel()
+        metadata = self._server.headers(self._session.options.spec.name)
         if opening.create is not None:
             await self._stub.CreatePolicy(opening.create, timeout=timeout, metadata=metadata)
         if opening.asks_limits:
-            info = await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+            info = await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout, metadata=metadata)
             self._session.limit(info.max_batch_examples)
         call = self._stub.Exchange(self._messages(opening.generation), metadata=metadata)
         # A server that takes the stream and says nothing must not hold it for ever.

@@ -15,7 +15,7 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from equipoise import errors
-from equipoise.channel import OPTIONS, headers
+from equipoise.channel import Server
 from equipoise.policies import PolicyStatus
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
@@ -134,31 +134,32 @@ class PolicyArchive:
             raise ArchiveError(f"{path} is no exported policy: {error}") from error
 
 
-def export_policy(address: str, policy: str, *, timeout: float | None = None) -> PolicyArchive:
+def export_policy(server: Server, policy: str, *, timeout: float | None = None) -> PolicyArchive:
     """Fetches the whole state of a policy.
 
     Raises:
         PolicyNotFoundError: there is none of this name.
     """
-    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+    with server.channel() as channel:
         stub: Any = PolicyServiceStub(channel)
         request = pb.ExportPolicyRequest(policy=policy)
+        metadata = server.headers(policy)
         try:
-            return PolicyArchive.from_messages(stub.ExportPolicy(request, timeout=timeout, metadata=headers(policy)))
+            return PolicyArchive.from_messages(stub.ExportPolicy(request, timeout=timeout, metadata=metadata))
         except grpc.RpcError as failure:
-            raise errors.from_rpc(failure, address=address) from failure
+            raise errors.from_rpc(failure, address=server.address) from failure
 
 
-def import_policy(address: str, archive: PolicyArchive, name: str, *, timeout: float | None = None) -> PolicyStatus:
+def import_policy(server: Server, archive: PolicyArchive, name: str, *, timeout: float | None = None) -> PolicyStatus:
     """Creates the policy `name` with the state of the archive.
 
     Raises:
         PolicyExistsError: there is one of this name.
     """
-    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+    with server.channel() as channel:
         stub: Any = PolicyServiceStub(channel)
         try:
-            answer = stub.ImportPolicy(archive.messages(name), timeout=timeout, metadata=headers(name))
+            answer = stub.ImportPolicy(archive.messages(name), timeout=timeout, metadata=server.headers(name))
         except grpc.RpcError as failure:
-            raise errors.from_rpc(failure, address=address) from failure
+            raise errors.from_rpc(failure, address=server.address) from failure
         return PolicyStatus.from_proto(answer.status)

@@ -1,6 +1,11 @@
-"""The gRPC channel: its options, and the header of every call."""
+"""The gRPC channel: its options, and the headers of every call."""
 
 import json
+from dataclasses import dataclass
+
+import grpc
+
+from equipoise.security import Security
 
 MAX_MESSAGE_BYTES = 16 << 20
 """Largest message either side takes, bytes."""
@@ -49,6 +54,40 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
 """Options of a channel."""
 
 
-def headers(policy: str) -> tuple[tuple[str, str], ...]:
-    """Metadata of a call about a policy; none for calls about no single one."""
-    return ((POLICY_HEADER, policy),) if policy else ()
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server, and how it is reached.
+
+    Attributes:
+        address: `host:port`.
+        security: TLS and token.
+    """
+
+    address: str
+    security: Security
+
+    def __post_init__(self) -> None:
+        self.security.check_address(self.address)
+
+    @classmethod
+    def at(cls, address: str, security: Security | None) -> "Server":
+        """The server; without `security`, what the environment says."""
+        return cls(address, Security.from_environment() if security is None else security)
+
+    def channel(self) -> grpc.Channel:
+        """A new channel; connects when it is used."""
+        credentials = self.security.credentials()
+        if credentials is None:
+            return grpc.insecure_channel(self.address, options=OPTIONS)
+        return grpc.secure_channel(self.address, credentials, options=OPTIONS)
+
+    def aio_channel(self) -> grpc.aio.Channel:
+        """As `channel`, for asyncio."""
+        credentials = self.security.credentials()
+        if credentials is None:
+            return grpc.aio.insecure_channel(self.address, options=OPTIONS)
+        return grpc.aio.secure_channel(self.address, credentials, options=OPTIONS)
+
+    def headers(self, policy: str = "") -> tuple[tuple[str, str], ...]:
+        """Metadata of a call: the token, and the policy it is about, if it is about one."""
+        return (*self.security.headers(), *(((POLICY_HEADER, policy),) if policy else ()))

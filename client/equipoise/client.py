@@ -5,13 +5,11 @@ from time import monotonic
 from types import TracebackType
 from typing import Self, Unpack
 
-import grpc
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipoise.admin import PolicyAdmin
 from equipoise.calls import Field
-from equipoise.channel import OPTIONS
 from equipoise.policies import PolicyStatus, ServerInfo
 from equipoise.results import StepResult
 from equipoise.stream import Stream
@@ -46,6 +44,7 @@ class PolicyClient(Trainer):
         timeout: deadlines.
         backoff: waits between attempts to connect.
         limits: how much is kept.
+        security: TLS and token; default: what the environment says (`EQUIPOISE_TOKEN`, ..., see `equipoise.Security`).
     """
 
     _admin: PolicyAdmin | None
@@ -165,7 +164,7 @@ class PolicyClient(Trainer):
         self._check_open()
         self._follow_fork()
         if self._admin is None:
-            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call)
+            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call, security=self._server.security)
         return self._admin
 
     def close(self) -> None:
@@ -209,8 +208,7 @@ class PolicyClient(Trainer):
         self._follow_fork()
         with self._lock:
             if self._stream is None:
-                channel = grpc.insecure_channel(self.address, options=OPTIONS)
-                self._stream = Stream(self._session, channel, lock=self._lock, address=self.address)
+                self._stream = Stream(self._session, self._server, lock=self._lock)
             return self._stream
 
     def _leave_to_parent(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from equipoise import errors
-from equipoise.channel import headers
+from equipoise.channel import Server
 from equipoise.session import Opening, Session
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
@@ -19,20 +19,19 @@ logger = logging.getLogger("equipoise")
 
 
 class Stream:
-    """Carries one session over one channel.
+    """Carries one session over one channel, or over a new one after certificates were replaced.
 
     Args:
         session: the session.
-        channel: the channel; the stream closes it.
+        server: the server.
         lock: held for every use of the session.
-        address: the server's address, for errors.
     """
 
-    def __init__(self, session: Session, channel: grpc.Channel, *, lock: threading.Lock, address: str) -> None:
+    def __init__(self, session: Session, server: Server, *, lock: threading.Lock) -> None:
         self._session = session
-        self._channel = channel
-        self._address = address
-        self._stub = PolicyServiceStub(channel)
+        self._server = server
+        self._address = server.address
+        self._open_channel()
         self._call: Any = None
         self._lock = lock
         self._work = threading.Condition(lock)
@@ -86,6 +85,11 @@ class Stream:
                 error = errors.EquipoiseError(f"{self._address}: a bug in the client ended its stream")
             self._ended(error)
 
+    def _open_channel(self) -> None:
+        self._certificates = self._server.security.stamp()
+        self._channel = self._server.channel()
+        self._stub = PolicyServiceStub(self._channel)
+
     def _next_opening(self) -> Opening | None:
         with self._lock:
             while self._session.failure is None:
@@ -98,11 +102,15 @@ class Stream:
 
     def _converse(self, opening: Opening) -> None:
         timeout = self._session.options.timeout.connect
-        metadata = headers(self._session.options.spec.name)
+        with self._lock:
+            if self._certificates != self._server.security.stamp():
+                self._channel.close()
+                self._open_channel()
+        metadata = self._server.headers(self._session.options.spec.name)
         if opening.create is not None:
             self._stub.CreatePolicy(opening.create, timeout=timeout, metadata=metadata)
         if opening.asks_limits:
-            info = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout)
+            info = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout, metadata=metadata)
             with self._lock:
                 self._session.limit(info.max_batch_examples)
         call = self._stub.Exchange(self._messages(opening.generation), metadata=metadata)

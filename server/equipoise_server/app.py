@@ -33,6 +33,7 @@ from equipoise_server.errors import draining
 from equipoise_server.health import Health
 from equipoise_server.interceptors import EdgeInterceptor
 from equipoise_server.metrics import Endpoint, Metrics, PolicyFacts, Snapshot, measure_lag
+from equipoise_server.security import Access, CertificateError, CertificateFiles, Certificates, TokenFileError
 from equipoise_server.servicer import PolicyServicer, ServiceLimits, StepLimits
 from equipoise_server.settings import Settings, SettingsError
 from equipoise_server.store import EmbeddedRedis, RedisStore, StoreError
@@ -40,6 +41,7 @@ from equipoise_server.store import EmbeddedRedis, RedisStore, StoreError
 log = structlog.get_logger("equipoise.server")
 
 REDIS_CHECK_S = 1.0
+ACCESS_CHECK_S = 1.0
 FLUSH_TIMEOUT_S = 10.0
 START_FAILED = 1
 
@@ -52,6 +54,7 @@ class Server:
         self._stack = contextlib.AsyncExitStack()
         self._redis_up = False
         self._health = Health("redis")
+        self._access = Access(settings.tokens_file)
         self._metrics = Metrics(build=_build_facts(), max_policies=settings.metrics_max_policies)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -64,6 +67,10 @@ class Server:
 
     async def _start(self) -> None:
         settings = self._settings
+        try:
+            self._access.load()
+        except TokenFileError as error:
+            raise SettingsError(f"tokens_file: {error}") from error
         self._store = await self._connect_store()
         self._device = DeviceThread(choose_device(settings.device))
         self._stack.callback(self._device.close)
@@ -84,6 +91,7 @@ class Server:
         self._spawn(self._watch_redis())
         self._spawn(measure_lag(self._metrics.event_loop_lag))
         self._spawn(self._unload_idle())
+        self._spawn(self._watch_access())
         self._stack.push_async_callback(self._end_tasks)
         _announce(settings.ready_file, address=self.address, metrics_address=metrics_address)
         log.info("serving", address=self.address, metrics=metrics_address, device=describe_device(self._device.device))
@@ -104,7 +112,7 @@ class Server:
     async def _start_grpc(self) -> None:
         settings = self._settings
         self._grpc = grpc.aio.server(
-            interceptors=[EdgeInterceptor(self._metrics.rpc)],
+            interceptors=[EdgeInterceptor(self._metrics.rpc, self._access)],
             options=_grpc_options(settings),
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
         )
@@ -113,12 +121,25 @@ class Server:
         names = (policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name, health.SERVICE_NAME)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._grpc)
         try:
-            port = self._grpc.add_insecure_port(settings.listen)
+            port = self._bind()
         except RuntimeError as error:
             raise SettingsError(f"listen: {settings.listen!r} cannot be bound; is another server there?") from error
         self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
         await self._health.start()
         await self._grpc.start()
+
+    def _bind(self) -> int:
+        settings = self._settings
+        if settings.tls_certificate is None or settings.tls_key is None:
+            return self._grpc.add_insecure_port(settings.listen)
+        files = CertificateFiles(
+            certificate=settings.tls_certificate, key=settings.tls_key, client_ca=settings.tls_client_ca
+        )
+        try:
+            certificates = Certificates(files)
+        except CertificateError as error:
+            raise SettingsError(f"tls_certificate, tls_key or tls_client_ca: {error}") from error
+        return self._grpc.add_secure_port(settings.listen, certificates.credentials())
 
     async def _start_metrics(self) -> str:
         if not self._settings.metrics_listen:
@@ -155,6 +176,11 @@ class Server:
                 self._redis_up = True
                 await self._health.reached("redis")
             await asyncio.sleep(REDIS_CHECK_S)
+
+    async def _watch_access(self) -> None:
+        while True:
+            await asyncio.sleep(ACCESS_CHECK_S)
+            self._access.refresh()
 
     async def _unload_idle(self) -> None:
         while True:

@@ -14,9 +14,12 @@ from google.protobuf.message import DecodeError
 
 from equipoise_server import logs
 from equipoise_server.errors import Code, ServiceError, invalid
+from equipoise_server.security import Access, Caller
 from equipoise_server.status import grpc_code, trailing_metadata
 
 log = structlog.get_logger("equipoise.rpc")
+
+ACCESS_CODES = (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED)
 
 
 class RpcTelemetry(Protocol):
@@ -28,6 +31,10 @@ class RpcTelemetry(Protocol):
 
     def rpc_handled(self, *, method: str, kind: str, code: str, seconds: float) -> None:
         """It ended with a canonical code (UPPER_SNAKE)."""
+        ...
+
+    def access_refused(self, *, reason: str) -> None:
+        """A call was refused because of who made it, for `reason` (the ErrorInfo's)."""
         ...
 
     def message_received(self, *, method: str, kind: str) -> None:
@@ -66,10 +73,14 @@ class Call:
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
-    """The outermost layer: nothing but a ServiceError's status, or an opaque INTERNAL, leaves the server."""
+    """The outermost layer: nobody without access gets in, and nothing but a ServiceError's status gets out.
 
-    def __init__(self, telemetry: RpcTelemetry) -> None:
+    What else goes wrong is an opaque INTERNAL.
+    """
+
+    def __init__(self, telemetry: RpcTelemetry, access: Access) -> None:
         self._telemetry = telemetry
+        self._access = access
 
     async def intercept_service(
         self,
@@ -86,12 +97,20 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         behavior = getattr(handler, f"{request_kind}_{response_kind}")
         call = Call(handler_call_details.method, handler)
         make = getattr(grpc, f"{request_kind}_{response_kind}_rpc_method_handler")
+        caller = self._admit(handler_call_details)
         wrapped: grpc.RpcMethodHandler[Any, Any] = make(
-            self._guard(behavior, call),
-            request_deserializer=self._deserializer(call),
+            self._guard(behavior, call, caller),
+            # What comes from a stranger is not even parsed.
+            request_deserializer=self._deserializer(call) if isinstance(caller, Caller) else None,
             response_serializer=self._serializer(call),
         )
         return wrapped
+
+    def _admit(self, details: grpc.HandlerCallDetails) -> Caller | ServiceError:
+        try:
+            return self._access.admit(details.method, tuple(details.invocation_metadata or ()))
+        except ServiceError as error:
+            return error
 
     def _count_unknown(self, method: str) -> None:
         self._telemetry.rpc_started(method=method, kind="unary")
@@ -119,16 +138,20 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
 
         return encode
 
-    def _guard(self, behavior: Callable[..., Any], call: Call) -> Callable[..., Awaitable[Any]]:
+    def _guard(
+        self, behavior: Callable[..., Any], call: Call, caller: Caller | ServiceError
+    ) -> Callable[..., Awaitable[Any]]:
         async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             started = time.perf_counter()
             self._telemetry.rpc_started(method=call.method, kind=call.kind)
             code = grpc.StatusCode.OK
             try:
                 with logs.bound(request_id=logs.new_id(), method=call.method):
-                    return await _invoke(behavior, request, context)
+                    return await self._serve(behavior, request, context, call=call, caller=caller)
             except ServiceError as error:
                 code = grpc_code(error)
+                if error.code in ACCESS_CODES:
+                    self._telemetry.access_refused(reason=error.reason)
                 await abort(context, error)
             except asyncio.CancelledError:
                 code = grpc.StatusCode.CANCELLED
@@ -145,6 +168,25 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
                 log.debug("rpc", method=call.method, code=code.name, seconds=round(seconds, 6), peer=context.peer())
 
         return guarded
+
+    async def _serve(
+        self,
+        behavior: Callable[..., Any],
+        request: Any,
+        context: grpc.aio.ServicerContext[Any, Any],
+        *,
+        call: Call,
+        caller: Caller | ServiceError,
+    ) -> Any:
+        if isinstance(caller, ServiceError):
+            raise caller
+        with self._access.serving(caller, streaming=call.kind != "unary"):
+            try:
+                return await _invoke(behavior, request, context)
+            except asyncio.CancelledError:
+                if error := self._access.ended():
+                    raise error from None
+                raise
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -18,6 +19,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 from pydantic_settings import SettingsError as SourceError
+
+from equipoise.security import VARIABLES as CLIENT_VARIABLES
 
 PROGRAM = "equipoise serve"
 ENV_PREFIX = "EQUIPOISE_"
@@ -42,6 +45,15 @@ def host_and_port(address: str) -> tuple[str, int]:
     if match is None or int(match["port"]) > 65_535:
         raise ValueError("is not HOST:PORT, such as 127.0.0.1:50051, [::1]:50051 or :0 for a free port")
     return match["host"].strip("[]"), int(match["port"])
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `HOST:PORT` is reached from this machine alone."""
+    host, _ = host_and_port(address)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:  # any other name may be anywhere, and no name is everywhere
+        return False
 
 
 def _check_address(address: str) -> str:
@@ -95,6 +107,24 @@ class Settings(BaseSettings):
         None, description="file that appears once the server serves: JSON with address, metrics_address and pid"
     )
 
+    tls_certificate: Path | None = Field(
+        None, description="PEM file with the server's certificate and those behind it; read again when it changes"
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the private key of tls_certificate")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file with the authorities of which every client needs a certificate; none: clients need none",
+    )
+    tokens_file: Path | None = Field(
+        None,
+        description="TOML file with the tenants and tokens that may call, see `equipoise token --help`; read again when"
+        " it changes; none: everybody may do everything",
+    )
+    allow_insecure: bool = Field(
+        False,
+        description="listen beyond this machine although there is no TLS, or neither tokens nor client certificates",
+    )
+
     redis_url: RedisUrl | None = Field(
         None,
         description="Redis that keeps the policies: redis://, rediss://, unix://, redis+sentinel://h:p,h:p/master/db"
@@ -146,6 +176,32 @@ class Settings(BaseSettings):
     def _one_redis_url(self) -> "Settings":
         if self.redis_url is not None and self.redis_url_file is not None:
             raise ValueError("redis_url and redis_url_file are both set: keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_files_go_together(self) -> "Settings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key: one is set, TLS needs both")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError(
+                "tls_client_ca is set without tls_certificate and tls_key: only TLS has client certificates"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _open_to_this_machine_alone(self) -> "Settings":
+        if self.allow_insecure or is_loopback(self.listen):
+            return self
+        asks = self.tokens_file is not None or self.tls_client_ca is not None
+        lacking = [
+            *([] if self.tls_certificate else ["TLS (tls_certificate, tls_key)"]),
+            *([] if asks else ["authentication (tokens_file or tls_client_ca)"]),
+        ]
+        if lacking:
+            raise ValueError(
+                f"listen: {self.listen!r} is reached from other machines, which needs {' and '.join(lacking)};"
+                " allow_insecure = true listens without, for networks where everybody may do everything"
+            )
         return self
 
     @property
@@ -207,7 +263,7 @@ def load(arguments: Sequence[str]) -> Settings:
     """
     known = {ENV_PREFIX + name.upper() for name in _names()}
     for variable in os.environ:
-        if variable.startswith(ENV_PREFIX) and variable not in known:
+        if variable.startswith(ENV_PREFIX) and variable not in known and variable not in CLIENT_VARIABLES:
             raise SettingsError(f"environment: {_unknown(variable, known)}")
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -218,11 +274,22 @@ def load(arguments: Sequence[str]) -> Settings:
     )
     flags = CliSettingsSource[argparse.ArgumentParser](Settings, root_parser=parser, cli_parse_args=list(arguments))
     try:
-        return Settings(**flags())
+        given = flags()
+        _check_no_password(given.get("redis_url"))
+        return Settings(**given)
     except ValidationError as error:
         raise SettingsError("; ".join(_sentences(error))) from error
     except SourceError as error:
         raise SettingsError(str(error)) from error
+
+
+def _check_no_password(redis_url: object) -> None:
+    """Flags are seen by everybody on the machine who lists its processes."""
+    user, _, _ = str(redis_url or "").partition("://")[2].partition("/")[0].rpartition("@")
+    if ":" in user:
+        raise SettingsError(
+            "redis_url: a password in a flag is seen by whoever lists the processes; use redis_url_file"
+        )
 
 
 def _names() -> Iterable[str]:

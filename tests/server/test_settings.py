@@ -33,12 +33,12 @@ def test_without_anything_the_server_listens_to_this_machine_alone_and_brings_it
 
 
 def test_flags_beat_variables_beat_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file.write_text('listen = ":1"\nmax_streams = 11\ndrain_grace_s = 1.5\n')
+    file.write_text('listen = "127.0.0.1:1"\nmax_streams = 11\ndrain_grace_s = 1.5\n')
     monkeypatch.setenv("EQUIPOISE_CONFIG", str(file))
-    monkeypatch.setenv("EQUIPOISE_LISTEN", ":2")
+    monkeypatch.setenv("EQUIPOISE_LISTEN", "127.0.0.1:2")
     monkeypatch.setenv("EQUIPOISE_MAX_STREAMS", "12")
-    settings = load(["--listen", ":3"])
-    assert (settings.listen, settings.max_streams, settings.drain_grace_s) == (":3", 12, 1.5)
+    settings = load(["--listen", "127.0.0.1:3"])
+    assert (settings.listen, settings.max_streams, settings.drain_grace_s) == ("127.0.0.1:3", 12, 1.5)
 
 
 def test_the_flag_for_the_file_beats_the_variable(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,8 @@ def test_a_file_without_a_redis_url_is_named_but_not_quoted(tmp_path: Path) -> N
 
 
 def test_passwords_are_neither_shown_nor_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "secret" not in repr(load(["--redis-url", "redis://:secret@redis"]))
+    monkeypatch.setenv("EQUIPOISE_REDIS_URL", "redis://:secret@redis")
+    assert "secret" not in repr(load([]))
     monkeypatch.setenv("EQUIPOISE_REDIS_URL", "http://:secret@redis")
     assert "secret" not in problem()
 

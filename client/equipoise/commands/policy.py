@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeAlias
@@ -13,14 +13,23 @@ from typing import TypeAlias
 from equipoise import errors
 from equipoise.admin import PolicyAdmin
 from equipoise.archive import ArchiveError, PolicyArchive, export_policy, import_policy
+from equipoise.channel import Server
 from equipoise.commands.tables import row_of, table
 from equipoise.policies import PolicyStatus
+from equipoise.security import Security
 
 FAILED = 1
 USAGE_ERROR = 2
 NOT_FOUND = 3
 UNREACHABLE = 4
 EXIT_STATUSES = "exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 no such policy, 4 the server is not reached"
+
+SECURITY_FILES = {
+    "root_certificates": "encrypt, trusting these authorities (PEM)",
+    "client_certificate": "certificate to show (PEM)",
+    "client_key": "private key of the certificate (PEM)",
+    "token_file": "file that holds the token; EQUIPOISE_TOKEN may hold the token itself",
+}
 
 Options: TypeAlias = argparse.Namespace
 
@@ -47,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--server", default="localhost:50051", metavar="HOST:PORT", help="default: %(default)s")
     common.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="default: %(default)s")
+    guarded = common.add_argument_group("guarded servers", "Each has a variable too, such as EQUIPOISE_TOKEN_FILE.")
+    guarded.add_argument("--tls", action="store_true", default=None, help="encrypt, trusting the usual authorities")
+    for name, help_text in SECURITY_FILES.items():
+        guarded.add_argument(f"--{name.replace('_', '-')}", metavar="FILE", help=help_text)
     common.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser = argparse.ArgumentParser(prog="equipoise policy", description=__doc__, epilog=EXIT_STATUSES)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
@@ -93,14 +106,14 @@ def _show(options: Options) -> int:
 
 
 def _export(options: Options) -> int:
-    archive = export_policy(options.server, options.policy)
+    archive = export_policy(_server(options), options.policy)
     archive.save(options.file)
     _done(options, f"{options.policy} at version {archive.version} is in {options.file}", version=archive.version)
     return 0
 
 
 def _import(options: Options) -> int:
-    status = import_policy(options.server, PolicyArchive.load(options.file), options.policy)
+    status = import_policy(_server(options), PolicyArchive.load(options.file), options.policy)
     _done(options, f"{options.policy} has the state of {options.file}", uid=status.uid)
     return 0
 
@@ -145,7 +158,20 @@ def _watch(options: Options) -> int:
 
 
 def _admin(options: Options) -> PolicyAdmin:
-    return PolicyAdmin(options.server, timeout=options.timeout)
+    return PolicyAdmin(options.server, timeout=options.timeout, security=_security(options))
+
+
+def _server(options: Options) -> Server:
+    return Server(options.server, _security(options))
+
+
+def _security(options: Options) -> Security:
+    """Flags, then the environment."""
+    names = ("tls", *SECURITY_FILES)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if "token_file" in given:
+        given["token"] = None  # the flag takes the place of a token in the environment
+    return replace(Security.from_environment(), **given)
 
 
 def _facts(status: PolicyStatus) -> list[tuple[str, object]]:

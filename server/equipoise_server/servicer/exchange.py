@@ -11,6 +11,7 @@ from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import Answer, Engine, PolicyRunner, Session, Step, Telemetry
 from equipoise_server.errors import Code, ServiceError, invalid
 from equipoise_server.interceptors import Malformed
+from equipoise_server.security import caller
 from equipoise_server.servicer.convert import StepLimits, is_step, to_refused, to_response, to_step
 
 MOST_IN_FLIGHT = 1024
@@ -65,6 +66,7 @@ class Exchange:
         opening = await self._read_opening()
         if opening is None:
             return
+        caller().check_policy(opening.policy, field="open.policy")
         if header_policy is not None and header_policy != opening.policy:
             description = f"{opening.policy!r}, but header x-equipoise-policy says {header_policy!r}"
             raise invalid("POLICY_MISMATCH", "open.policy", description)

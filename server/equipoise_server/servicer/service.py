@@ -15,6 +15,7 @@ from equipoise_server.engine.sampling import draw
 from equipoise_server.engine.spec import check_name
 from equipoise_server.errors import Code, ServiceError, invalid
 from equipoise_server.rules import names
+from equipoise_server.security import Scope, StorageQuotas, caller
 from equipoise_server.servicer import reading, specs, transfer
 from equipoise_server.servicer.convert import StepLimits, to_response, to_step
 from equipoise_server.servicer.exchange import Exchange
@@ -67,14 +68,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self._engine = engine
         self._limits = limits
         self._telemetry = telemetry
+        self._quotas = StorageQuotas(self._sizes)
         self.open_streams = 0
         """Exchange streams that are open now."""
 
     async def CreatePolicy(self, request: pb.CreatePolicyRequest, context: Context) -> pb.CreatePolicyResponse:  # noqa: N802
         """See the contract."""
         message = request.policy
-        check_name(message.name, field="policy.name")
-        _check_header(context, message.name)
+        _check_policy(message.name, context, field="policy.name")
         try:
             stored = await self._engine.find(message.name)
             created = False
@@ -100,7 +101,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 description = f"{request.page_token!r} is no token of this server"
                 raise invalid("INVALID_PAGE_TOKEN", "page_token", description) from error
         size = min(request.page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MOST)
-        found = await self._engine.list(after=request.page_token, prefix=request.prefix, limit=size + 1)
+        prefix = caller().visible_prefix(request.prefix)
+        if prefix is None:
+            return pb.ListPoliciesResponse()
+        found = await self._engine.list(after=request.page_token, prefix=prefix, limit=size + 1)
         page = found[:size]
         return pb.ListPoliciesResponse(
             policies=[specs.listed_message(stored) for stored in page],
@@ -109,8 +113,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
     async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: Context) -> pb.DeletePolicyResponse:  # noqa: N802
         """See the contract."""
-        check_name(request.policy, field="policy")
-        _check_header(context, request.policy)
+        _check_policy(request.policy, context, field="policy")
         return pb.DeletePolicyResponse(uid=await self._engine.delete(request.policy, uid=request.uid))
 
     async def Exchange(  # type: ignore[override]  # noqa: N802  # answers through context.write
@@ -200,9 +203,13 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self, request_iterator: AsyncIterator[object], context: Context
     ) -> pb.ImportPolicyResponse:
         """See the contract."""
-        spec, snapshot = await transfer.import_snapshot(request_iterator, limits=self._limits.spec)
-        _check_header(context, spec.name)
-        await self._engine.create_from(spec, snapshot)
+        spec, snapshot = await transfer.import_snapshot(
+            request_iterator,
+            limits=self._limits.spec,
+            check=lambda spec: _check_policy(spec.name, context, field="header.spec.name"),
+        )
+        async with self._quotas.adding(caller().tenant, num_examples=spec.num_examples):
+            await self._engine.create_from(spec, snapshot)
         return pb.ImportPolicyResponse(status=specs.status_message(await self._engine.runner(spec.name)))
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
@@ -218,17 +225,28 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         )
 
     async def _runner(self, policy: str, context: Context) -> PolicyRunner:
-        check_name(policy, field="policy")
-        _check_header(context, policy)
+        _check_policy(policy, context, field="policy")
         return await self._engine.runner(policy)
+
+    async def _sizes(self, prefix: str) -> list[int]:
+        sizes: list[int] = []
+        after = ""
+        while page := await self._engine.list(after=after, prefix=prefix, limit=PAGE_SIZE_MOST):
+            sizes.extend(PolicySpec.from_json(stored.spec).num_examples for stored in page)
+            after = page[-1].name
+        return sizes
 
     async def _create(self, request: pb.CreatePolicyRequest) -> tuple[Any, bool]:
         if not request.HasField("policy") or not getattr(request, "from"):
             spec = specs.resolve_spec(request.policy, limits=self._limits.spec)
-            return await self._engine.create(spec)
+            async with self._quotas.adding(caller().tenant, num_examples=spec.num_examples):
+                return await self._engine.create(spec)
+        caller().check_scope(Scope.READ, what="CreatePolicy with `from`")
+        caller().check_policy(getattr(request, "from"), field="from")
         source = await self._engine.runner(getattr(request, "from"))
         spec = specs.forked_spec(request.policy, source.policy.spec)
-        return await self._engine.create_from(spec, await source.read(transfer.snapshot)), True
+        async with self._quotas.adding(caller().tenant, num_examples=spec.num_examples):
+            return await self._engine.create_from(spec, await source.read(transfer.snapshot)), True
 
 
 def _header_policy(context: Context) -> str | None:
@@ -242,6 +260,13 @@ def _check_header(context: Context, policy: str) -> None:
     header = _header_policy(context)
     if header is not None and header != policy:
         raise invalid("POLICY_MISMATCH", "policy", f"{policy!r}, but header {POLICY_HEADER} says {header!r}")
+
+
+def _check_policy(policy: str, context: Context, *, field: str) -> None:
+    """Raises ServiceError unless this is a policy's name, one of the caller's, and what the header says."""
+    check_name(policy, field=field)
+    caller().check_policy(policy, field=field)
+    _check_header(context, policy)
 
 
 def _too_many_streams(most: int) -> ServiceError:

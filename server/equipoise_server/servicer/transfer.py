@@ -1,6 +1,6 @@
 """Whole policies over the wire: exports and imports."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 
@@ -54,8 +54,13 @@ def lengths(outline: TableState) -> dict[str, int]:
     return {name: column.numel() for name, column in outline.columns.items()}
 
 
-async def import_snapshot(requests: AsyncIterator[object], *, limits: specs.SpecLimits) -> tuple[PolicySpec, Snapshot]:
-    """What a client imports, checked. Raises ServiceError (INVALID_STATE)."""
+async def import_snapshot(
+    requests: AsyncIterator[object], *, limits: specs.SpecLimits, check: Callable[[PolicySpec], None]
+) -> tuple[PolicySpec, Snapshot]:
+    """What a client imports, checked; `check` is called before anything is collected.
+
+    Raises ServiceError (INVALID_STATE).
+    """
     spec: PolicySpec | None = None
     header = pb.StateHeader()
     outline = TableState(num_examples=0, columns={})
@@ -69,6 +74,7 @@ async def import_snapshot(requests: AsyncIterator[object], *, limits: specs.Spec
                 raise invalid("INVALID_STATE", "message", "the first message must be the header")
             header = message.header
             spec = specs.resolve_spec(header.spec, limits=limits)
+            check(spec)
             outline = spec.outline()
             _check_columns(header, spec, outline)
             received = {name: bytearray() for name in header.columns}

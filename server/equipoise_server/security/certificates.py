@@ -1,0 +1,97 @@
+"""The server's certificate, its key, and the authority of clients' certificates, read again when the files change."""
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+
+from equipoise_server.security.files import stamp
+
+log = structlog.get_logger("equipoise.tls")
+
+
+class CertificateError(ValueError):
+    """Certificate files that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateFiles:
+    """Where the certificates are, in PEM.
+
+    Attributes:
+        certificate: the server's, followed by those that lead to its authority.
+        key: the private key to it.
+        client_ca: authorities of which every client needs a certificate; None: clients need none.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+class Certificates:
+    """The certificates for new connections; open connections keep theirs.
+
+    gRPC asks at each handshake, in threads of its own; a look at the files' times is all that costs.
+    """
+
+    def __init__(self, files: CertificateFiles) -> None:
+        self._files = files
+        self._stamp = self._look()
+        self._first = self._read()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Credentials that follow the files."""
+        mutual = self._files.client_ca is not None
+        # Their types do not know that None keeps what there is.
+        return grpc.dynamic_ssl_server_credentials(self._first, self._changed, mutual)  # type: ignore[arg-type]
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """The certificates if they have changed; None, also when the new ones cannot be used: the old ones stay."""
+        now = self._look()
+        if now == self._stamp:
+            return None
+        self._stamp = now
+        try:
+            fresh = self._read()
+        except CertificateError as error:
+            log.error("the certificates cannot be used; those known before still hold", error=str(error))
+            return None
+        log.info("certificates loaded", certificate=str(self._files.certificate))
+        return fresh
+
+    def _look(self) -> object:
+        return stamp([self._files.certificate, self._files.key, self._files.client_ca])
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        files = self._files
+        key, chain = _bytes(files.key), _bytes(files.certificate)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(files.certificate, files.key, password=_no_password)
+        except (ssl.SSLError, OSError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise CertificateError(
+                f"{files.certificate} and {files.key}: no certificate and its key: {reason}"
+            ) from error
+        if files.client_ca is None:
+            return grpc.ssl_server_certificate_configuration([(key, chain)])
+        authorities = _bytes(files.client_ca)
+        try:
+            context.load_verify_locations(cadata=authorities.decode("ascii", "replace"))
+        except ssl.SSLError as error:
+            raise CertificateError(f"{files.client_ca}: no certificates of authorities: {error.reason}") from error
+        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CertificateError(f"{path}: {error.strerror}") from error
+
+
+def _no_password() -> str:
+    raise CertificateError("the key is encrypted; the server has nobody to ask for its password")

@@ -297,6 +297,8 @@ class _Stream:
     async def settle(self, ticket: Ticket) -> StepResult:
         """Waits until a ticket is settled or has expired."""
         self._work.notify()
+        # While the server is lost answers are there at once: even then a loop of steps must let its stream reconnect.
+        await asyncio.sleep(0)
         while not ticket.settled and (rest := ticket.deadline - monotonic()) > 0:
             await self._answers.wait(rest)
         self._session.expire(ticket, monotonic())

@@ -10,6 +10,7 @@ EquipoiseError
 ├── StateLostError                        the server's state is older or newer than what it had acknowledged to us
 ├── TrainerReplacedError                  another client opened the same trainer_id
 ├── AccessDeniedError (PermissionError)
+├── QuotaError                            the tenant may store no more policies or examples
 ├── UnsupportedError                      the server does not know this call
 ├── UnavailableError (ConnectionError)    worth a retry; says for which address
 │   ├── DeadlineError (TimeoutError)      no answer in time
@@ -125,6 +126,10 @@ class AccessDeniedError(EquipoiseError, PermissionError):
     """Credentials are missing, wrong, or do not allow this."""
 
 
+class QuotaError(EquipoiseError):
+    """The tenant may store no more policies or examples; the message names the quota."""
+
+
 class UnsupportedError(EquipoiseError):
     """The server does not know this call."""
 
@@ -170,6 +175,8 @@ _BY_REASON: Mapping[str, type[EquipoiseError]] = {
     "FENCED": OwnershipError,
     "NOT_OWNER": OwnershipError,
     "POLICY_DELETED": PolicyDeletedError,
+    "QUOTA_EXAMPLES": QuotaError,
+    "QUOTA_POLICIES": QuotaError,
     "SEQUENCE_GAP": SequenceGapError,
     "TRAINER_REPLACED": TrainerReplacedError,
     "UID_MISMATCH": PolicyChangedError,

@@ -36,6 +36,7 @@ _PERMANENT = (
     errors.PolicyNotFoundError,
     errors.PolicyExistsError,
     errors.AccessDeniedError,
+    errors.QuotaError,
     errors.UnsupportedError,
 )
 """What no retry mends before the first opening; later, in `continue` mode, an operator may mend it."""

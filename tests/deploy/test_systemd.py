@@ -25,8 +25,14 @@ def test_it_starts_a_command_with_flags_that_exist(service: dict[str, str], tmp_
     assert Path(program).is_absolute()
     assert command in cli.commands()
     file = tmp_path / "equipoise.toml"
-    file.write_text('listen = "0.0.0.0:50051"\n')
-    assert load([flag.replace("/etc/equipoise.toml", str(file)) for flag in flags]).listen == "0.0.0.0:50051"
+    file.write_text("max_streams = 7\n")
+    assert load([flag.replace("/etc/equipoise/equipoise.toml", str(file)) for flag in flags]).max_streams == 7
+
+
+def test_it_runs_as_nobody_in_particular_and_writes_nothing_but_its_state(service: dict[str, str]) -> None:
+    assert (service["DynamicUser"], service["NoNewPrivileges"], service["ProtectSystem"]) == ("yes", "yes", "strict")
+    assert service["CapabilityBoundingSet"] == ""
+    assert "ReadWritePaths" not in service
 
 
 def test_its_variables_are_settings(service: dict[str, str]) -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from equipoise_server.settings import ENV_PREFIX, Settings, SettingsError, host_and_port, load
 
+TLS = ("--tls-certificate", "c", "--tls-key", "k")
+
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,12 +76,46 @@ def test_an_unknown_flag_ends_with_a_usage_error(capsys: pytest.CaptureFixture[s
         (["--max-streams", "many"], "max_streams: 'many' should be a valid integer"),
         (["--log-timeout-s", "0"], "log_timeout_s: '0' should be greater than 0"),
         (["--config", "/absent/equipoise.toml"], "config: /absent/equipoise.toml: No such file"),
+        (
+            ["--listen", ":1"],
+            "listen: ':1' is reached from other machines, which needs TLS (tls_certificate, tls_key) and",
+        ),
+        (
+            ["--listen", "10.0.0.1:1", "--tokens-file", "t"],
+            "listen: '10.0.0.1:1' is reached from other machines, which",
+        ),
+        (["--listen", "host:1", *TLS], "listen: 'host:1' is reached from other machines, which needs authentication"),
+        (["--tls-key", "k"], "tls_certificate and tls_key: one is set"),
+        (["--tls-client-ca", "c"], "tls_client_ca is set without tls_certificate"),
+        (["--redis-url", "redis://user:secret@redis"], "redis_url: a password in a flag is seen by whoever lists"),
         (["--redis-url", "http://redis"], "redis_url: does not start with one of redis://"),
         (["--redis-url", "redis://a", "--redis-url-file", "b"], "redis_url and redis_url_file are both set"),
     ],
 )
 def test_a_value_out_of_rule_is_named_with_the_rule(arguments: list[str], said: str) -> None:
     assert problem(*arguments).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--listen", "[::1]:1"],
+        ["--listen", "localhost:1"],
+        ["--listen", "127.0.0.9:1", "--tokens-file", "t"],
+        ["--listen", ":1", "--allow-insecure", "true"],
+        ["--listen", ":1", *TLS, "--tokens-file", "t"],
+        ["--listen", ":1", *TLS, "--tls-client-ca", "c"],
+        ["--redis-url", "redis://user@redis"],
+    ],
+)
+def test_what_is_guarded_or_stays_on_this_machine_may_listen(arguments: list[str]) -> None:
+    load(arguments)
+
+
+def test_the_clients_variables_are_not_mistaken_for_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQUIPOISE_TOKEN", "x")
+    monkeypatch.setenv("EQUIPOISE_ROOT_CERTIFICATES", "x")
+    load([])
 
 
 def test_a_file_that_is_not_toml_is_named(file: Path) -> None:

@@ -163,6 +163,7 @@ class EmbeddedRedis:
             stdout=asyncio.subprocess.DEVNULL,
             # Interrupting the server from a terminal must not end Redis before the server is done with it.
             start_new_session=True,
+            umask=0o077,  # the directory may have been there before, open to others
         )
         self._directory.sign(server_pid=os.getpid(), redis_pid=self._process.pid, socket_dir=str(self._socket_dir))
         await self._loaded()

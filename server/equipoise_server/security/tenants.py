@@ -17,7 +17,7 @@ class Quotas(BaseModel):
 
     Attributes:
         max_policies: policies stored.
-        max_examples: examples of these together.
+        max_examples: examples of these together; a trajectory counts those of all its rows.
         max_streams: streams open at once on one server, of every kind.
     """
 

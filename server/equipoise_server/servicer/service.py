@@ -208,7 +208,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             limits=self._limits.spec,
             check=lambda spec: _check_policy(spec.name, context, field="header.spec.name"),
         )
-        async with self._quotas.adding(caller().tenant, num_examples=spec.num_examples):
+        async with self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec)):
             await self._engine.create_from(spec, snapshot)
         return pb.ImportPolicyResponse(status=specs.status_message(await self._engine.runner(spec.name)))
 
@@ -232,20 +232,20 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         sizes: list[int] = []
         after = ""
         while page := await self._engine.list(after=after, prefix=prefix, limit=PAGE_SIZE_MOST):
-            sizes.extend(PolicySpec.from_json(stored.spec).num_examples for stored in page)
+            sizes.extend(specs.num_weights(PolicySpec.from_json(stored.spec)) for stored in page)
             after = page[-1].name
         return sizes
 
     async def _create(self, request: pb.CreatePolicyRequest) -> tuple[Any, bool]:
         if not request.HasField("policy") or not getattr(request, "from"):
             spec = specs.resolve_spec(request.policy, limits=self._limits.spec)
-            async with self._quotas.adding(caller().tenant, num_examples=spec.num_examples):
+            async with self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec)):
                 return await self._engine.create(spec)
         caller().check_scope(Scope.READ, what="CreatePolicy with `from`")
         caller().check_policy(getattr(request, "from"), field="from")
         source = await self._engine.runner(getattr(request, "from"))
         spec = specs.forked_spec(request.policy, source.policy.spec)
-        async with self._quotas.adding(caller().tenant, num_examples=spec.num_examples):
+        async with self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec)):
             return await self._engine.create_from(spec, await source.read(transfer.snapshot)), True
 
 

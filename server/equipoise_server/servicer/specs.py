@@ -83,6 +83,11 @@ def settings_from(rule: pb.RuleSpec) -> SettingValues:
     return values
 
 
+def num_weights(spec: PolicySpec) -> int:
+    """How many examples it counts for in a quota: N, or of a trajectory those of all its rows, T·N."""
+    return max((column.numel() for column in spec.outline().columns.values()), default=spec.num_examples)
+
+
 def check_same(message: pb.PolicySpec, stored: PolicySpec) -> None:
     """Raises ServiceError (POLICY_EXISTS) at the first set field that differs from the stored one."""
     asked: list[tuple[str, object, object]] = []

@@ -5,7 +5,9 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -35,8 +37,8 @@ from equipoise_server.interceptors import EdgeInterceptor
 from equipoise_server.metrics import Endpoint, Metrics, PolicyFacts, Snapshot, measure_lag
 from equipoise_server.security import Access, CertificateError, CertificateFiles, Certificates, TokenFileError
 from equipoise_server.servicer import PolicyServicer, ServiceLimits, StepLimits
-from equipoise_server.settings import Settings, SettingsError
-from equipoise_server.store import EmbeddedRedis, RedisStore, StoreError
+from equipoise_server.settings import Settings, SettingsError, host_and_port
+from equipoise_server.store import EmbeddedRedis, RedisStore, StoreError, Unavailable
 
 log = structlog.get_logger("equipoise.server")
 
@@ -52,6 +54,8 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stack = contextlib.AsyncExitStack()
+        # A Redis of its own serves no other server: who finds a policy there owns it.
+        self._instance = secrets.token_hex(8) if settings.redis else ""
         self._redis_up = False
         self._health = Health("redis")
         self._access = Access(settings.tokens_file)
@@ -80,6 +84,7 @@ class Server:
             address=settings.listen,
             limits=_engine_limits(settings),
             telemetry=self._metrics,
+            instance=self._instance,
         )
         self._servicer = PolicyServicer(
             self._engine,
@@ -125,6 +130,7 @@ class Server:
         except RuntimeError as error:
             raise SettingsError(f"listen: {settings.listen!r} cannot be bound; is another server there?") from error
         self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
+        self._engine.address = settings.advertise or _reachable(self.address)
         await self._health.start()
         await self._grpc.start()
 
@@ -157,15 +163,21 @@ class Server:
         log.info("stopping", grace_s=self._settings.drain_grace_s)
         await self._health.drain()
         await asyncio.sleep(self._settings.drain_delay_s)
-        self._engine.drain()
+        handing_over = asyncio.ensure_future(self._engine.hand_over(draining(), flush_timeout_s=FLUSH_TIMEOUT_S))
         await self._grpc.stop(self._settings.drain_grace_s)
+        handing_over.cancel()
+        await asyncio.wait([handing_over])
         await self._engine.close(draining(), flush_timeout_s=FLUSH_TIMEOUT_S)
+        if self._instance:
+            with contextlib.suppress(StoreError):
+                await self._store.end_presence(self._instance)
         log.info("stopped")
 
     async def _watch_redis(self) -> None:
         while True:
             try:
                 await self._store.ping()
+                await self._tell_presence()
             except StoreError as error:
                 if self._redis_up:
                     log.warning("redis does not answer", error=str(error))
@@ -175,7 +187,20 @@ class Server:
                     log.info("redis answers")
                 self._redis_up = True
                 await self._health.reached("redis")
-            await asyncio.sleep(REDIS_CHECK_S)
+            await asyncio.sleep(min(REDIS_CHECK_S, self._settings.owner_timeout_s / 4))
+
+    async def _tell_presence(self) -> None:
+        if not self._instance:
+            return
+        ttl_s = self._settings.owner_timeout_s
+        try:
+            lived = await self._store.renew_presence(self._instance, address=self._engine.address, ttl_s=ttl_s)
+        except Unavailable as error:
+            if error.kind not in ("oom", "readonly", "misconf"):  # with these it answers, and takes nothing
+                raise
+        else:
+            if not lived:
+                await self._engine.verify()
 
     async def _watch_access(self) -> None:
         while True:
@@ -254,6 +279,12 @@ def _announce(ready_file: Path | None, *, address: str, metrics_address: str) ->
     unfinished = ready_file.with_name(f"{ready_file.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(facts), encoding="utf-8")
     unfinished.replace(ready_file)
+
+
+def _reachable(address: str) -> str:
+    """An address that other machines may use, where the server listens on every interface."""
+    host, port = host_and_port(address)
+    return f"{socket.gethostname()}:{port}" if host in ("", "0.0.0.0", "::") else address
 
 
 def _build_facts() -> dict[str, str]:

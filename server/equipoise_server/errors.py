@@ -97,6 +97,12 @@ def fenced(name: str) -> ServiceError:
     return ServiceError(Code.ABORTED, "FENCED", message, retry_after_s=0.1)
 
 
+def not_owner(name: str, address: str) -> ServiceError:
+    """FAILED_PRECONDITION: another server owns the policy; the metadata tell where."""
+    message = f"policy {name!r} is owned by the server at {address}"
+    return ServiceError(Code.FAILED_PRECONDITION, "NOT_OWNER", message, metadata={"owner": address}, retry_after_s=0.2)
+
+
 def unloaded(name: str) -> ServiceError:
     """UNAVAILABLE: the policy left memory because nobody used it; the next call brings it back."""
     message = f"policy {name!r} was idle and left memory; the next call brings it back"

@@ -137,6 +137,15 @@ class Settings(BaseSettings):
         "everysec", description="when the server's own Redis flushes to disk; always: survives power loss, slower"
     )
 
+    advertise: OptionalAddress = Field(
+        "",
+        description="address HOST:PORT under which trainers reach this server: another one tells it to those who ask"
+        " there for a policy of this one; empty: listen, with this machine's name where that is every interface",
+    )
+    owner_timeout_s: float = Field(
+        5.0, gt=0, description="policies of a server that Redis has not heard of for so long may move to another one"
+    )
+
     log_timeout_s: float = Field(
         0.25, gt=0, description="longest wait for a step to reach Redis before it is answered as not yet durable"
     )

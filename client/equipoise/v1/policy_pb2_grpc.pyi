@@ -369,8 +369,8 @@ class PolicyServiceStub(typing.Generic[_PolicyServiceCreatePolicyType, _PolicySe
     A step that cannot be applied is answered in the stream (`REFUSED`) and the stream goes on. What ends it:
     INVALID_ARGUMENT (`MALFORMED_REQUEST`, `NOT_OPENED`), OUT_OF_RANGE (`SEQUENCE_GAP`, with the expected sequence in
     the ErrorInfo metadata), ABORTED (`TRAINER_REPLACED`: the same trainer_id was opened again; `FENCED`: another
-    server owns the policy now), NOT_FOUND (`POLICY_NOT_FOUND`, `POLICY_DELETED`), FAILED_PRECONDITION (`NOT_OWNER`,
-    `UID_MISMATCH`), UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`).
+    server owns the policy now), NOT_FOUND (`POLICY_NOT_FOUND`, `POLICY_DELETED`), FAILED_PRECONDITION (`NOT_OWNER`:
+    another server owns the policy, at the address `owner` in the ErrorInfo metadata; `UID_MISMATCH`), UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`).
     """
 
     UpdateWeights: _PolicyServiceUpdateWeightsType
@@ -517,8 +517,8 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         A step that cannot be applied is answered in the stream (`REFUSED`) and the stream goes on. What ends it:
         INVALID_ARGUMENT (`MALFORMED_REQUEST`, `NOT_OPENED`), OUT_OF_RANGE (`SEQUENCE_GAP`, with the expected sequence in
         the ErrorInfo metadata), ABORTED (`TRAINER_REPLACED`: the same trainer_id was opened again; `FENCED`: another
-        server owns the policy now), NOT_FOUND (`POLICY_NOT_FOUND`, `POLICY_DELETED`), FAILED_PRECONDITION (`NOT_OWNER`,
-        `UID_MISMATCH`), UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`).
+        server owns the policy now), NOT_FOUND (`POLICY_NOT_FOUND`, `POLICY_DELETED`), FAILED_PRECONDITION (`NOT_OWNER`:
+        another server owns the policy, at the address `owner` in the ErrorInfo metadata; `UID_MISMATCH`), UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`).
         """
 
     @abc.abstractmethod

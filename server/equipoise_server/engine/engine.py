@@ -20,7 +20,9 @@ from equipoise_server.engine.telemetry import Telemetry
 from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import (
     ServiceError,
+    draining,
     invalid,
+    not_owner,
     policy_exists,
     policy_not_found,
     store_down,
@@ -28,7 +30,7 @@ from equipoise_server.errors import (
     unloaded,
 )
 from equipoise_server.rules import build
-from equipoise_server.store import Fenced, NotFound, RedisStore, StoredPolicy, StoreError
+from equipoise_server.store import Fenced, NotFound, OwnedElsewhere, RedisStore, StoredPolicy, StoreError
 
 log = structlog.get_logger("equipoise.policy")
 
@@ -57,12 +59,26 @@ class Engine:
         address: str,
         limits: EngineLimits,
         telemetry: Telemetry,
+        instance: str = "",
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """Prepare; nothing is loaded before it is asked for.
+
+        Args:
+            store: the store.
+            device: where tables live.
+            address: where this server can be reached; may change until it serves.
+            limits: bounds.
+            telemetry: hears what happens.
+            instance: this server's name in the store, if it tells its presence there.
+            wall_clock: seconds since 1970.
+        """
         self.device = device
         self.limits = limits
+        self.address = address
         self._store = store
-        self._address = address
+        self._instance = instance
+        self._draining = False
         self._telemetry = telemetry
         self._wall_clock = wall_clock
         self._runners: dict[str, PolicyRunner] = {}
@@ -95,7 +111,7 @@ class Engine:
             if existing := await self._store.get(spec.name):
                 raise policy_exists(spec.name, "policy.name", existing.name, spec.name)
             await self._store.publish(
-                fresh, address=self._address, pages=snapshot.pages(), progress=snapshot.facts.to_fields()
+                fresh, address=self.address, pages=snapshot.pages(), progress=snapshot.facts.to_fields()
             )
         except Fenced as error:  # somebody was faster
             raise policy_exists(spec.name, "policy.name", spec.name, spec.name) from error
@@ -123,7 +139,10 @@ class Engine:
             raise store_down(str(error)) from error
 
     async def runner(self, name: str, *, uid: str = "") -> PolicyRunner:
-        """The policy in service, loaded if need be. Raises ServiceError (POLICY_NOT_FOUND, UID_MISMATCH)."""
+        """The policy in service, loaded if need be.
+
+        Raises ServiceError: POLICY_NOT_FOUND, UID_MISMATCH, NOT_OWNER, DRAINING.
+        """
         runner = self._runners.get(name)
         if runner is None:
             async with self._loading.setdefault(name, asyncio.Lock()):
@@ -153,17 +172,24 @@ class Engine:
         for runner in self.runners:
             if runner.idle_for() > idle_s and not runner.log.backlog:
                 await runner.close(unloaded(runner.spec_name))
+                await runner.release()
 
-    def drain(self) -> None:
-        """Asks every stream to reconnect elsewhere."""
-        for runner in self.runners:
+    async def verify(self) -> None:
+        """Lets go of policies that another server has acquired; call after the store took this server for gone."""
+        await asyncio.gather(*(runner.verify() for runner in self.runners))
+
+    async def hand_over(self, error: ServiceError, *, flush_timeout_s: float) -> None:
+        """Asks every stream to reconnect elsewhere, and gives each policy up once its last stream has ended."""
+        self._draining = True
+        runners = self.runners
+        for runner in runners:
             runner.drain()
+        await asyncio.gather(*(runner.hand_over(error, flush_timeout_s=flush_timeout_s) for runner in runners))
 
     async def close(self, error: ServiceError, *, flush_timeout_s: float) -> None:
         """Writes what is not in the store yet, then stops every policy."""
         runners = self.runners
-        await asyncio.gather(*(runner.log.flush(timeout_s=flush_timeout_s) for runner in runners))
-        await asyncio.gather(*(runner.close(error) for runner in runners))
+        await asyncio.gather(*(runner.give_up(error, flush_timeout_s=flush_timeout_s) for runner in runners))
 
     def _fresh(self, spec: PolicySpec) -> StoredPolicy:
         return StoredPolicy(
@@ -171,8 +197,12 @@ class Engine:
         )
 
     async def _load(self, name: str) -> PolicyRunner:
+        if self._draining:
+            raise draining()
         try:
             runner = await self._restore(name)
+        except OwnedElsewhere as error:
+            raise not_owner(name, error.address) from error
         except NotFound as error:
             raise policy_not_found(name) from error
         except StoreError as error:
@@ -188,7 +218,7 @@ class Engine:
 
     async def _restore(self, name: str) -> PolicyRunner:
         """Takes the policy over, then loads its pages and replays its log; from here on older owners are fenced."""
-        owner = await self._store.acquire(name, address=self._address)
+        owner = await self._store.acquire(name, address=self.address, instance=self._instance)
         stored = await self._store.get(name)
         if stored is None:
             raise NotFound(name)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -140,6 +141,8 @@ class PolicyRunner:
         self._tasks = [self._loop.create_task(self._run()), self._loop.create_task(self._sweep_when_due())]
         self._tasks.append(self._loop.create_task(self._write_log()))
         self._on_closed: list[Callable[[], None]] = []
+        self._vacant = asyncio.Event()
+        self._vacant.set()
 
     @property
     def spec_name(self) -> str:
@@ -169,7 +172,10 @@ class PolicyRunner:
             message = f"trainer {trainer_id!r} opened another stream; this one ends"
             before.end(ServiceError(Code.ABORTED, "TRAINER_REPLACED", message))
         session = self.sessions[trainer_id] = Session(trainer_id)
+        self._vacant.clear()
         try:
+            await self.verify()
+            self._check_open()
             await self._device.run(lambda: self.policy.trainers.forget_idle(self._wall_clock()))
             opening = Step(kind=Kind.READ, trainer_id=trainer_id, wants_weights=False)
             answer = await (await self.submit(opening))
@@ -184,6 +190,8 @@ class PolicyRunner:
         """The stream has ended."""
         if self.sessions.get(session.trainer_id) is session:
             del self.sessions[session.trainer_id]
+        if not self.sessions:
+            self._vacant.set()
 
     async def submit(self, step: Step) -> asyncio.Future[Answer]:
         """Queues a step when there is room; the future holds its answer once it may be sent."""
@@ -214,6 +222,34 @@ class PolicyRunner:
         await asyncio.gather(
             *(task for task in self._tasks if task is not asyncio.current_task()), return_exceptions=True
         )
+
+    async def verify(self) -> None:
+        """Closes if another server has acquired the policy since; goes on if the store does not say so soon."""
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(self._limits.log_timeout_s):
+                if await self._store.holds(self.log.owner):
+                    return
+            await self._fenced()
+
+    async def hand_over(self, error: ServiceError, *, flush_timeout_s: float) -> None:
+        """Waits until the last stream has ended, then gives the policy up."""
+        await self._vacant.wait()
+        await self.give_up(error, flush_timeout_s=flush_timeout_s)
+
+    async def give_up(self, error: ServiceError, *, flush_timeout_s: float) -> None:
+        """Writes what is not in the store yet, closes, and leaves the policy to any server that is asked for it."""
+        if self.closed is not None:
+            return
+        self._shut(error)
+        await self._device.run(lambda: None)  # what is being applied comes first
+        await self.log.flush(timeout_s=flush_timeout_s)
+        await self.close(error)
+        await self.release()
+
+    async def release(self) -> None:
+        """Leaves the policy to any server that is asked for it; a store that does not answer finds out by time."""
+        with suppress(StoreError):
+            await self._store.release(self.log.owner)
 
     async def deleted(self) -> None:
         """The policy is gone from the store."""
@@ -294,8 +330,11 @@ class PolicyRunner:
         try:
             await self.log.run()
         except Fenced:
-            log.warning("another server owns the policy now", policy=self.spec_name, epoch=self.epoch)
-            await self.close(fenced(self.spec_name))
+            await self._fenced()
+
+    async def _fenced(self) -> None:
+        log.warning("another server owns the policy now", policy=self.spec_name, epoch=self.epoch)
+        await self.close(fenced(self.spec_name))
 
     async def _sweep_when_due(self) -> None:
         most = self.policy.rule.most_log_bytes(self.policy.state)

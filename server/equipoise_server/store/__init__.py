@@ -14,6 +14,7 @@ from equipoise_server.store.errors import (
     InvalidStoreUrl,
     LogLost,
     NotFound,
+    OwnedElsewhere,
     StoreError,
     Unavailable,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "LogState",
     "NotFound",
     "Observer",
+    "OwnedElsewhere",
     "Owner",
     "Ownership",
     "Page",

@@ -43,6 +43,18 @@ class Fenced(StoreError):
     """Another owner holds the policy: this writer must stop writing it."""
 
 
+class OwnedElsewhere(StoreError):
+    """Another server owns the policy, and lives.
+
+    Attributes:
+        address: where it can be reached.
+    """
+
+    def __init__(self, policy: str, *, address: str) -> None:
+        super().__init__(f"policy {policy!r} is owned by the server at {address}")
+        self.address = address
+
+
 class Deleted(Fenced):
     """The policy was deleted: its tombstone turns late writers away."""
 

@@ -12,6 +12,11 @@ def index_key(prefix: str) -> str:
     return f"{prefix}:index"
 
 
+def presence_key(prefix: str, instance: str) -> str:
+    """Says that a server lives, with its address; expires unless it is renewed. In a slot of its own."""
+    return f"{prefix}:server:{instance}"
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyKeys:
     """The keys of one policy."""
@@ -30,7 +35,7 @@ class PolicyKeys:
 
     @property
     def owner(self) -> str:
-        """Hash: token, epoch, address, deleted (uid, after deletion), `pages:<generation>` (pages ever written)."""
+        """Hash: token, epoch, address, instance, deleted (uid, after deletion), `pages:<generation>` (ever written)."""
         return f"{self._base}:owner"
 
     @property

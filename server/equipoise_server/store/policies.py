@@ -5,8 +5,8 @@ from typing import Any
 
 from equipoise_server.store import scripts
 from equipoise_server.store.commands import Commands
-from equipoise_server.store.errors import NotFound
-from equipoise_server.store.keys import PolicyKeys, index_key
+from equipoise_server.store.errors import NotFound, OwnedElsewhere
+from equipoise_server.store.keys import PolicyKeys, index_key, presence_key
 from equipoise_server.store.records import Owner, Ownership, StoredPolicy
 
 _UNLINK_BATCH = 256
@@ -80,21 +80,26 @@ class PolicyTable:
         await self.collect(name)
         return str(deleted, "ascii")
 
-    async def acquire(self, name: str, *, address: str) -> Ownership:
+    async def acquire(self, name: str, *, address: str, instance: str) -> Ownership:
         """Become the owner of a policy: every earlier owner is fenced from here on.
 
         Raises:
             NotFound: no such policy.
+            OwnedElsewhere: another server owns it, and lives.
         """
         keys = self._keys(name)
         token = secrets.token_hex(16)
-        _, uid, epoch, generation = await self._commands.script(
-            "acquire",
-            scripts.ACQUIRE,
-            policy=name,
-            keys=[keys.spec, keys.owner, keys.staging],
-            arguments=[token, address],
-        )
+        word = "HELD"
+        while word == "HELD":  # somebody else was faster: look who
+            replaced = await self._replaceable(name, address=address, instance=instance)
+            word, *found = await self._commands.script(
+                "acquire",
+                scripts.ACQUIRE,
+                policy=name,
+                keys=[keys.spec, keys.owner, keys.staging],
+                arguments=[token, address, instance, replaced],
+            )
+        uid, epoch, generation = found
         await self.collect(name)
         return Ownership(
             policy=name,
@@ -103,7 +108,30 @@ class PolicyTable:
             epoch=epoch,
             generation=generation.decode(),
             address=address,
+            instance=instance,
         )
+
+    async def release(self, owner: Ownership) -> None:
+        """Give a policy up, for any server to acquire."""
+        keys = self._keys(owner.policy)
+        await self._commands.script(
+            "release", scripts.RELEASE, policy=owner.policy, keys=[keys.owner], arguments=[owner.token]
+        )
+
+    async def holds(self, owner: Ownership) -> bool:
+        """Whether nobody has acquired the policy since; what Redis has forgotten counts as held."""
+        token, epoch = await self._commands.run("owner", "HMGET", self._keys(owner.policy).owner, "token", "epoch")
+        return epoch is None or int(epoch) < owner.epoch or (token is not None and token.decode() == owner.token)
+
+    async def renew_presence(self, instance: str, *, address: str, ttl_s: float) -> bool:
+        """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive."""
+        key = presence_key(self._prefix, instance)
+        milliseconds = round(ttl_s * 1000)
+        return await self._commands.run("presence", "SET", key, address, "PX", milliseconds, "GET") is not None
+
+    async def end_presence(self, instance: str) -> None:
+        """Say that a server is gone."""
+        await self._commands.run("presence", "UNLINK", presence_key(self._prefix, instance))
 
     async def owner(self, name: str) -> Owner | None:
         """Who acquired the policy last; None where nobody has, or it was deleted."""
@@ -163,6 +191,15 @@ class PolicyTable:
         index = index_key(self._prefix)
         names = await self._commands.run("list", "ZRANGEBYLEX", index, low, high, "LIMIT", 0, limit)
         return [name.decode() for name in names]
+
+    async def _replaceable(self, name: str, *, address: str, instance: str) -> int:
+        """Epoch of the owner, which may be replaced: it is gone, or a former self. Raises OwnedElsewhere."""
+        held = await self._commands.run("owner", "HMGET", self._keys(name).owner, "epoch", "address", "instance")
+        epoch, owner_address, owner_instance = (value.decode() if value else "" for value in held)
+        is_other = owner_instance not in ("", instance) and owner_address != address
+        if is_other and await self._commands.run("presence", "EXISTS", presence_key(self._prefix, owner_instance)):
+            raise OwnedElsewhere(name, address=owner_address)
+        return int(epoch or 0)
 
     def _read_spec(self, name: str) -> tuple[str, ...]:
         return ("HMGET", self._keys(name).spec, "uid", "create_time", "spec")

@@ -89,13 +89,39 @@ class RedisStore:
         """
         return await self._policies.delete(name, uid=uid)
 
-    async def acquire(self, name: str, *, address: str) -> Ownership:
+    async def acquire(self, name: str, *, address: str, instance: str = "") -> Ownership:
         """Become the owner of a policy: earlier owners are fenced, what they left half-written is removed.
+
+        Args:
+            name: of the policy.
+            address: where this server can be reached; an owner of the same address is a former self.
+            instance: this server, if it tells its presence.
 
         Raises:
             NotFound: no such policy.
+            OwnedElsewhere: another server owns it, and lives.
         """
-        return await self._policies.acquire(name, address=address)
+        return await self._policies.acquire(name, address=address, instance=instance)
+
+    async def release(self, owner: Ownership) -> None:
+        """Give a policy up, for any server to acquire; this owner is fenced from here on."""
+        await self._policies.release(owner)
+
+    async def holds(self, owner: Ownership) -> bool:
+        """Whether nobody has acquired the policy since; what Redis has forgotten counts as held."""
+        return await self._policies.holds(owner)
+
+    async def renew_presence(self, instance: str, *, address: str, ttl_s: float) -> bool:
+        """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive.
+
+        While it does, its policies are its own; afterwards they are whose who acquires them. Nothing safe hangs on it:
+        writes are fenced by tokens.
+        """
+        return await self._policies.renew_presence(instance, address=address, ttl_s=ttl_s)
+
+    async def end_presence(self, instance: str) -> None:
+        """Say that a server is gone: what it still owns may be acquired."""
+        await self._policies.end_presence(instance)
 
     async def owner(self, name: str) -> Owner | None:
         """Who acquired the policy last; None where nobody has, or it was deleted."""
@@ -217,7 +243,7 @@ class RedisStore:
             scripts.REPUBLISH_BEGIN,
             policy=owner.policy,
             keys=[keys.spec, keys.owner, keys.staging, keys.log(owner.generation)],
-            arguments=[owner.uid, owner.token, owner.epoch, owner.address, owner.generation, version],
+            arguments=[owner.uid, owner.token, owner.epoch, owner.address, owner.generation, version, owner.instance],
         )
 
     async def _end_republication(self, owner: Ownership, policy: StoredPolicy) -> None:

@@ -58,7 +58,7 @@ CREATE = Script(
 local held = redis.call('HMGET', KEYS[1], 'uid', 'create_time', 'spec')
 if held[1] then return {'HELD', held[1], held[2], held[3]} end
 redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[2], 'spec', ARGV[3], 'generation', ARGV[4])
-redis.call('HDEL', KEYS[2], 'deleted', 'token', 'address')
+redis.call('HDEL', KEYS[2], 'deleted', 'token', 'address', 'instance')
 redis.call('HSETNX', KEYS[2], 'epoch', 0)
 redis.call('HSETNX', KEYS[2], 'pages:' .. ARGV[4], 0)
 start_log(KEYS[3], 0)
@@ -66,15 +66,23 @@ return {'OK'}
 """
 )
 
-# KEYS spec, owner, staging; ARGV token, address.
+# KEYS spec, owner, staging; ARGV token, address, instance, epoch of the owner that may be replaced. Two servers that
+# find the same owner gone cannot both replace it: the second one looks again.
 ACQUIRE = Script("""
 local held = redis.call('HMGET', KEYS[1], 'uid', 'generation')
 if not held[1] then return {'MISSING'} end
+if tonumber(redis.call('HGET', KEYS[2], 'epoch') or 0) ~= tonumber(ARGV[4]) then return {'HELD'} end
 local epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
-redis.call('HSET', KEYS[2], 'token', ARGV[1], 'address', ARGV[2])
+redis.call('HSET', KEYS[2], 'token', ARGV[1], 'address', ARGV[2], 'instance', ARGV[3])
 redis.call('HDEL', KEYS[2], 'deleted')
 redis.call('UNLINK', KEYS[3])
 return {'OK', held[1], epoch, held[2]}
+""")
+
+# KEYS owner; ARGV token. The epoch stays; the former owner's late writes are fenced.
+RELEASE = Script("""
+if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then redis.call('HDEL', KEYS[1], 'token', 'instance') end
+return {'OK'}
 """)
 
 # KEYS spec, owner, staging; ARGV uid or ''. Pages and log are unlinked afterwards, as a generation nobody refers to.
@@ -88,7 +96,7 @@ end
 if ARGV[1] ~= '' and ARGV[1] ~= uid then return {'MISSING'} end
 redis.call('HSET', KEYS[2], 'deleted', uid)
 redis.call('HSETNX', KEYS[2], 'epoch', 0)
-redis.call('HDEL', KEYS[2], 'token', 'address')
+redis.call('HDEL', KEYS[2], 'token', 'address', 'instance')
 redis.call('UNLINK', KEYS[1], KEYS[3])
 return {'OK', uid}
 """)
@@ -190,14 +198,15 @@ local function rival(spec, owner, uid, token, epoch)
 end
 """
 
-# KEYS spec, owner, staging, log of the new generation; ARGV uid, token, epoch, address, new generation, version.
+# KEYS spec, owner, staging, log of the new generation; ARGV uid, token, epoch, address, new generation, version,
+# instance.
 REPUBLISH_BEGIN = Script(
     _RIVAL
     + _START_LOG
     + """
 local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3])
 if refusal then return refusal end
-redis.call('HSET', KEYS[2], 'token', ARGV[2], 'epoch', ARGV[3], 'address', ARGV[4])
+redis.call('HSET', KEYS[2], 'token', ARGV[2], 'epoch', ARGV[3], 'address', ARGV[4], 'instance', ARGV[7])
 redis.call('HDEL', KEYS[2], 'deleted')
 redis.call('HSETNX', KEYS[2], 'pages:' .. ARGV[5], 0)
 redis.call('UNLINK', KEYS[3])

@@ -17,8 +17,8 @@ BACKOFF = Backoff(first=0.02, longest=0.25)
 PATIENT = Timeout(wait=120.0, connect=5.0, close=1.0)
 HASTY = Timeout(step=0.05, connect=5.0, close=1.0)
 FEW_ROWS, MANY_ROWS = 48, 4096
-MOST_UNANSWERED = 200
-"""Steps that a trainer submits ahead of their answers."""
+MOST_UNDURABLE = 150
+"""Steps by which a trainer runs ahead of what is durable: within its window, so that none has to be let go."""
 LAST_FLUSH_SECONDS = 60.0
 
 
@@ -133,6 +133,16 @@ class Trainer(ABC):
     def _take_back(self) -> None:
         self._history.sent[self.trainer_id].pop()
 
+    def _wait_for_room(self) -> None:
+        while self._client.stats.undurable > MOST_UNDURABLE and not self._stopping.is_set():
+            sleep(0.005)
+            self._probe()
+
+    def _probe(self) -> None:
+        """Asks how far the steps are durable."""
+        with suppress(StepRefusedError):
+            self._client.flush(0.02, durable=True)
+
     def _rest(self) -> float:
         return 0.0 if self.hurry.is_set() else float(self._random.uniform(0, 0.01))
 
@@ -176,6 +186,7 @@ class Waiting(Trainer):
                 self._understand(refusal, sequence)
             else:
                 self._heard(Answered.of(result, sequence=sequence, ids=step.ids))
+            self._wait_for_room()
             sleep(self._rest())
         self._finish()
 
@@ -203,6 +214,7 @@ class Continuing(Trainer):
                 self._take_back()
             else:
                 self._heard(Answered.of(result, sequence=sequence, ids=step.ids))
+            self._wait_for_room()
             sleep(self._rest() + 0.001)
         self._finish()
 
@@ -219,9 +231,6 @@ class Submitting(Continuing):
                 self._take_over()
             step = self._next()
             dropped = self._client.stats.dropped
-            if self._client.stats.unacked > MOST_UNANSWERED:
-                self._wait_a_little()
-                continue
             sequence = self._note(step)
             try:
                 self._client.submit(step.ids, **step.fields)
@@ -231,12 +240,9 @@ class Submitting(Continuing):
                 self._understand(refusal, sequence)
             if self._random.random() < 0.2:
                 self._read(step.ids)
+            self._wait_for_room()
             sleep(self._rest() + 0.001)
         self._finish()
-
-    def _wait_a_little(self) -> None:
-        with suppress(StepRefusedError):
-            self._client.flush(0.1)
 
     def _read(self, ids: Any) -> None:
         try:
@@ -260,6 +266,9 @@ class Async(Trainer):
             self._client = client
             while not self._stopping.is_set():
                 await asyncio.gather(*(self._step(client) for _ in range(4)))
+                while client.stats.undurable > MOST_UNDURABLE and not self._stopping.is_set():
+                    with suppress(StepRefusedError):
+                        await client.flush(0.02, durable=True)
                 await asyncio.sleep(self._rest())
             assert await client.flush(LAST_FLUSH_SECONDS, durable=True), f"{self.trainer_id}: not durable"
             self._history.durable[self.trainer_id] = len(self._history.sent[self.trainer_id])

@@ -53,6 +53,7 @@ async def servers(redis: EmbeddedRedis) -> AsyncIterator[Servers]:
     async def make(
         address: str = "127.0.0.1:1",
         *,
+        instance: str = "",
         sweep: SweepLimits | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> Engine:
@@ -60,7 +61,15 @@ async def servers(redis: EmbeddedRedis) -> AsyncIterator[Servers]:
         device = DeviceThread(torch.device("cpu"))
         runner_limits = LIMITS.runner if sweep is None else replace(LIMITS.runner, sweep=sweep)
         limits = replace(LIMITS, runner=runner_limits)
-        engine = Engine(store, device, address=address, limits=limits, telemetry=Silent(), wall_clock=wall_clock)
+        engine = Engine(
+            store,
+            device,
+            address=address,
+            limits=limits,
+            telemetry=Silent(),
+            instance=instance,
+            wall_clock=wall_clock,
+        )
         made.append((engine, device, store))
         return engine
 

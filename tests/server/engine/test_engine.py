@@ -56,12 +56,12 @@ async def test_a_second_server_takes_over_bit_for_bit_and_the_first_is_fenced(se
     before = await runner_of(first, rule=rule)
     await feed(before, 20)
     expected = await everything(before)
+    session, _ = await before.open("late")
     after = await second.runner("policy")
     assert_same(await everything(after), expected)
     assert after.epoch == before.epoch + 1
     assert after.durable_sequence("trainer") == 20
 
-    session, _ = await before.open("late")
     late = steps(before.policy.spec.num_examples, trainer_id="late")
     with pytest.raises(ServiceError) as caught:
         await send_until_refused(before, late)

@@ -1,0 +1,154 @@
+"""Whose a policy is: one server's at a time, and another's once the first stops, dies or is taken for dead."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+
+from equipoise_server.engine import Engine, Outcome
+from equipoise_server.errors import ServiceError, draining
+from equipoise_server.store import EmbeddedRedis, RedisStore
+from tests.server.engine.conftest import Servers
+from tests.server.engine.runs import send, spec, steps
+
+FIRST, SECOND = "10.0.0.1:1", "10.0.0.2:1"
+
+
+@pytest.fixture
+async def store(redis: EmbeddedRedis) -> AsyncIterator[RedisStore]:
+    connected = RedisStore.connect(redis.url)
+    yield connected
+    await connected.close()
+
+
+@pytest.fixture
+async def first(servers: Servers, store: RedisStore) -> Engine:
+    """Owns the policy and says that it lives."""
+    engine = await servers.make(FIRST, instance="first")
+    await store.renew_presence("first", address=FIRST, ttl_s=60)
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    for step, _ in zip(steps(1000), range(5), strict=False):
+        await send(runner, step)
+    return engine
+
+
+@pytest.fixture
+async def second(servers: Servers) -> Engine:
+    return await servers.make(SECOND, instance="second")
+
+
+async def refusal(engine: Engine) -> ServiceError:
+    with pytest.raises(ServiceError) as caught:
+        await engine.runner("policy")
+    return caught.value
+
+
+async def test_a_server_that_does_not_own_the_policy_names_the_one_that_does(first: Engine, second: Engine) -> None:
+    error = await refusal(second)
+    assert (error.reason, error.metadata) == ("NOT_OWNER", {"owner": FIRST})
+    assert (await send(await first.runner("policy"), next(steps(1000, first=6)))).version == 6  # nothing happened to it
+
+
+async def test_a_dead_server_s_policies_move_once_its_time_is_up(
+    first: Engine, second: Engine, store: RedisStore
+) -> None:
+    await store.renew_presence("first", address=FIRST, ttl_s=0.3)
+    assert (await refusal(second)).reason == "NOT_OWNER"
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                runner = await second.runner("policy")
+            except ServiceError:
+                await asyncio.sleep(0.05)
+            else:
+                break
+    assert (runner.policy.version, runner.epoch) == (5, 2)
+
+
+async def test_a_server_that_starts_again_at_its_address_takes_its_own_back_at_once(
+    first: Engine, servers: Servers
+) -> None:
+    again = await servers.make(FIRST, instance="first, started again")
+    assert (await again.runner("policy")).epoch == 2
+
+
+async def test_a_stopping_server_hands_over_when_its_last_stream_has_ended(first: Engine, second: Engine) -> None:
+    runner = await first.runner("policy")
+    asked = asyncio.Event()
+    session, _ = await runner.open("trainer")
+    session.on_drain = asked.set
+    handing_over = asyncio.create_task(first.hand_over(draining(), flush_timeout_s=20))
+    await asyncio.wait_for(asked.wait(), 20)
+    last = await send(runner, next(steps(1000, first=6)))
+    assert (last.outcome, last.version) == (Outcome.APPLIED, 6)
+    assert (await refusal(second)).reason == "NOT_OWNER"
+    runner.close_session(session)
+    await asyncio.wait_for(handing_over, 20)
+    taken = await second.runner("policy")
+    assert (taken.policy.version, taken.epoch) == (6, 2)
+    assert (await refusal(first)).reason == "DRAINING"
+
+
+async def test_a_policy_that_left_memory_is_free_for_all(first: Engine, second: Engine) -> None:
+    await first.unload_idle(idle_s=-1.0)
+    assert first.runners == []
+    assert (await second.runner("policy")).policy.version == 5
+
+
+async def test_a_server_that_was_taken_for_dead_turns_trainers_away_at_their_next_opening(
+    first: Engine, second: Engine, store: RedisStore
+) -> None:
+    before = await first.runner("policy")
+    session, _ = await before.open("trainer")
+    await store.end_presence("first")
+    await second.runner("policy")
+    with pytest.raises(ServiceError) as caught:
+        await before.open("other")
+    assert caught.value.reason == "FENCED"
+    assert session.ended.result().reason == "FENCED"  # and nobody reads old weights from it
+    await store.renew_presence("second", address=SECOND, ttl_s=60)
+    assert (await refusal(first)).metadata == {"owner": SECOND}
+
+
+async def test_a_server_that_was_taken_for_dead_verifies_what_it_owns(
+    first: Engine, second: Engine, store: RedisStore
+) -> None:
+    before = await first.runner("policy")
+    assert await store.renew_presence("first", address=FIRST, ttl_s=60)
+    await store.end_presence("first")
+    assert not await store.renew_presence("first", address=FIRST, ttl_s=60)
+    await first.verify()
+    assert before.closed is None  # nobody was asked for it meanwhile
+    await store.end_presence("first")
+    await second.runner("policy")
+    await first.verify()
+    assert before.closed is not None
+    assert before.closed.reason == "FENCED"
+
+
+async def test_openings_do_not_wait_for_a_redis_that_is_stalled(first: Engine, redis: EmbeddedRedis) -> None:
+    runner = await first.runner("policy")
+    assert redis.pid is not None
+    os.kill(redis.pid, signal.SIGSTOP)
+    try:
+        _, answer = await asyncio.wait_for(runner.open("trainer"), 10)
+    finally:
+        os.kill(redis.pid, signal.SIGCONT)
+    assert answer.last_sequence == 5
+
+
+async def test_two_servers_that_find_the_owner_gone_do_not_both_replace_it(
+    first: Engine, servers: Servers, store: RedisStore
+) -> None:
+    await store.end_presence("first")
+    others = []
+    for number in range(4):
+        await store.renew_presence(f"other {number}", address=f"10.0.1.{number}:1", ttl_s=60)
+        others.append(await servers.make(f"10.0.1.{number}:1", instance=f"other {number}"))
+    found = await asyncio.gather(*(engine.runner("policy") for engine in others), return_exceptions=True)
+    refused = [error for error in found if isinstance(error, ServiceError)]
+    assert len(refused) == 3
+    assert {error.reason for error in refused} == {"NOT_OWNER"}

@@ -141,6 +141,7 @@ class PolicyRunner:
         self._tasks = [self._loop.create_task(self._run()), self._loop.create_task(self._sweep_when_due())]
         self._tasks.append(self._loop.create_task(self._write_log()))
         self._on_closed: list[Callable[[], None]] = []
+        self._asking: set[asyncio.Task[None]] = set()
         self._vacant = asyncio.Event()
         self._vacant.set()
 
@@ -216,20 +217,17 @@ class PolicyRunner:
     async def close(self, error: ServiceError) -> None:
         """Takes nothing any more and ends every stream with `error`; what was applied is not flushed."""
         self._shut(error)
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
-        await asyncio.gather(
-            *(task for task in self._tasks if task is not asyncio.current_task()), return_exceptions=True
-        )
+        others = [task for task in (*self._tasks, *self._asking) if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def verify(self) -> None:
-        """Closes if another server has acquired the policy since; goes on if the store does not say so soon."""
-        with suppress(StoreError, TimeoutError):
-            async with asyncio.timeout(self._limits.log_timeout_s):
-                if await self._store.holds(self.log.owner):
-                    return
-            await self._fenced()
+        """Closes if another server has acquired the policy since; returns before it is known if the store stalls."""
+        asking = self._loop.create_task(self._ask_whether_owned())
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        await asyncio.wait([asking], timeout=self._limits.log_timeout_s)
 
     async def hand_over(self, error: ServiceError, *, flush_timeout_s: float) -> None:
         """Waits until the last stream has ended, then gives the policy up."""
@@ -331,6 +329,11 @@ class PolicyRunner:
             await self.log.run()
         except Fenced:
             await self._fenced()
+
+    async def _ask_whether_owned(self) -> None:
+        with suppress(StoreError):
+            if not await self._store.holds(self.log.owner):
+                await self._fenced()
 
     async def _fenced(self) -> None:
         log.warning("another server owns the policy now", policy=self.spec_name, epoch=self.epoch)

@@ -1,6 +1,5 @@
 """The search: it lowers the area, can be interrupted anywhere, and measures what the paper defines."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +11,9 @@ from equipoise_trainer.offline.logistic import LogisticProblem
 from equipoise_trainer.offline.measures import Measures, looked_steps, measure
 from equipoise_trainer.offline.path import RunPath
 from equipoise_trainer.offline.planted import COPIES, Planted, plant
-from equipoise_trainer.offline.rows import LocalRows, RowSettings
-from equipoise_trainer.offline.search import Search, SearchPlan, adjoint_similarity, spread_epochs
-from equipoise_trainer.tasks import Task
-
-EPOCHS, ROWS, SIZE = 4, 30, 200
-PLAN = SearchPlan(measured=(0, 2, EPOCHS), tested=(0, EPOCHS), looks=10)
-
-
-def small_task() -> Task:
-    task = load(DatasetConfig(name="paper", seed=3, flipped=0.2, target_size=50))
-    kept = np.arange(SIZE)
-    return replace(task, train=task.train.take(kept), test=task.test.take(np.arange(300)), flipped=task.flipped[:SIZE])
-
-
-def small_search(directory: Path | None = None, holder: LocalRows | None = None, **options: object) -> Search:
-    task = small_task()
-    settings = RowSettings(num_examples=SIZE, rows=ROWS, policy_epochs=EPOCHS, learning_rate=3e-4)
-    return Search(
-        problem=LogisticProblem(task, learning_rate=0.3, dtype=np.float64),
-        holder=holder or LocalRows(settings),
-        plan=PLAN,
-        planted=Planted.of_flips(task.flipped),
-        directory=directory,
-        **options,
-    )
+from equipoise_trainer.offline.rows import LocalRows
+from equipoise_trainer.offline.search import adjoint_similarity, spread_epochs
+from tests.trainer.offline.searches import EPOCHS, ROWS, SIZE, small_search, small_task
 
 
 def test_the_area_falls_and_flipped_examples_lose_their_weight() -> None:

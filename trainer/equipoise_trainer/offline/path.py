@@ -27,7 +27,8 @@ class RunPath(Generic[V]):
         weights: the rows, [T, N].
         segment: steps that are looked at together; where not all is kept, θ is kept at the start of each.
         keeps_all: whether every θ is kept.
-        gradient_norms: [T], of the weighted gradients.
+        norms: [T], what each gradient was rescaled to; None: to nothing.
+        gradient_norms: [T], of the gradients that were followed.
         last: θ_T.
     """
 
@@ -35,6 +36,7 @@ class RunPath(Generic[V]):
     weights: Weights
     segment: int
     keeps_all: bool
+    norms: NDArray[np.float64] | None
     gradient_norms: NDArray[np.float64]
     last: V
     _kept: dict[int, V] = field(default_factory=dict)
@@ -66,14 +68,14 @@ class RunPath(Generic[V]):
             weights=weights,
             segment=BATCH if keeps_all else math.isqrt(steps - 1) + 1,
             keeps_all=keeps_all,
+            norms=norms,
             gradient_norms=np.zeros(steps),
             last=problem.initial(),
         )
         for step in range(steps):
             if keeps_all or step % path.segment == 0:
                 path._kept[step] = path.last
-            norm = None if norms is None else float(norms[step])
-            path.last, path.gradient_norms[step] = problem.descend(path.last, weights[step], norm=norm)
+            path.last, path.gradient_norms[step] = path._descend(path.last, step)
             if on_step is not None:
                 on_step(step + 1)
         return path
@@ -94,9 +96,13 @@ class RunPath(Generic[V]):
             return [self._kept[step] for step in steps]
         found = [self._kept[steps.start]]
         for step in steps[:-1]:
-            found.append(self.problem.descend(found[-1], self.weights[step])[0])
+            found.append(self._descend(found[-1], step)[0])
         return found
 
     def replay(self, steps: range) -> Segment[V]:
         """A segment, ready to be pulled back."""
         return self.problem.replay(self.parameters(steps), self.weights[steps.start : steps.stop])
+
+    def _descend(self, parameters: V, step: int) -> tuple[V, float]:
+        norm = None if self.norms is None else float(self.norms[step])
+        return self.problem.descend(parameters, self.weights[step], norm=norm)

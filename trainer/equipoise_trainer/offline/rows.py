@@ -73,12 +73,12 @@ class RowHolder(Protocol):
 
 
 class LocalRows:
-    """Rows in this process, float64: what any other holder is compared with."""
+    """Rows in this process: what any other holder is compared with. Kept as weights are served, float32."""
 
     def __init__(self, settings: RowSettings) -> None:
         self._settings = settings
         self._identity = f"local-{secrets.token_hex(8)}"
-        self._table = np.full((settings.rows, settings.num_examples), 1.0 / settings.num_examples)
+        self._table = np.ones((settings.rows, settings.num_examples), dtype=np.float32)
         self._moved = np.zeros(settings.rows, dtype=np.int64)
 
     @property
@@ -97,12 +97,13 @@ class LocalRows:
 
     def fetch(self, first: int, count: int) -> Weights:
         """Rows `first` to `first + count`, float32 [count, N]."""
-        return (self._table[first : first + count] * self._settings.num_examples).astype(np.float32)
+        return self._table[first : first + count].copy()
 
     def move(self, row: int, contributions: NDArray[np.float32]) -> None:
         """Moves a row at once."""
         step = self._settings.step_size(int(self._moved[row]))
-        self._table[row] = project(self._table[row] + step * contributions.astype(np.float64))
+        gamma = self._table[row].astype(np.float64) / self._settings.num_examples
+        self._table[row] = project(gamma + step * contributions) * self._settings.num_examples
         self._moved[row] += 1
 
     def flush(self) -> None:

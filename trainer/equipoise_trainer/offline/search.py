@@ -52,6 +52,7 @@ class Search(Generic[V]):
         plan: how it goes.
         planted: what is known of the examples.
         directory: where measures and the copy of the rows outlive the process; None: nowhere.
+        keeps_rows: whether the copy of the rows does; for a holder that outlives the process too.
         stop: asked after each row.
         on_epoch: called after each policy epoch with how many are done and the seconds this one took without measures.
         copies: what keeps the rows of the running epoch.
@@ -62,12 +63,13 @@ class Search(Generic[V]):
     plan: SearchPlan
     planted: Planted
     directory: Path | None = None
+    keeps_rows: bool = True
     stop: Stop = lambda: False
     on_epoch: Callable[[int, float], None] = lambda epoch, seconds: None
     copies: RowCopy = field(init=False)
 
     def __post_init__(self) -> None:
-        self.copies = RowCopy(self.directory)
+        self.copies = RowCopy(self.directory if self.keeps_rows else None)
 
     def run(self) -> tuple[list[Measures], RunPath[V]]:
         """Runs what is left; returns the measures in the order of their epochs, and the run under the final policy.

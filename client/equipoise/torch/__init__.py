@@ -37,7 +37,7 @@ from equipoise.torch.errors import (
     UnsupportedModuleError,
 )
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
-from equipoise.torch.losses import causal_lm_losses, weighted_mean
+from equipoise.torch.losses import causal_lm_losses, token_losses, weighted_mean
 from equipoise.torch.one_pass import OnePassContributions
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import WeightedSampler
@@ -67,5 +67,6 @@ __all__ = [
     "look_ahead",
     "resume_run",
     "run_state",
+    "token_losses",
     "weighted_mean",
 ]

@@ -63,11 +63,15 @@ def layers_of(model: nn.Module, *, also: Kinds = (), prefix: str = "") -> dict[n
 
 
 def check_eager(model: nn.Module) -> None:
-    """Refuses compiled modules: their graphs do not run the hooks.
+    """Refuses modules that do not run the hooks: those whose graphs are compiled, and copies for several devices.
 
     Raises:
-        UnsupportedModuleError: a module is compiled.
+        UnsupportedModuleError: there is such a module.
     """
+    if copied := [(path, module) for path, module in model.named_modules() if isinstance(module, nn.DataParallel)]:
+        raise UnsupportedModuleError(
+            copied, why="its copies run no hooks", instead="use one process for each device (torchrun)"
+        )
     compiled = compiled_modules(model)
     if compiled:
         raise UnsupportedModuleError(compiled, why="compiled modules run no hooks", instead=INSTEAD)

@@ -22,10 +22,19 @@ def causal_lm_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100
         ignore_index: label of tokens that do not count.
     """
     # Labels are shifted rather than logits, of which a copy would be the largest tensor of the model.
-    following = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-    losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none", ignore_index=ignore_index)
-    predicted = (following != ignore_index).sum(1).clamp(min=1)
-    return losses.view_as(following).sum(1) / predicted
+    return token_losses(logits, F.pad(labels[:, 1:], (0, 1), value=ignore_index), ignore_index=ignore_index)
+
+
+def token_losses(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Loss of each sequence of classified tokens, averaged over them, nats: float [B].
+
+    Args:
+        logits: float [B, T, V].
+        labels: integers [B, T]: the class of each token, `ignore_index` where it does not count.
+        ignore_index: label of tokens that do not count.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=ignore_index)
+    return losses.view_as(labels).sum(1) / (labels != ignore_index).sum(1).clamp(min=1)
 
 
 def weighted_mean(losses: Tensor, weights: ArrayLike | Tensor) -> Tensor:

@@ -47,12 +47,13 @@ def run_state(
         keep: how many forks of this run stay on the server, the newest; None: all.
 
     Returns:
-        Strings, numbers, bytes, arrays and tensors.
+        Strings, numbers, bytes and tensors: `torch.load` takes them with `weights_only=True`.
     """
     answered = client.flush()
     barrier()  # what is forked holds the steps of all processes
     snapshot = same_everywhere(_fork(client, keep) if answered and rank() == 0 else None)
     return {
+        "rank": rank(),
         "policy": client.policy,
         "snapshot": snapshot,
         "client": client.state_dict(),
@@ -79,7 +80,8 @@ def resume_run(
 
     Args:
         client: a client of the run's policy, not used yet.
-        state: what `run_state` gave to this process.
+        state: what `run_state` gave to this process; that of the first process will do for the others, unless models
+            are sharded or steps were not answered.
         direction: the target direction of the resumed run.
         sampler: its sampler.
 
@@ -88,13 +90,14 @@ def resume_run(
     """
     if direction is not None and state["direction"] is not None:
         direction.load_state_dict(state["direction"])
+    own = state["rank"] == rank()  # some trainers keep the checkpoint of the first process alone
     if sampler is not None and state["sampler"] is not None:
-        sampler.load_state_dict(state["sampler"])
+        sampler.load_state_dict(state["sampler"], own=own)
     policy = same_everywhere(_policy_to_use(client, state) if rank() == 0 else None)
     if policy != state["policy"]:
         logger.warning("%s has moved since the checkpoint: going on with its fork %s", state["policy"], policy)
     resumed = client if policy == client.policy else client.for_policy(policy)
-    if policy == state["policy"]:
+    if own and policy == state["policy"]:
         resumed.load_state_dict(state["client"])
     _know_weights(resumed)
     if sampler is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 
 from equipoise.errors import InvalidRequestError
@@ -117,7 +118,7 @@ class WeightedSampler(Sampler[int]):
         return self._draws.fallbacks
 
     def state_dict(self, *, trained: int | None = None) -> dict[str, Any]:
-        """For a checkpoint of this process: integers, and arrays of the ids that were drawn and not used.
+        """For a checkpoint of this process: integers, and tensors of the ids that were drawn and not used.
 
         Args:
             trained: ids of this epoch that have been trained on. Needed where a DataLoader with workers, or Accelerate,
@@ -129,20 +130,27 @@ class WeightedSampler(Sampler[int]):
         ahead = 0 if trained is None else self._position - trained
         rule = f"must be from {self._position - len(self._given)} to {self._position}, the ids given in this epoch"
         _check("trained", trained, 0 <= ahead <= len(self._given), rule)
+        coming = self._draws.coming
         again = list(self._given)[len(self._given) - ahead :]
         return {
             "epoch": self.epoch,
             "position": self._position - ahead,
             "draws": self._number,
-            "drawn": np.array([*again, *self._drawn], np.uint64),
-            "coming": self._draws.coming,
+            "drawn": torch.tensor([*again, *self._drawn], dtype=torch.int64),
+            "coming": None if coming is None else torch.from_numpy(coming.astype(np.int64)),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the sampler stood that gave `state`: within its epoch, or with the next where that was over."""
+    def load_state_dict(self, state: Mapping[str, Any], *, own: bool = True) -> None:
+        """Goes on where the sampler stood that gave `state`: within its epoch, or with the next where that was over.
+
+        Args:
+            state: what `state_dict` gave.
+            own: whether to this process: the ids that another one had drawn are not used again.
+        """
         self.epoch, self._position, self._number = state["epoch"], state["position"], state["draws"]
-        self._drawn = deque(state["drawn"].tolist())
-        self._draws.coming = state["coming"]
+        coming = state["coming"] if own else None
+        self._drawn = deque(state["drawn"].tolist() if own else ())
+        self._draws.coming = None if coming is None else coming.numpy().astype(np.uint64)
         self._given.clear()
         self._resumed = 0 < self._position < self._length
 

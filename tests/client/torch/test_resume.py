@@ -87,7 +87,7 @@ class Job:
         return file.getvalue()
 
     def restore(self, data: bytes) -> None:
-        state = torch.load(io.BytesIO(data), weights_only=False)
+        state = torch.load(io.BytesIO(data), weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

@@ -106,6 +106,7 @@ class Trainer:
             timeout=options.timeout,
             backoff=options.backoff,
             limits=options.limits,
+            security=self._server.security,
         )
 
     def weights(self, ids: ArrayLike) -> NDArray[np.float32]:

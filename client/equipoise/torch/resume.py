@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from equipoise.client import PolicyClient
-from equipoise.errors import PolicyNotFoundError, UnavailableError
+from equipoise.errors import EquipoiseError, PolicyNotFoundError, UnavailableError
 from equipoise.policies import PolicyStatus
 from equipoise.torch.direction import TargetDirection
 from equipoise.torch.processes import barrier, rank, same_everywhere
@@ -106,7 +106,7 @@ def resume_run(
 
 
 def _fork(client: PolicyClient, keep: int | None) -> dict[str, Any] | None:
-    """Forks the policy; None: the server is lost."""
+    """Forks the policy; None: the server does not."""
     try:
         status = client.status()
         prefix = f"{client.policy[:_NAME_LENGTH]}.at-"
@@ -115,7 +115,7 @@ def _fork(client: PolicyClient, keep: int | None) -> dict[str, Any] | None:
             forks = [policy.spec.name for policy in client.admin.list_policies(prefix)]
             for old in sorted(forks, key=lambda fork: (len(fork), fork))[: max(0, len(forks) - keep)]:
                 client.admin.delete(old)
-    except (UnavailableError, PolicyNotFoundError) as error:
+    except EquipoiseError as error:  # lost, no room for a fork, not allowed to: no reason to lose the checkpoint
         logger.warning("%s: the checkpoint is made without a fork of the policy (%s)", client.policy, error)
         return None
     return {"name": name, "uid": status.uid, "version": status.version}

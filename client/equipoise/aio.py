@@ -307,10 +307,12 @@ class _Stream:
     async def flush(self, timeout: float, *, durable: bool) -> bool:
         """Waits until every step is answered (and durable); whether that is so."""
         end = monotonic() + timeout
-        while not self._session.flushed(durable=durable) and (rest := end - monotonic()) > 0:
-            if durable:
-                self._session.probe(monotonic())
+        probe_at = 0.0
+        while not self._session.flushed(durable=durable) and (rest := end - (now := monotonic())) > 0:
+            if durable and now >= probe_at:
+                self._session.probe(now)
                 self._work.notify()
+                probe_at = now + _PROBE_SECONDS
             await self._answers.wait(min(rest, _PROBE_SECONDS))
         return self._session.flushed(durable=durable)
 

@@ -101,6 +101,8 @@ class LogWriter:
         """Newest version that is in the store."""
         self.appended_bytes = tail.size
         """Bytes in the store's log since the last trim."""
+        self.failing = False
+        """Whether the store did not take the last append."""
         self.rollbacks = 0
         """How often the store was found to have lost entries."""
         self._store = store
@@ -169,6 +171,7 @@ class LogWriter:
                 self._telemetry.fenced()
                 raise
             except StoreError:
+                self.failing = True
                 self._check_overrun()
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(2 * backoff_s, BACKOFF_MOST_S)
@@ -196,6 +199,7 @@ class LogWriter:
             self._advance(version)
         while batch := self.tail.after(self.durable_version, most_bytes=MAX_APPEND_BYTES):
             await self._store.append(self.owner, batch)
+            self.failing = False
             self.appended_bytes += sum(map(entry_bytes, batch))
             if self.appended_bytes > self._longer_than:
                 self._long.set()

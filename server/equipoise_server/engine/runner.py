@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 log = structlog.get_logger("equipoise.policy")
 
+LOG_ROOM = 2
+"""Where a rule says how long its log should get: at so many times that, steps wait for the sweep to shorten it."""
 SWEEP_RETRY_S = 1.0
 """Pause after a sweep that the store ended."""
 STEPS_PER_CALL = 64
@@ -131,6 +133,9 @@ class PolicyRunner:
             republish=self._republish,
             on_rollback=self._distrust_pages,
         )
+        self._most_log_bytes = policy.rule.most_log_bytes(policy.state)
+        self._sweeping = False
+        self._page_written = asyncio.Event()
         self._sequences = DurableSequences(
             durable={key: trainer.last_sequence for key, trainer in policy.trainers.known.items()}
         )
@@ -273,7 +278,19 @@ class PolicyRunner:
         while True:
             taken = await self.queue.take()
             for start in range(0, len(taken), STEPS_PER_CALL):
+                await self._room_in_log()
                 await self._apply(taken[start : start + STEPS_PER_CALL])
+
+    async def _room_in_log(self) -> None:
+        """Waits while a sweep shortens a log that is too long for its rule, but only as long as it gets on."""
+        most = self._most_log_bytes
+        while most and self.log.tail.size > LOG_ROOM * most and self._sweeping and not self.log.failing:
+            self._page_written.clear()
+            try:
+                async with asyncio.timeout(self._limits.log_timeout_s):
+                    await self._page_written.wait()
+            except TimeoutError:
+                return
 
     async def _apply(self, batch: list[Pending]) -> None:
         started = self._loop.time()
@@ -340,9 +357,7 @@ class PolicyRunner:
         await self.close(fenced(self.spec_name))
 
     async def _sweep_when_due(self) -> None:
-        most = self.policy.rule.most_log_bytes(self.policy.state)
-        if most is None:
-            most = max(self._limits.sweep.min_bytes, self.status.table_bytes)
+        most = self._most_log_bytes or max(self._limits.sweep.min_bytes, self.status.table_bytes)
         while True:
             await self.log.wait_longer_than(most)
             try:
@@ -353,14 +368,20 @@ class PolicyRunner:
     async def sweep(self) -> None:
         """Writes changed pages and trims the log, now."""
         started = self._loop.time()
-        swept = await sweep(
-            self.policy,
-            log=self.log,
-            store=self._store,
-            owner=self.log.owner,
-            device=self._device,
-            bytes_per_s=self._limits.sweep.bytes_per_s,
-        )
+        self._sweeping = True
+        try:
+            swept = await sweep(
+                self.policy,
+                log=self.log,
+                store=self._store,
+                owner=self.log.owner,
+                device=self._device,
+                bytes_per_s=self._limits.sweep.bytes_per_s,
+                on_page=self._page_written.set,
+            )
+        finally:
+            self._sweeping = False
+            self._page_written.set()
         seconds = round(self._loop.time() - started, 3)
         log.info("swept", policy=self.spec_name, pages=swept, through_version=self.log.tail.base, seconds=seconds)
 

@@ -1,6 +1,7 @@
 """The sweep: writes changed pages to the store and trims the log to what they do not hold."""
 
 import asyncio
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -26,15 +27,26 @@ class SweepLimits:
     bytes_per_s: float
 
 
+CAPTURE_BYTES = 8 << 20
+"""Bytes of pages copied in one device call: they wait together until the log has reached their version."""
+
+
 async def sweep(
-    policy: Policy, *, log: LogWriter, store: RedisStore, owner: Ownership, device: DeviceThread, bytes_per_s: float
+    policy: Policy,
+    *,
+    log: LogWriter,
+    store: RedisStore,
+    owner: Ownership,
+    device: DeviceThread,
+    bytes_per_s: float,
+    on_page: Callable[[], None],
 ) -> int:
     """Writes every page that is dirty now, then the facts of now, then trims the log to now.
 
     The facts come last: until they are written, a restore starts from the old ones, for which the log is still there,
     and skips for each page what it already holds. A page is written only after the log has reached its version, so
     that no page is ever ahead of the log. Clean pages are trusted to be in the store only while it has not gone back:
-    neither behind the last sweep nor, as the log writer notices, during this one.
+    neither behind the last sweep nor, as the log writer notices, during this one. Calls `on_page` after every page.
 
     Returns the number of pages written. Raises StoreError; the pages not written are dirty again.
     """
@@ -45,12 +57,14 @@ async def sweep(
     dirty = np.flatnonzero(policy.dirty_pages).tolist()
     unwritten = set(dirty)
     try:
-        for index in dirty:
-            version, columns = await device.run(lambda index=index: policy.capture_page(index))  # type: ignore[misc]
-            await log.wait_durable(version)
-            await store.write_page(owner, index, Page(version=version, columns=columns))
-            unwritten.discard(index)
-            await asyncio.sleep(sum(map(len, columns.values())) / bytes_per_s)
+        for indices in _batches(dirty, policy):
+            captured = await device.run(lambda indices=indices: [policy.capture_page(i) for i in indices])  # type: ignore[misc]
+            for index, (version, columns) in zip(indices, captured, strict=True):
+                await log.wait_durable(version)
+                await store.write_page(owner, index, Page(version=version, columns=columns))
+                unwritten.discard(index)
+                on_page()
+                await asyncio.sleep(sum(map(len, columns.values())) / bytes_per_s)
         await log.wait_durable(facts.progress.version)
         if log.rollbacks != rollbacks:
             raise LogLost(owner.policy, last_version=log.durable_version)
@@ -61,6 +75,12 @@ async def sweep(
         raise
     log.trimmed(facts.progress.version)
     return len(dirty)
+
+
+def _batches(pages: list[int], policy: Policy) -> Iterator[list[int]]:
+    page_bytes = -(-policy.state.nbytes // max(policy.state.num_pages, 1))
+    size = max(1, CAPTURE_BYTES // max(page_bytes, 1))
+    return (pages[start : start + size] for start in range(0, len(pages), size))
 
 
 async def _has_lost_a_sweep(store: RedisStore, owner: Ownership, log: LogWriter) -> bool:

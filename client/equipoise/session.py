@@ -468,7 +468,7 @@ class Session:
         ticket.answered = True
         self._stats.unacked -= is_new
         if refused:
-            if is_new:  # a replay is refused again: its caller knows
+            if is_new or ticket.request.reads:  # a replay is refused again: its caller knows
                 self._refuse(ticket, answer, now)
         else:
             self._stats.applied += is_new and answer.outcome == pb.OUTCOME_APPLIED

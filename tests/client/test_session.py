@@ -238,6 +238,14 @@ def test_a_refused_step_raises_for_its_caller() -> None:
     talk.session.raise_unreported()  # once is enough
 
 
+def test_a_refused_read_raises_for_its_caller() -> None:
+    talk = opened("wait")
+    ticket = talk.session.read([1], step=9, now=talk.now)
+    refuse(talk)
+    with pytest.raises(errors.StepRefusedError):
+        ticket.value()
+
+
 def test_a_refusal_is_told_once_though_its_step_is_sent_again() -> None:
     talk = opened()
     ticket = talk.step(2)

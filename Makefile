@@ -1,14 +1,16 @@
 # Every target brings what it needs: a virtual environment in .venv, and one for the stub generator in .venv-proto.
-# Variables: PYTHON, the interpreter to start from (3.11 or newer); ARGS, more arguments for demo and test.
+# Variables: PYTHON, the interpreter to start from (3.11 or newer); ARGS, more arguments for demo, test and soak;
+# MINUTES, how long to soak.
 
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 30
 BIN := .venv/bin
 PROTO := .venv-proto/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench proto clean
+.PHONY: help setup demo test test-slow soak check format bench proto clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -24,6 +26,9 @@ test: .venv/.tests .venv-proto/.ready ## the tests, but for the slow ones
 
 test-slow: .venv/.tests .venv-proto/.ready ## the slow tests
 	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: there are none
+
+soak: .venv/.tests ## MINUTES of trainers and faults; fails when memory or anything else keeps growing
+	$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES) $(ARGS)
 
 check: .venv/.tools .venv-proto/.ready ## format, lint, types, import contracts, stubs
 	$(BIN)/ruff format --check .

@@ -236,6 +236,7 @@ class Server:
             inflight_bytes=sum(runner.queue.size for runner in runners),
             active_streams=self._servicer.open_streams,
             trainers=sum(len(runner.policy.trainers.known) for runner in runners),
+            tasks=len(asyncio.all_tasks()),
             unpersisted_updates=sum(runner.log.backlog for runner in runners),
             redis_up=self._redis_up,
             draining=self._health.draining,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ("setup", "demo", "test", "test-slow", "check", "bench", "proto")
+TARGETS = ("setup", "demo", "test", "test-slow", "soak", "check", "bench", "proto")
 FOLDERS = {"proto", "server", "client", "trainer", "deploy", "tests", ".ci"}
 
 

@@ -20,6 +20,7 @@ class Snapshot:
         inflight_bytes: bytes of the steps that wait or are being worked on.
         active_streams: open training streams.
         trainers: trainers that are remembered, over all policies.
+        tasks: tasks of the event loop.
         unpersisted_updates: steps applied that are not in Redis yet.
         redis_up: whether the last word from Redis was an answer.
         draining: whether the server is about to stop.
@@ -30,6 +31,7 @@ class Snapshot:
     inflight_bytes: int = 0
     active_streams: int = 0
     trainers: int = 0
+    tasks: int = 0
     unpersisted_updates: int = 0
     redis_up: bool = False
     draining: bool = False
@@ -40,6 +42,7 @@ GAUGES = (
     ("inflight_bytes", "inflight_bytes", "Bytes of the steps that wait or are being worked on."),
     ("active_streams", "active_streams", "Open training streams."),
     ("clients", "trainers", "Trainers that are remembered, over all policies."),
+    ("event_loop_tasks", "tasks", "Tasks of the event loop: a few, and a few for each stream."),
     ("unpersisted_updates", "unpersisted_updates", "Steps applied that are not in Redis yet."),
     ("redis_up", "redis_up", "1 when the last word from Redis was an answer."),
     ("draining", "draining", "1 while the server is about to stop."),

@@ -213,7 +213,6 @@ def test_a_message_over_the_limit_is_refused(connection: Connection, method: str
 @pytest.mark.parametrize("method", ["GetPolicy", "Exchange"])
 def test_a_compression_bomb_is_defused(connection: Connection, wire_server: ServerProcess, method: str) -> None:
     bomb = b"\0" * (128 * MIB)
-    assert len(gzip.compress(bomb, 1)) < LIMIT_MIB * MIB
     process = psutil.Process(wire_server.pid)
     before = process.memory_info().rss
     error = connection.send(method, [bomb], compression=grpc.Compression.Gzip)

@@ -31,22 +31,31 @@ def pull_back(path: RunPath[V]) -> Iterator[tuple[int, Statistics]]:
             yield step, contributions
 
 
-def move_rows(path: RunPath[V], holder: RowHolder, *, done: int = 0, stop: Stop = lambda: False) -> None:
+def move_rows(
+    path: RunPath[V],
+    holder: RowHolder,
+    *,
+    done: int = 0,
+    stop: Stop = lambda: False,
+    on_row: Callable[[int, Statistics], None] = lambda step, contributions: None,
+) -> None:
     """Moves every row by its contributions, the last row first.
 
     Args:
         path: the run under the rows as they were before the first move.
         holder: whose rows move.
         done: how many rows were moved already.
-        stop: asked after each row.
+        stop: asked after each row but the last.
+        on_row: called with every row and its contributions, those that were moved already included.
 
     Raises:
         StoppedError: `stop` said so; all moves made so far are applied and kept.
     """
     for step, contributions in pull_back(path):
+        on_row(step, contributions)
         if path.steps - 1 - step >= done:
             holder.move(step, contributions.astype(np.float32))
-        if stop():
+        if step and stop():
             holder.flush()
             raise StoppedError(f"stopped after row {step}")
     holder.flush()

@@ -38,7 +38,7 @@ class Measures:
         gradient_norms: [T], of the weighted gradients.
         looked: [S], the steps below.
         sim: [S], SIM_t: the contributions' weighted mean over their deviation, over examples with weight.
-        adjoint_sim: [S], the same with λ_{t+1} in place of ∇L_A(θ_t).
+        adjoint_sim: [S], the same with λ_{t+1} in place of ∇L_A(θ_t); NaN until a backward pass has told.
         effective: [S], effective examples 1/Σγ², in [1, N].
         zero: [S], share of weights that are exactly 0.
         zero_nonpositive: [S], share of zero weights among examples with CT ≤ 0.
@@ -109,19 +109,19 @@ def measure(
     *,
     epoch: int,
     planted: Planted,
-    adjoint_sim: Array,
+    looks: int = LOOKS,
     test: bool = True,
 ) -> Measures:
-    """Measures a run.
+    """Measures a run, but for what needs the adjoint.
 
     Args:
         path: the run.
         epoch: of the policy.
         planted: what is known of the examples.
-        adjoint_sim: [S], from the backward pass, at `looked_steps`.
+        looks: about how many steps are looked at closely.
         test: whether unseen examples are measured too.
     """
-    looked = looked_steps(path.steps, count=len(adjoint_sim))
+    looked = looked_steps(path.steps, count=looks)
     collected: dict[str, list[Any]] = {}
     for steps in path.segments():
         chosen = [int(step) for step in looked if step in steps]
@@ -139,7 +139,7 @@ def measure(
         test_loss=losses_along(path, "test") if test else np.zeros(0),
         gradient_norms=path.gradient_norms,
         looked=looked,
-        adjoint_sim=adjoint_sim,
+        adjoint_sim=np.full(len(looked), np.nan),
         mean_weight=path.weights.mean(axis=0, dtype=np.float64),
         **histograms,
         **{name: np.array(values, dtype=np.float64) for name, values in collected.items()},

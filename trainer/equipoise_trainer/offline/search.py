@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic
 
 import numpy as np
+from numpy.typing import NDArray
 
 from equipoise_trainer.analysis import similarity
 from equipoise_trainer.offline.adjoint import Stop, move_rows, pull_back
@@ -15,7 +16,7 @@ from equipoise_trainer.offline.measures import LOOKS, Measures, looked_steps, me
 from equipoise_trainer.offline.path import MEMORY_BYTES, RunPath
 from equipoise_trainer.offline.planted import Planted
 from equipoise_trainer.offline.problem import Problem, Statistics, V
-from equipoise_trainer.offline.rows import RowHolder
+from equipoise_trainer.offline.rows import RowHolder, Weights
 from equipoise_trainer.perceptron import Array
 
 
@@ -53,7 +54,7 @@ class Search(Generic[V]):
         planted: what is known of the examples.
         directory: where measures and the copy of the rows outlive the process; None: nowhere.
         keeps_rows: whether the copy of the rows does; for a holder that outlives the process too.
-        stop: asked after each row.
+        stop: asked after each row but the last of an epoch.
         on_epoch: called after each policy epoch with how many are done and the seconds this one took without measures.
         copies: what keeps the rows of the running epoch.
     """
@@ -85,30 +86,43 @@ class Search(Generic[V]):
             weights, done = self.copies.take(self.holder)
             path = RunPath.run(self.problem, weights, memory_bytes=self.plan.memory_bytes)
             lost = 0.0
+            measures = None
             if epoch in self.plan.measured:
                 before = time.monotonic()
-                found[epoch] = self._measured(path, epoch)
+                measures = found[epoch] = self._measured(path, epoch)
                 lost = time.monotonic() - before
+            sims = AdjointSims(path.weights, looked_steps(path.steps, count=self.plan.looks))
             if epoch >= self.holder.settings.policy_epochs:
-                return [found.get(each) or self._load(each) for each in sorted(self.plan.measured)], path
-            move_rows(path, self.holder, done=done, stop=self.stop)
+                for step, contributions in pull_back(path):
+                    sims.add(step, contributions)
+                found[epoch] = self._complete(measures or self._measured(path, epoch), sims)
+                return [found.get(each) or self._load(each) for each in sorted({*self.plan.measured, epoch})], path
+            told = sims.add if measures is not None else _nothing
+            move_rows(path, self.holder, done=done, stop=self.stop, on_row=told)
+            if measures is not None:
+                found[epoch] = self._complete(measures, sims)
             self.on_epoch(epoch + 1, time.monotonic() - started - lost)
 
     def _measured(self, path: RunPath[V], epoch: int) -> Measures:
         file = self._file(epoch)
         if file is not None and file.exists():
             return Measures.load(file)
-        result = measure(
-            path,
-            epoch=epoch,
-            planted=self.planted,
-            adjoint_sim=adjoint_similarity(path, count=self.plan.looks),
-            test=epoch in self.plan.tested,
-        )
+        test = epoch in self.plan.tested
+        result = measure(path, epoch=epoch, planted=self.planted, looks=self.plan.looks, test=test)
+        self._save(result)
+        return result
+
+    def _complete(self, measures: Measures, sims: "AdjointSims") -> Measures:
+        """With what the backward pass told."""
+        result = replace(measures, adjoint_sim=sims.values())
+        self._save(result)
+        return result
+
+    def _save(self, measures: Measures) -> None:
+        file = self._file(measures.epoch)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            result.save(file)
-        return result
+            measures.save(file)
 
     def _load(self, epoch: int) -> Measures:
         file = self._file(epoch)
@@ -119,16 +133,28 @@ class Search(Generic[V]):
         return None if self.directory is None else self.directory / f"epoch-{epoch:04d}.npz"
 
 
-def adjoint_similarity(path: RunPath[V], *, count: int = LOOKS) -> Array:
-    """SIM_t with the adjoint at the steps that are looked at, [S]. A backward pass of its own."""
-    wanted = looked_steps(path.steps, count=count)
-    found = {
-        step: _similarity(contributions, path.weights[step])
-        for step, contributions in pull_back(path)
-        if step in wanted
-    }
-    return np.array([found[int(step)] for step in wanted])
+class AdjointSims:
+    """SIM_t with the adjoint, collected from a backward pass.
+
+    Args:
+        weights: the rows, [T, N].
+        looked: [S], steps that are looked at closely.
+    """
+
+    def __init__(self, weights: Weights, looked: NDArray[np.int64]) -> None:
+        self._weights = weights
+        self._found = dict.fromkeys(looked.tolist(), np.nan)
+
+    def add(self, step: int, contributions: Statistics) -> None:
+        """The contributions λ_{t+1}·∇l_n of a step, [N]."""
+        if step in self._found:
+            weights = self._weights[step].astype(np.float64)
+            self._found[step] = similarity(contributions.astype(np.float64), weights, floor=0.0)
+
+    def values(self) -> Array:
+        """[S]."""
+        return np.array(list(self._found.values()))
 
 
-def _similarity(contributions: Statistics, weights: Statistics) -> float:
-    return similarity(contributions.astype(np.float64), weights.astype(np.float64), floor=0.0)
+def _nothing(step: int, contributions: Statistics) -> None:
+    """Where nothing is measured."""

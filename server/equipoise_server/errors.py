@@ -126,6 +126,12 @@ def store_down(detail: str) -> ServiceError:
     return ServiceError(Code.UNAVAILABLE, "STATE_STORE_DOWN", f"the state store failed: {detail}", retry_after_s=1.0)
 
 
+def device_full(name: str, *, needed: int, free: int, device: str) -> ServiceError:
+    """RESOURCE_EXHAUSTED: the policy's tables do not fit the memory that is free."""
+    message = f"policy {name!r} needs {needed} bytes of {device} memory, of which {free} are free"
+    return ServiceError(Code.RESOURCE_EXHAUSTED, "DEVICE_FULL", message, retry_after_s=10.0)
+
+
 def draining() -> ServiceError:
     """UNAVAILABLE: the server is about to stop."""
     return ServiceError(Code.UNAVAILABLE, "DRAINING", "this server is stopping; reconnect", retry_after_s=0.5)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 import grpc
 import numpy as np
 import pytest
+import torch
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from equipoise.testing import ServerProcess
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
+from equipoise_server.engine.memory import free_bytes
 
 NUM_EXAMPLES = 100
 FRESH = itertools.count()
@@ -453,3 +455,14 @@ def test_health_overall_and_per_service(server: ServerProcess) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             stub.Check(health_pb2.HealthCheckRequest(service="unknown"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_policy_that_no_machine_can_hold_is_refused_and_not_stored(stub: PolicyServiceStub) -> None:
+    name = f"contract-{next(FRESH)}"
+    huge = pb.PolicySpec(name=name, num_examples=4_000_000_000)
+    free = free_bytes(torch.device("cpu"))
+    if free is None or free > 32 << 30:
+        pytest.skip("this machine can, or does not say")
+    code, reason, _, _ = failure(lambda: stub.CreatePolicy(pb.CreatePolicyRequest(policy=huge)))
+    assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_FULL")
+    assert failure(lambda: stub.GetPolicy(pb.GetPolicyRequest(policy=name)))[0] is grpc.StatusCode.NOT_FOUND

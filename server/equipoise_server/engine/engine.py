@@ -11,6 +11,7 @@ import structlog
 from equipoise_server.engine import tables
 from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.log import LogTail
+from equipoise_server.engine.memory import check_room
 from equipoise_server.engine.policy import Policy
 from equipoise_server.engine.progress import Progress
 from equipoise_server.engine.runner import PolicyRunner, RunnerLimits
@@ -91,6 +92,7 @@ class Engine:
 
     async def create(self, spec: PolicySpec) -> tuple[StoredPolicy, bool]:
         """Stores a policy, uniform at version 0, unless one of this name exists; which one, and whether it is new."""
+        check_room(spec, self.device.device)
         fresh = self._fresh(spec)
         try:
             return await self._store.create(fresh)
@@ -261,6 +263,7 @@ class Engine:
             raise invalid("INVALID_STATE", "chunk.data", str(error)) from error
 
     def _empty(self, spec: PolicySpec, uid: str) -> Policy:
+        check_room(spec, self.device.device)
         rule = build(spec.rule, spec.settings)
         state = rule.init(spec.num_examples, device=self.device.device)
         return Policy(spec, uid, rule=rule, state=state, trainers=Trainers(self.limits.trainer_idle_s))

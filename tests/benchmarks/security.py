@@ -1,0 +1,132 @@
+"""What TLS and tokens cost: a step's round trip, throughput and a call by itself, against none; ratios of one run.
+
+    python -m tests.benchmarks.security
+
+Three servers take turns: `none`, `tls`, and `tls+token` with client certificates too.
+"""
+
+import asyncio
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from equipoise import Security
+from equipoise.channel import Server
+from equipoise.testing import serve
+from equipoise.v1 import policy_pb2 as pb
+from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
+from equipoise_server.security import Scope, entry, new_token
+from tests.benchmarks.exchange import NUM_EXAMPLES, ROWS, STEPS, requests, round_trips
+from tests.e2e.security.authority import Authority
+
+ROUNDS = 7
+IN_FLIGHT = 32
+
+
+def servers(stack: ExitStack) -> dict[str, Server]:
+    """The three servers by name."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    authority = Authority(folder)
+    shown, mine = authority.issue("server"), authority.issue("client")
+    token, kept = new_token(tenant="bench", scopes=Scope)
+    tokens = folder / "tokens.toml"
+    tokens.write_text(f'[tenants.bench]\nprefix = ""\n{entry(kept)}')
+    tls = {"tls_certificate": shown.certificate, "tls_key": shown.key}
+    guard = {"tls_client_ca": authority.file, "tokens_file": tokens}
+    trusting = Security(root_certificates=authority.file)
+    known = Security(
+        root_certificates=authority.file, client_certificate=mine.certificate, client_key=mine.key, token=token
+    )
+    return {
+        "none": Server(stack.enter_context(serve()).address, Security()),
+        "tls": Server(stack.enter_context(serve(**tls)).address, trusting),
+        "tls+token": Server(stack.enter_context(serve(**tls, **guard)).address, known),
+    }
+
+
+@asynccontextmanager
+async def stream(server: Server, policy: str) -> AsyncIterator[tuple[Any, Any]]:
+    """A stub, and an open stream of a policy that is created for it and answered at once."""
+    async with server.aio_channel() as channel:
+        stub = PolicyServiceStub(channel)
+        spec = pb.PolicySpec(name=policy, num_examples=NUM_EXAMPLES, durability=pb.DURABILITY_BEHIND)
+        await stub.CreatePolicy(pb.CreatePolicyRequest(policy=spec), metadata=server.headers())  # type: ignore[misc]
+        call: Any = stub.Exchange(metadata=server.headers())  # type: ignore[call-arg]
+        await call.write(pb.ExchangeRequest(open=pb.OpenRequest(policy=policy, trainer_id="bench")))
+        await call.read()
+        yield stub, call
+        await call.done_writing()
+
+
+async def in_flight(call: Any, given: list[pb.ExchangeRequest]) -> float:
+    """Seconds per step with `IN_FLIGHT` of them under way."""
+    started = time.perf_counter()
+    for sent, request in enumerate(given):
+        await call.write(request)
+        if sent >= IN_FLIGHT:
+            await call.read()
+    for _ in range(min(IN_FLIGHT, len(given))):
+        await call.read()
+    return (time.perf_counter() - started) / len(given)
+
+
+async def calls(stub: Any, server: Server, policy: str, given: list[pb.ExchangeRequest]) -> list[float]:
+    """Seconds of each step by a call of its own."""
+    taken = []
+    for request in given[:100]:
+        step = pb.StepRequest(example_ids=request.step.example_ids, contributions=request.step.contributions)
+        message = pb.UpdateWeightsRequest(policy=policy, step=step)
+        started = time.perf_counter()
+        await stub.UpdateWeights(message, metadata=server.headers())
+        taken.append(time.perf_counter() - started)
+    return taken
+
+
+async def measure(known: dict[str, Server]) -> dict[tuple[int, str, str], list[float]]:
+    """Seconds by rows, what is measured, and server; the servers take turns."""
+    taken: dict[tuple[int, str, str], list[float]] = {}
+    for rows in ROWS:
+        policy = f"bench-{rows}"
+        async with AsyncExitStack() as stack:
+            streams = {name: await stack.enter_async_context(stream(at, policy)) for name, at in known.items()}
+            for turn in range(ROUNDS):
+                trips, flood = (list(requests(rows, first=first)) for first in firsts(turn))
+                for name, (stub, call) in streams.items():
+                    for what, seconds in (
+                        ("round trip", await round_trips(call, trips)),
+                        ("in flight", [await in_flight(call, flood)]),
+                        ("call", await calls(stub, known[name], policy, trips)),
+                    ):
+                        taken.setdefault((rows, what, name), []).extend(seconds)
+    return taken
+
+
+def firsts(turn: int) -> tuple[int, int]:
+    """First sequences of a turn's two batches of steps."""
+    return 1 + 2 * turn * STEPS, 1 + (2 * turn + 1) * STEPS
+
+
+def main() -> None:
+    """Runs the benchmark and prints a table."""
+    with ExitStack() as stack:
+        taken = asyncio.run(measure(servers(stack)))
+    table = Table("rows", "what", "server", "median ms", "/ none", "steps/s", title="TLS and tokens against none")
+    for (rows, what, name), seconds in taken.items():
+        median = statistics.median(seconds)
+        ratio = median / statistics.median(taken[rows, what, "none"])
+        table.add_row(str(rows), what, name, f"{1e3 * median:.3f}", f"{ratio:.2f}", f"{1 / median:,.0f}")
+    Console().print(table)
+    print(f"{platform.platform()}, Python {platform.python_version()}, grpcio {grpc.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ format: .venv/.tools ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.tests ## benchmarks, as ratios
+bench: .venv/.bench ## benchmarks, as ratios
 	$(BIN)/python -m tests.benchmarks.exchange
 	$(BIN)/python -m tests.benchmarks.trajectory
 
@@ -67,6 +67,10 @@ clean: ## remove the virtual environments and caches
 
 .venv/.tests: .venv/.runtime
 	@$(PIP) --group test
+	@touch $@
+
+.venv/.bench: .venv/.tests
+	@$(PIP) --group bench
 	@touch $@
 
 .venv/.tools: .venv/.tests

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.trajectory [ROWS [EXAMPLES]]
 
 The trainer is trivial: its contributions are ready beforehand, so that what is measured is the service and the client.
-Beside it the same policy epoch in process, and the projection of a sample of the same rows, by the rule and, if it is
-installed, by cvxpy, as the paper's code does it.
+Beside it the same policy epoch in process, and the projection of a sample of the same rows, by the rule and by
+cvxpy, as the paper's code does it. CPU seconds are those of the trainer's and the server's process (Redis
+apart): on a busy machine they say what the wall clock cannot.
 """
 
 import platform
@@ -13,21 +14,24 @@ import sys
 import time
 from collections.abc import Callable
 
+import cvxpy
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from equipoise import Limits, PolicyClient
-from equipoise.testing import serve
+from equipoise import PolicyClient
+from equipoise.testing import ServerProcess, serve
 from equipoise_server.rules import aggregate, build, project_simplex
 
 ROWS, EXAMPLES = 2000, 4096
 EPOCHS = 5
 RANGE_ROWS = 64
-SAMPLE = 5
-LIMITS = Limits(window_bytes=1 << 30, window_steps=1 << 16)
+SAMPLE, REPEATS = 7, 100
+MOVE = 0.3
+"""How far a first step moves a weight, served weights being 1 on average, for a contribution of 1."""
 
 Rows = NDArray[np.float32]
 
@@ -41,7 +45,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def settings(rows: int, examples: int) -> dict[str, float]:
     """Settings under which a fair share of the weights becomes zero."""
-    return {"rows": rows, "learning_rate": 0.3 / examples, "policy_epochs": 20}
+    return {"rows": rows, "learning_rate": MOVE / examples, "policy_epochs": 20}
 
 
 def contributions(rows: int, examples: int) -> Rows:
@@ -55,7 +59,8 @@ class Trainer:
     def __init__(self, client: PolicyClient, given: Rows) -> None:
         self._client = client
         self._given = given
-        self.longest_submit = 0.0
+        self.submits: list[float] = []
+        """Seconds that each submit took."""
 
     def read(self) -> None:
         """The forward pass: all rows, some at a time."""
@@ -65,8 +70,7 @@ class Trainer:
     def send(self) -> None:
         """The backward pass, until every step is answered."""
         for row in reversed(range(len(self._given))):
-            taken = seconds(lambda row=row: self._submit(row))  # type: ignore[misc]
-            self.longest_submit = max(self.longest_submit, taken)
+            self.submits.append(seconds(lambda row=row: self._submit(row)))  # type: ignore[misc]
         assert self._client.flush(300)
 
     def settle(self) -> None:
@@ -91,62 +95,57 @@ def in_process(given: Rows) -> list[float]:
     return [seconds(epoch) for _ in range(EPOCHS)]
 
 
-def over_the_socket(address: str, given: Rows, durability: str) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each part of each policy epoch, and the longest submit."""
+def over_the_socket(server: ServerProcess, given: Rows, durability: str) -> dict[str, float]:
+    """Medians over the policy epochs, seconds: its parts and the CPU of both sides; and quantiles of the submits."""
     rows, examples = given.shape
-    parts: dict[str, list[float]] = {}
+    taken: dict[str, list[float]] = {}
+    there = psutil.Process(server.pid)
     with PolicyClient(
-        address,
+        server.address,
         policy=f"bench-{durability}",
         num_examples=examples,
         rule="trajectory",
         settings=settings(rows, examples),
         durability=durability,  # type: ignore[arg-type]
         when_lost="wait",
-        limits=LIMITS,
     ) as client:
         trainer = Trainer(client, given)
         client.read(step=0)
         for _ in range(EPOCHS):
-            for name, call in (("read", trainer.read), ("send", trainer.send), ("settle", trainer.settle)):
-                parts.setdefault(name, []).append(seconds(call))
-    parts["epoch"] = [read + send for read, send in zip(parts["read"], parts["send"], strict=True)]
-    return parts, trainer.longest_submit
+            cpu = [time.process_time(), sum(there.cpu_times()[:2])]
+            for name, call in (("read", trainer.read), ("send", trainer.send)):
+                taken.setdefault(name, []).append(seconds(call))
+            taken.setdefault("trainer cpu", []).append(time.process_time() - cpu[0])
+            taken.setdefault("server cpu", []).append(sum(there.cpu_times()[:2]) - cpu[1])
+            taken.setdefault("settle", []).append(seconds(trainer.settle))
+    taken["epoch"] = [read + send for read, send in zip(taken["read"], taken["send"], strict=True)]
+    quantiles = {f"submit p{q}": float(np.quantile(trainer.submits, q / 100)) for q in (50, 99)}
+    return {name: statistics.median(values) for name, values in taken.items()} | quantiles
 
 
-def by_cvxpy() -> Callable[[NDArray[np.float64]], NDArray[np.float64]] | None:
-    """The projection as the paper's code has it, or None."""
-    try:
-        import cvxpy
-    except ImportError:
-        return None
-
-    def project(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        weights = cvxpy.Variable(len(values))
-        problem = cvxpy.Problem(
-            cvxpy.Minimize(cvxpy.sum_squares(weights - values)), [weights >= 0, cvxpy.sum(weights) == 1]
-        )
-        problem.solve()
-        return np.asarray(weights.value)
-
-    return project
+def by_cvxpy(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The projection onto {γ >= 0, Σγ = 1} as the paper's code has it: a quadratic programme."""
+    weights = cvxpy.Variable(len(values))
+    objective = cvxpy.Minimize(cvxpy.sum_squares(weights - values))
+    cvxpy.Problem(objective, [weights >= 0, cvxpy.sum(weights) == 1]).solve()
+    return np.asarray(weights.value)
 
 
-def projections(given: Rows) -> tuple[float, float | None, float | None]:
-    """Median seconds of one projection, by the rule and by cvxpy, and their largest difference in served weights."""
+def projections(given: Rows) -> tuple[float, float, float]:
+    """Median CPU seconds of one projection by the rule and by cvxpy, and the largest difference in served weights."""
     size = given.shape[1]
-    sample = [1.0 + 0.3 * row.astype(np.float64) for row in given[:SAMPLE]]
-    ours = statistics.median(seconds(lambda v=v: project_simplex(v)) for _ in range(100) for v in sample)  # type: ignore[misc]
-    theirs = by_cvxpy()
-    if theirs is None:
-        return ours, None, None
-    taken, differences = [], []
-    for values in sample:
-        started = time.perf_counter()
-        weights = theirs(values / size)
-        taken.append(time.perf_counter() - started)
-        differences.append(float(np.abs(size * weights - project_simplex(values)).max()))
-    return ours, statistics.median(taken), max(differences)
+    ours, theirs, differences = [], [], []
+    for row in given[:SAMPLE]:
+        values = 1.0 + MOVE * row.astype(np.float64)
+        started = time.process_time()
+        for _ in range(REPEATS):
+            exact = project_simplex(values)
+        middle = time.process_time()
+        weights = by_cvxpy(values / size)
+        ours.append((middle - started) / REPEATS)
+        theirs.append(time.process_time() - middle)
+        differences.append(float(np.abs(size * weights - exact).max()))
+    return statistics.median(ours), statistics.median(theirs), max(differences)
 
 
 def main(arguments: list[str]) -> None:
@@ -154,22 +153,23 @@ def main(arguments: list[str]) -> None:
     rows, examples = (*map(int, arguments), *(ROWS, EXAMPLES)[len(arguments) :])
     given = contributions(rows, examples)
     alone = statistics.median(in_process(given))
-    table = Table("where", "read s", "send s", "epoch s", "then durable s", "epoch / in process", "longest submit ms")
-    table.title = f"one policy epoch, T={rows}, N={examples}: medians of {EPOCHS}"
-    table.add_row("in process", "", "", f"{alone:.2f}", "", "1.0", "")
+    heads = ("where", "read", "send", "epoch", "then durable", "trainer CPU", "server CPU", "/ in process")
+    table = Table(
+        *heads, "submit p50 ms", "p99 ms", title=f"one policy epoch, T={rows}, N={examples}: medians, seconds"
+    )
+    table.add_row("in process", "", "", f"{alone:.2f}", "", "", "", "1.0", "", "")
+    parts = ("read", "send", "epoch", "settle", "trainer cpu", "server cpu")
     with serve() as server:
         for durability in ("logged", "behind"):
-            parts, longest = over_the_socket(server.address, given, durability)
-            read, send, settle, epoch = (statistics.median(parts[name]) for name in ("read", "send", "settle", "epoch"))
-            figures = (f"{each:.2f}" for each in (read, send, epoch, settle))
-            table.add_row(durability, *figures, f"{epoch / alone:.1f}", f"{1e3 * longest:.1f}")
+            took = over_the_socket(server, given, durability)
+            figures = [f"{took[name]:.2f}" for name in parts] + [f"{took['epoch'] / alone:.1f}"]
+            table.add_row(durability, *figures, *(f"{1e3 * took[f'submit p{q}']:.2f}" for q in (50, 99)))
     Console().print(table)
     ours, theirs, difference = projections(given)
-    print(f"projection of a row: {1e3 * ours:.3f} ms", end="; ")
-    if theirs is None:
-        print("cvxpy is not installed")
-    else:
-        print(f"by cvxpy {1e3 * theirs:.1f} ms, {theirs / ours:.0f} times as long; largest difference {difference:.1e}")
+    print(
+        f"a projection takes {1e3 * ours:.3f} ms of CPU, by cvxpy {1e3 * theirs:.1f} ms: {theirs / ours:.0f} times as much"
+    )
+    print(f"largest difference of a weight (1 on average): {difference:.1e}")
     print(
         f"{platform.platform()}, Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
     )

@@ -1,0 +1,164 @@
+"""What each of two processes of a framework's trainer sends; the test compares with the definition."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from equipoise import PolicyClient
+from equipoise.lightning import PolicyCallback
+from equipoise.torch import GhostContributions, TargetDirection, WeightedSteps
+from equipoise.transformers import PolicyTrainer, PolicyTraining
+from tests.client.torch.models import gpt2, lm_losses, tokens
+
+N, TARGETS = 32, 13
+
+
+class Notebook(PolicyClient):
+    """Weights that are known without a server, and statistics as they come."""
+
+    def __init__(self) -> None:
+        super().__init__("127.0.0.1:1", policy="notebook", num_examples=N)
+        self.sent: list[tuple[list[int], dict[str, Any]]] = []
+
+    def weights(self, ids: Any) -> Any:
+        return (np.asarray(ids).astype(np.float32) + 1) / 16
+
+    def submit(self, ids: Any = None, **fields: Any) -> None:
+        self.sent.append((np.asarray(ids).tolist(), dict(fields)))
+
+
+def examples(count: int, seed: int) -> list[dict[str, Any]]:
+    batch = tokens(count, seed=seed, padded=True)
+    return [{name: values[i] for name, values in batch.items()} | {"example_id": i} for i in range(count)]
+
+
+def losses_of(model: Any, batch: dict[str, Any]) -> Tensor:
+    return lm_losses(model, batch)
+
+
+def target_batches() -> list[dict[str, Tensor]]:
+    """Two batches of unequal size."""
+    batch = tokens(TARGETS, seed=1, padded=True)
+    return [{name: values[part] for name, values in batch.items()} for part in (slice(8), slice(8, None))]
+
+
+def with_accelerate(folder: str) -> Any:
+    client, accelerator = Notebook(), Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = gpt2()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(examples(N, 0), batch_size=4)  # type: ignore[arg-type]
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    direction = TargetDirection(model, losses_of, [target_batches()[dist.get_rank()]], group=dist.group.WORLD)
+    steps = WeightedSteps(client, GhostContributions(model, direction), accumulate=None)
+    for batch in loader:
+        with accelerator.accumulate(model), steps.capture(batch["example_id"]) as step:
+            accelerator.backward(step.loss(batch))
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            steps.submit()
+            break
+    return client.sent, accelerator.unwrap_model(model).state_dict()
+
+
+def with_transformers(folder: str) -> Any:
+    from transformers import TrainingArguments
+
+    client, model = Notebook(), gpt2()
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        report_to="none",
+        use_cpu=True,
+        ddp_backend="gloo",
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+    )
+    policy = PolicyTraining(client, target=[{**e, "example_id": 0} for e in examples(TARGETS, 1)])
+    PolicyTrainer(model, arguments, train_dataset=examples(N, 0), policy=policy).train()
+    return client.sent, model.state_dict()
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, policy: PolicyCallback) -> None:
+        super().__init__()
+        self.model, self.policy = gpt2(), policy
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.policy.loss(batch["example_id"], batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def with_lightning(folder: str) -> Any:
+    client = Notebook()
+    policy = PolicyCallback(client, losses_of, target_batches())
+    module = Module(policy)
+    trainer = lightning.Trainer(
+        callbacks=[policy],
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        plugins=[TorchElasticEnvironment()],
+        accumulate_grad_batches=2,
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(examples(N, 0), batch_size=4))  # type: ignore[arg-type]
+    return client.sent, module.model.state_dict()
+
+
+TRAINERS = {"accelerate": with_accelerate, "transformers": with_transformers, "lightning": with_lightning}
+
+
+def process(rank: int, folder: str, port: int) -> None:
+    """All of them, in one of two processes."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    dist.init_process_group("gloo")
+    for name, train in TRAINERS.items():
+        torch.save(train(f"{folder}/{name}"), Path(folder) / f"{name}-{rank}.pt")
+        dist.barrier()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

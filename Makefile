@@ -44,6 +44,9 @@ format: .venv/.tools ## format the code and fix what can be fixed
 bench: .venv/.bench ## benchmarks, as ratios
 	$(BIN)/python -m tests.benchmarks.exchange
 	$(BIN)/python -m tests.benchmarks.trajectory
+	$(BIN)/python -m tests.benchmarks.torch_cost
+	$(BIN)/python -m tests.benchmarks.torch_network
+	$(BIN)/python -m tests.benchmarks.direction
 
 proto: .venv-proto/.ready ## lint the contract and write its stubs
 	$(PROTO)/python proto/generate.py

@@ -1,6 +1,6 @@
 """Cost of a training step with contributions, as a multiple of a plain step.
 
-    python tests/benchmarks/torch_cost.py [--repeats 30] [--threads 1]
+    python -m tests.benchmarks.torch_cost [--repeats 30] [--threads 1]
 
 The model is the small GPT of the paper's size: width 128, 2 layers, 8 heads, length 64, vocabulary 5,000, 1.68 million
 parameters; 64 sequences a step, float32. A step is forward and backward pass; an optimizer's step would make every
@@ -40,11 +40,11 @@ GOALS = {"ghost": (1.40, 1.50), "finite_difference": (1.45, 1.55), "one_pass": (
 class Block(nn.Module):
     """Attention and a feed-forward layer, each added to what came in."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -58,11 +58,11 @@ class Block(nn.Module):
 class SmallGPT(nn.Module):
     """A GPT with an untied head."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, width: int = WIDTH, length: int = LENGTH, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*[Block(width) for _ in range(LAYERS)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))

@@ -49,9 +49,11 @@ class TargetDirection:
         model: the model in training.
         loss_fn: from (model, batch) to the loss of each example, [B].
         target_batches: batches of target A: a list or a loader, anything that can be iterated again and again. 64
-            sequences or more give a direction that ranks examples well.
-        refresh_every: captures between two refreshes; a direction of 10 steps ago ranks examples nearly as well as a
-            fresh one. With gradient accumulation each micro-batch is a capture.
+            sequences or more: with fewer the direction is mostly noise, however fresh it is.
+        refresh_every: captures between two refreshes. Early in a training, while everything moves, a fresher direction
+            ranks examples better; beyond 10 steps age makes little difference, and a larger target set is the better
+            use of the same time (measured: tests/benchmarks/RESULTS.md). With gradient accumulation each micro-batch
+            is a capture.
         preconditioner: the Adam optimizer of the job: the direction is then where its step would lead.
         guard_batches: batches of guard B, on which nothing but `guard_loss` is computed.
         batches_per_refresh: how many target batches one refresh takes, in turn; default: all of them.

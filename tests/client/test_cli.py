@@ -55,7 +55,7 @@ def test_a_misspelt_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]
 
 def test_an_unknown_command_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["xyzzy"]) == cli.USAGE_ERROR
-    assert "the commands are demo, policy, serve, token, train" in capsys.readouterr().err
+    assert "the commands are demo, policy, reproduce, serve, token, train" in capsys.readouterr().err
 
 
 def test_a_command_gets_its_arguments_and_gives_the_exit_status(offered: dict[str, EntryPoint]) -> None:

@@ -13,6 +13,9 @@ from equipoise_trainer.offline.adjoint import pull_back
 from equipoise_trainer.offline.logistic import LogisticProblem
 from equipoise_trainer.offline.module import Apply, ModuleData, ModuleProblem
 from equipoise_trainer.offline.path import RunPath
+from equipoise_trainer.reproduction.sequences import PADDING
+from equipoise_trainer.reproduction.transformer import PaperTransformer
+from equipoise_trainer.reproduction.transformer import sequence_losses as padded_losses
 from equipoise_trainer.tasks import Examples, Task
 
 STEPS, ETA = 20, 0.5
@@ -38,7 +41,11 @@ class Attention(nn.Module):
         return logits
 
 
-def sequence_losses(apply: Apply, tokens: Tensor) -> Tensor:
+def paper_transformer() -> PaperTransformer:
+    return PaperTransformer(vocabulary=11, length=6, width=8, layers=2, heads=2)
+
+
+def plain_losses(apply: Apply, tokens: Tensor) -> Tensor:
     logits = apply(tokens[:, :-1])
     return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(dim=1)
 
@@ -105,11 +112,19 @@ def test_perceptron(memory_bytes: int) -> None:
     assert_equal_to_1e_8(by_adjoint(RunPath.run(problem, weights, memory_bytes=memory_bytes)), expected)
 
 
-@pytest.mark.parametrize("memory_bytes", [1 << 30, 0], ids=["all kept", "checkpoints"])
-def test_transformer(memory_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "sequence_losses", "memory_bytes"),
+    [(Attention, plain_losses, 1 << 30), (Attention, plain_losses, 0), (paper_transformer, padded_losses, 1 << 30)],
+    ids=["fused attention, all kept", "fused attention, checkpoints", "the paper's"],
+)
+def test_transformer(
+    kind: Callable[[], nn.Module], sequence_losses: Callable[[Apply, Tensor], Tensor], memory_bytes: int
+) -> None:
     torch.manual_seed(1)
-    module = Attention().double()
+    module = kind().double()
     train, target = torch.randint(11, (10, 6)), torch.randint(11, (5, 6))
+    if sequence_losses is padded_losses:
+        train[3, 4:] = PADDING
     problem = ModuleProblem(
         module,
         sequence_losses,

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final, TypeVar, cast
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -22,9 +23,12 @@ from equipoise_trainer.reproduction.jobs import Job, perceptron_jobs
 from equipoise_trainer.reproduction.publication import publish
 from equipoise_trainer.reproduction.sites import RowsAt
 from equipoise_trainer.reproduction.studies import SCALING_STEPS, STUDIES, Study, parse_studies, scaling_study
+from equipoise_trainer.reproduction.texts import TEXT_STUDIES, TextStudy, text_jobs
 
 USAGE_ERROR = 2
 FAILED = 1
+
+S = TypeVar("S", Study, TextStudy)
 
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
 FirstSeed = Annotated[int, typer.Option(min=0, help="The first seed; the others follow.")]
@@ -76,6 +80,43 @@ def perceptron(
         return perceptron_jobs(chosen, numbers, folder=output / "perceptron", measured_epochs=16)
 
     _reproduce("perceptron", jobs, server=server, rows=rows, online=online, minutes=minutes, output=output)
+
+
+@app.command()
+def lm(
+    preset: Annotated[str, typer.Option(metavar="|".join(TEXT_STUDIES), help="Size.")] = "cpu",
+    corpus: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Text to learn from. Default: Python's documentation topics.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 0,
+    steps: Steps = None,
+    policy_epochs: PolicyEpochs = None,
+    step_size: StepSize = None,
+    learning_rate: Annotated[float | None, typer.Option(help="η. Default: the preset's.")] = None,
+    server: Server = None,
+    rows: Rows = "served",
+    online: Online = True,
+    minutes: Minutes = None,
+    output: Output = FOLDER,
+) -> None:
+    """The paper's transformer on text half of which carries its noise."""
+
+    def jobs() -> list[Job]:
+        if preset not in TEXT_STUDIES:
+            raise ValueError(f"preset: {preset!r}, must be one of {', '.join(TEXT_STUDIES)}")
+        changes = {
+            "steps": steps,
+            "policy_epochs": policy_epochs,
+            "step_size": step_size,
+            "learning_rate": learning_rate,
+        }
+        study = _changed(TEXT_STUDIES[preset], changes)
+        numbers = range(first_seed, first_seed + seeds)
+        return text_jobs(study, numbers, folder=output / "lm", corpus=corpus, device=_device(device))
+
+    _reproduce("lm", jobs, server=server, rows=rows, online=online, minutes=minutes, output=output)
 
 
 @app.command()
@@ -147,8 +188,16 @@ def _reproduce(
     _publish(output, console=console)
 
 
-def _changed(study: Study, changes: dict[str, Any]) -> Study:
+def _changed(study: S, changes: dict[str, Any]) -> S:
     return replace(study, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: {name!r}, must be auto, cpu or cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def _teller(job: Job, console: Console) -> Callable[[int, float], None]:

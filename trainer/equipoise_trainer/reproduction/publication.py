@@ -184,7 +184,7 @@ def _transformer_sections(
 def _scaling(runs: Mapping[str, Sequence[FinishedRun]]) -> list[ScalingFound]:
     return [
         ScalingFound.of(name, [(run.uniform.test_loss, run.final.test_loss) for run in seeds])
-        for name, seeds in runs.items()
+        for name, seeds in sorted(runs.items(), key=lambda item: int(item[1][0].study["steps"]))
     ]
 
 

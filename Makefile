@@ -43,6 +43,7 @@ format: .venv/.tools ## format the code and fix what can be fixed
 
 bench: .venv/.bench ## benchmarks, as ratios
 	$(BIN)/python -m tests.benchmarks.exchange
+	$(BIN)/python -m tests.benchmarks.security
 	$(BIN)/python -m tests.benchmarks.trajectory
 	$(BIN)/python -m tests.benchmarks.torch_cost
 	$(BIN)/python -m tests.benchmarks.torch_network

@@ -56,9 +56,10 @@ class Server:
         self._stack = contextlib.AsyncExitStack()
         # A Redis of its own serves no other server: who finds a policy there owns it.
         self._instance = secrets.token_hex(8) if settings.redis else ""
-        self._redis_up = False
+        self._redis_up: bool | None = None  # not asked yet
         self._health = Health("redis")
         self._access = Access(settings.tokens_file)
+        self._certificates: Certificates | None = None
         self._metrics = Metrics(build=_build_facts(), max_policies=settings.metrics_max_policies)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -142,10 +143,10 @@ class Server:
             certificate=settings.tls_certificate, key=settings.tls_key, client_ca=settings.tls_client_ca
         )
         try:
-            certificates = Certificates(files)
+            self._certificates = Certificates(files)
         except CertificateError as error:
             raise SettingsError(f"tls_certificate, tls_key or tls_client_ca: {error}") from error
-        return self._grpc.add_secure_port(settings.listen, certificates.credentials())
+        return self._grpc.add_secure_port(settings.listen, self._certificates.credentials())
 
     async def _start_metrics(self) -> str:
         if not self._settings.metrics_listen:
@@ -179,7 +180,7 @@ class Server:
                 await self._store.ping()
                 await self._tell_presence()
             except StoreError as error:
-                if self._redis_up:
+                if self._redis_up is not False:
                     log.warning("redis does not answer", error=str(error))
                 self._redis_up = False
             else:
@@ -238,8 +239,9 @@ class Server:
             trainers=sum(len(runner.policy.trainers.known) for runner in runners),
             tasks=len(asyncio.all_tasks()),
             unpersisted_updates=sum(runner.log.backlog for runner in runners),
-            redis_up=self._redis_up,
+            redis_up=bool(self._redis_up),
             draining=self._health.draining,
+            certificate_expires=self._certificates.expires if self._certificates else None,
         )
 
 

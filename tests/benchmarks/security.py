@@ -28,7 +28,7 @@ from equipoise_server.security import Scope, entry, new_token
 from tests.benchmarks.exchange import NUM_EXAMPLES, ROWS, STEPS, requests, round_trips
 from tests.e2e.security.authority import Authority
 
-ROUNDS = 7
+ROUNDS = 5
 IN_FLIGHT = 32
 
 

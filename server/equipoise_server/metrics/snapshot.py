@@ -24,6 +24,7 @@ class Snapshot:
         unpersisted_updates: steps applied that are not in Redis yet.
         redis_up: whether the last word from Redis was an answer.
         draining: whether the server is about to stop.
+        certificate_expires: when the server's certificate ends, seconds since the epoch; None without TLS.
     """
 
     policies: tuple[PolicyFacts, ...] = ()
@@ -35,6 +36,7 @@ class Snapshot:
     unpersisted_updates: int = 0
     redis_up: bool = False
     draining: bool = False
+    certificate_expires: float | None = None
 
 
 GAUGES = (
@@ -46,6 +48,7 @@ GAUGES = (
     ("unpersisted_updates", "unpersisted_updates", "Steps applied that are not in Redis yet."),
     ("redis_up", "redis_up", "1 when the last word from Redis was an answer."),
     ("draining", "draining", "1 while the server is about to stop."),
+    ("certificate_expiry_timestamp_seconds", "certificate_expires", "When the server's certificate ends."),
 )
 
 
@@ -63,4 +66,6 @@ class SnapshotCollector(Collector):
         """The gauges."""
         snapshot = self._snapshot
         for name, attribute, help_text in GAUGES:
-            yield GaugeMetricFamily(PREFIX + name, help_text, float(getattr(snapshot, attribute)))
+            value = getattr(snapshot, attribute)
+            if value is not None:
+                yield GaugeMetricFamily(PREFIX + name, help_text, float(value))

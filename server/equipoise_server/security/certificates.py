@@ -1,5 +1,6 @@
 """The server's certificate, its key, and the authority of clients' certificates, read again when the files change."""
 
+import math
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import grpc
 import structlog
 
+from equipoise_server.security.expiry import expires
 from equipoise_server.security.files import stamp
 
 log = structlog.get_logger("equipoise.tls")
@@ -35,10 +37,14 @@ class Certificates:
     """The certificates for new connections; open connections keep theirs.
 
     gRPC asks at each handshake, in threads of its own; a look at the files' times is all that costs.
+
+    Attributes:
+        expires: when the certificate in use ends, seconds since the epoch.
     """
 
     def __init__(self, files: CertificateFiles) -> None:
         self._files = files
+        self.expires = math.inf
         self._stamp = self._look()
         self._first = self._read()
 
@@ -76,6 +82,10 @@ class Certificates:
             raise CertificateError(
                 f"{files.certificate} and {files.key}: no certificate and its key: {reason}"
             ) from error
+        try:
+            self.expires = expires(chain.decode("ascii", "replace"))
+        except ValueError as error:
+            raise CertificateError(f"{files.certificate}: {error}") from error
         if files.client_ca is None:
             return grpc.ssl_server_certificate_configuration([(key, chain)])
         authorities = _bytes(files.client_ca)

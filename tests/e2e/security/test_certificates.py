@@ -4,10 +4,11 @@ import asyncio
 import shutil
 import socket
 import ssl
+import urllib.request
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 import pytest
 
@@ -15,6 +16,8 @@ from equipoise import PolicyAdmin, PolicyClient, Security, Source, Timeout, aio
 from equipoise.errors import AccessDeniedError, UnavailableError
 from equipoise.testing import ServerProcess, serve
 from tests.e2e.security.authority import Authority, Files
+
+EXPIRY = "equipoise_server_certificate_expiry_timestamp_seconds"
 
 
 def shown_certificate(server: ServerProcess, authority: Authority) -> str:
@@ -26,6 +29,13 @@ def shown_certificate(server: ServerProcess, authority: Authority) -> str:
         certificate = tls.getpeercert()
     assert certificate is not None
     return str(certificate["subject"][0][0][1])  # type: ignore[index]
+
+
+def expiry(server: ServerProcess) -> float:
+    """When the server says that its certificate ends."""
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
+        (line,) = (line for line in page.read().decode().splitlines() if line.startswith(EXPIRY))
+    return float(line.split()[1])
 
 
 def put(files: Files, *, over: Files) -> None:
@@ -60,8 +70,9 @@ def test_a_new_certificate_is_shown_without_restart_and_a_broken_one_is_not(
     with PolicyClient(server.address, policy="p", num_examples=3, security=security) as client:
         assert client.step([0], contributions=[1.0]).source is Source.SERVED
         assert shown_certificate(server, authority) == "first"
-        put(authority.issue("second"), over=live)
+        put(authority.issue("second", ends=timedelta(days=10)), over=live)
         assert shown_certificate(server, authority) == "second"
+        assert expiry(server) == pytest.approx(time() + 10 * 86400, abs=600)
 
         shutil.copy(authority.issue("third").certificate, live.certificate)  # not the key's
         assert shown_certificate(server, authority) == "second"

@@ -1,0 +1,36 @@
+"""A password given in a file stays there, whatever goes wrong."""
+
+import urllib.error
+import urllib.request
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+
+from equipoise import PolicyAdmin, PolicySpec
+from equipoise.errors import EquipoiseError
+from equipoise.testing import serve
+
+PASSWORD = "hunter2hunter2"
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel"])
+def test_the_password_of_redis_is_neither_logged_nor_answered_nor_listed(scheme: str, tmp_path: Path) -> None:
+    secret = tmp_path / "url"
+    path = "/main/0" if scheme == "redis+sentinel" else "/0"
+    secret.write_text(f"{scheme}://user:{PASSWORD}@127.0.0.1:1{path}\n")  # nobody is there
+    with serve(redis_url_file=secret, log_level="debug") as server:
+        with PolicyAdmin(server.address, timeout=10) as admin, pytest.raises(EquipoiseError) as caught:
+            admin.create(PolicySpec(name="p", num_examples=1))
+        end = monotonic() + 30
+        while "redis does not answer" not in server.log:
+            assert monotonic() < end
+            sleep(0.05)
+        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
+            metrics = page.read().decode()
+        with pytest.raises(urllib.error.HTTPError) as unready:
+            urllib.request.urlopen(f"http://{server.metrics_address}/healthz")
+        arguments = Path(f"/proc/{server.pid}/cmdline").read_text()
+        health = unready.value.read().decode()
+        for shown in (server.log, str(caught.value), str(caught.value.metadata), metrics, health, arguments):
+            assert PASSWORD not in shown

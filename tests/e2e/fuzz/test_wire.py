@@ -151,7 +151,7 @@ def is_valid(method: str, data: bytes) -> bool:
     return True
 
 
-@pytest.mark.parametrize("examples", [400, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [400, pytest.param(8_000, marks=pytest.mark.slow)])
 def test_bytes_are_answered_as_what_they_are(connection: Connection, wire_server: ServerProcess, examples: int) -> None:
     announce()
 

@@ -54,13 +54,13 @@ async def servers(redis: EmbeddedRedis) -> AsyncIterator[Servers]:
         address: str = "127.0.0.1:1",
         *,
         instance: str = "",
-        sweep: SweepLimits | None = None,
+        sweep: SweepLimits = LIMITS.runner.sweep,
+        log_timeout_s: float = LIMITS.runner.log_timeout_s,
         wall_clock: Callable[[], float] = time.time,
     ) -> Engine:
         store = RedisStore.connect(redis.url)
         device = DeviceThread(torch.device("cpu"))
-        runner_limits = LIMITS.runner if sweep is None else replace(LIMITS.runner, sweep=sweep)
-        limits = replace(LIMITS, runner=runner_limits)
+        limits = replace(LIMITS, runner=replace(LIMITS.runner, sweep=sweep, log_timeout_s=log_timeout_s))
         engine = Engine(
             store,
             device,

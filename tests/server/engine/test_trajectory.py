@@ -171,7 +171,8 @@ async def test_a_sweep_writes_whole_rows_and_loses_nothing(servers: Servers, red
 async def test_the_log_never_holds_more_than_a_policy_epoch(servers: Servers, redis: EmbeddedRedis) -> None:
     """Two and a half policy epochs, faster than pages may be written; no setting asks for the sweeps but the rule."""
     of = spec(rows=512, num_examples=4096)
-    runner = await runner_of(await servers.make(sweep=SweepLimits(min_bytes=1 << 40, bytes_per_s=1 << 23)), of)
+    slow = SweepLimits(min_bytes=1 << 40, bytes_per_s=1 << 23)
+    runner = await runner_of(await servers.make(sweep=slow, log_timeout_s=20.0), of)  # a busy machine is no stuck one
     store = RedisStore.connect(redis.url)
     longest, given = 0, steps(of)
     for _ in range(40):

@@ -1,6 +1,7 @@
 """Calls about any policy of a server."""
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,6 +14,7 @@ from equipoise import archive, calls, errors
 from equipoise.calls import Call, Field
 from equipoise.channel import Server
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
+from equipoise.route import Route
 from equipoise.security import Security
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 
@@ -25,7 +27,7 @@ class PolicyAdmin:
     Every call raises an error of `equipoise.errors` when it fails.
 
     Args:
-        address: `host:port` of the server.
+        address: `host:port` of the server, or several with commas between them: the next is asked when one is lost.
         timeout: deadline of each call that does not stream, seconds. Calls that stream have none: a lost server ends
             them within 15 s.
         security: TLS and token; default: what the environment says.
@@ -34,9 +36,8 @@ class PolicyAdmin:
     def __init__(self, address: str, *, timeout: float = 10.0, security: Security | None = None) -> None:
         self.address = address
         self._timeout = timeout
-        self._server = Server.at(address, security)
-        self._channel = self._server.channel()
-        self._stub: Any = PolicyServiceStub(self._channel)
+        self._route = Route(address, security)
+        self._channels: dict[Server, grpc.Channel] = {}
 
     def create(self, spec: PolicySpec) -> PolicyStatus:
         """Creates a policy, uniform; returns the existing one when what is given here equals it.
@@ -95,7 +96,8 @@ class PolicyAdmin:
 
     def export_policy(self, policy: str, path: str | Path) -> int:
         """Writes the whole state of a policy to a .npz file; returns its version."""
-        state = archive.export_policy(self._server, policy)
+        self.get(policy)  # finds the owner
+        state = archive.export_policy(self._route.server, policy)
         state.save(Path(path))
         return state.version
 
@@ -105,7 +107,7 @@ class PolicyAdmin:
         Raises:
             PolicyExistsError: there is one of this name.
         """
-        return archive.import_policy(self._server, archive.PolicyArchive.load(Path(path)), name)
+        return archive.import_policy(self._route.server, archive.PolicyArchive.load(Path(path)), name)
 
     def server_info(self) -> ServerInfo:
         """The server."""
@@ -113,7 +115,8 @@ class PolicyAdmin:
 
     def close(self) -> None:
         """Disconnects."""
-        self._channel.close()
+        for channel in self._channels.values():
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -124,20 +127,36 @@ class PolicyAdmin:
         self.close()
 
     def _do(self, call: Call[T]) -> T:
-        try:
-            method = getattr(self._stub, call.method)
-            metadata = self._server.headers(call.policy)
-            return call.parse(method(call.request, timeout=self._timeout, metadata=metadata))
-        except grpc.RpcError as failure:
-            raise errors.from_rpc(failure, address=self.address) from failure
+        for attempt in count(1):
+            server = self._route.server
+            try:
+                method = getattr(self._stub(server), call.method)
+                return call.parse(method(call.request, timeout=self._timeout, metadata=server.headers(call.policy)))
+            except grpc.RpcError as failure:
+                error = errors.from_rpc(failure, address=server.address)
+                if not self._route.repeats(error, method=call.method) or attempt == self._route.attempts:
+                    raise error from failure
+        raise AssertionError("unreachable")
 
     def _stream(self, call: Call[T], *, timeout: float | None) -> Iterator[T]:
-        metadata = self._server.headers(call.policy)
-        stream = getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=metadata)
-        try:
-            for message in stream:
-                yield call.parse(message)
-        except grpc.RpcError as failure:
-            raise errors.from_rpc(failure, address=self.address) from failure
-        finally:
-            stream.cancel()
+        for attempt in count(1):
+            server, begun = self._route.server, False
+            method = getattr(self._stub(server), call.method)
+            stream = method(call.request, timeout=timeout, metadata=server.headers(call.policy))
+            try:
+                for message in stream:
+                    begun = True
+                    yield call.parse(message)
+                return
+            except grpc.RpcError as failure:
+                error = errors.from_rpc(failure, address=server.address)
+                repeats = self._route.repeats(error, method=call.method)
+                if begun or not repeats or attempt == self._route.attempts:
+                    raise error from failure
+            finally:
+                stream.cancel()
+
+    def _stub(self, server: Server) -> Any:
+        if server not in self._channels:
+            self._channels[server] = server.channel()
+        return PolicyServiceStub(self._channels[server])

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -22,6 +23,7 @@ from equipoise.calls import Call, Field
 from equipoise.channel import Server
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
 from equipoise.results import StepResult
+from equipoise.route import Route
 from equipoise.security import Security
 from equipoise.session import Opening, Session
 from equipoise.trainer import Trainer
@@ -110,7 +112,7 @@ class PolicyClient(Trainer):
         """As `equipoise.PolicyClient.admin`."""
         self._check_open()
         if self._admin is None:
-            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call, security=self._server.security)
+            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call, security=self._route.security)
         return self._admin
 
     async def close(self) -> None:
@@ -145,7 +147,7 @@ class PolicyClient(Trainer):
     def _connected(self) -> "_Stream":
         self._check_open()
         if self._stream is None:
-            self._stream = _Stream(self._session, self._server)
+            self._stream = _Stream(self._session, self._route)
         return self._stream
 
 
@@ -155,9 +157,8 @@ class PolicyAdmin:
     def __init__(self, address: str, *, timeout: float = 10.0, security: Security | None = None) -> None:
         self.address = address
         self._timeout = timeout
-        self._server = Server.at(address, security)
-        self._channel = self._server.aio_channel()
-        self._stub: Any = PolicyServiceStub(self._channel)
+        self._route = Route(address, security)
+        self._channels: dict[Server, grpc.aio.Channel] = {}
 
     async def create(self, spec: PolicySpec) -> PolicyStatus:
         """As `equipoise.PolicyAdmin.create`."""
@@ -205,14 +206,15 @@ class PolicyAdmin:
 
     async def export_policy(self, policy: str, path: str | Path) -> int:
         """As `equipoise.PolicyAdmin.export_policy`."""
-        state = await asyncio.to_thread(archive.export_policy, self._server, policy)
+        await self.get(policy)  # finds the owner
+        state = await asyncio.to_thread(archive.export_policy, self._route.server, policy)
         await asyncio.to_thread(state.save, Path(path))
         return state.version
 
     async def import_policy(self, path: str | Path, name: str) -> PolicyStatus:
         """As `equipoise.PolicyAdmin.import_policy`."""
         state = await asyncio.to_thread(archive.PolicyArchive.load, Path(path))
-        return await asyncio.to_thread(archive.import_policy, self._server, state, name)
+        return await asyncio.to_thread(archive.import_policy, self._route.server, state, name)
 
     async def server_info(self) -> ServerInfo:
         """As `equipoise.PolicyAdmin.server_info`."""
@@ -220,7 +222,8 @@ class PolicyAdmin:
 
     async def close(self) -> None:
         """Disconnects."""
-        await self._channel.close()
+        for channel in self._channels.values():
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -231,23 +234,40 @@ class PolicyAdmin:
         await self.close()
 
     async def _do(self, call: Call[T]) -> T:
-        try:
-            method = getattr(self._stub, call.method)
-            metadata = self._server.headers(call.policy)
-            return call.parse(await method(call.request, timeout=self._timeout, metadata=metadata))
-        except grpc.RpcError as failure:
-            raise errors.from_rpc(failure, address=self.address) from failure
+        for attempt in count(1):
+            server = self._route.server
+            try:
+                method = getattr(self._stub(server), call.method)
+                metadata = server.headers(call.policy)
+                return call.parse(await method(call.request, timeout=self._timeout, metadata=metadata))
+            except grpc.RpcError as failure:
+                error = errors.from_rpc(failure, address=server.address)
+                if not self._route.repeats(error, method=call.method) or attempt == self._route.attempts:
+                    raise error from failure
+        raise AssertionError("unreachable")
 
     async def _stream(self, call: Call[T], *, timeout: float | None) -> AsyncIterator[T]:
-        metadata = self._server.headers(call.policy)
-        stream = getattr(self._stub, call.method)(call.request, timeout=timeout, metadata=metadata)
-        try:
-            async for message in stream:
-                yield call.parse(message)
-        except grpc.RpcError as failure:
-            raise errors.from_rpc(failure, address=self.address) from failure
-        finally:
-            stream.cancel()
+        for attempt in count(1):
+            server, begun = self._route.server, False
+            method = getattr(self._stub(server), call.method)
+            stream = method(call.request, timeout=timeout, metadata=server.headers(call.policy))
+            try:
+                async for message in stream:
+                    begun = True
+                    yield call.parse(message)
+                return
+            except grpc.RpcError as failure:
+                error = errors.from_rpc(failure, address=server.address)
+                repeats = self._route.repeats(error, method=call.method)
+                if begun or not repeats or attempt == self._route.attempts:
+                    raise error from failure
+            finally:
+                stream.cancel()
+
+    def _stub(self, server: Server) -> Any:
+        if server not in self._channels:
+            self._channels[server] = server.aio_channel()
+        return PolicyServiceStub(self._channels[server])
 
 
 class _Signal:
@@ -277,13 +297,12 @@ class _Signal:
 class _Stream:
     """Carries one session: a task that opens the stream, reads it, and opens it again.
 
-    All over one channel, or over a new one after certificates were replaced.
+    All over one channel, or over a new one to another server or after certificates were replaced.
     """
 
-    def __init__(self, session: Session, server: Server) -> None:
+    def __init__(self, session: Session, route: Route) -> None:
         self._session = session
-        self._server = server
-        self._address = server.address
+        self._route = route
         self._open_channel()
         self._work = _Signal()
         self._answers = _Signal()
@@ -347,10 +366,13 @@ class _Stream:
             except Exception:
                 logger.exception("%s: a bug in the client ended its stream", self._address)
                 error = errors.EquipoiseError(f"{self._address}: a bug in the client ended its stream")
+            self._route.turn(error)
             self._session.ended(error, monotonic())
             self._notify_all()
 
     def _open_channel(self) -> None:
+        self._server = self._route.server
+        self._address = self._server.address
         self._certificates = self._server.security.stamp()
         self._channel = self._server.aio_channel()
         self._stub: Any = PolicyServiceStub(self._channel)
@@ -366,7 +388,7 @@ class _Stream:
 
     async def _converse(self, opening: Opening) -> None:
         timeout = self._session.options.timeout.connect
-        if self._certificates != self._server.security.stamp():
+        if self._server != self._route.server or self._certificates != self._server.security.stamp():
             await self._channel.close()
             self._open_channel()
         metadata = self._server.headers(self._session.options.spec.name)

@@ -29,7 +29,7 @@ class PolicyClient(Trainer):
         ...         (torch.from_numpy(weights) * losses).mean().backward()
 
     Args:
-        address: `host:port` of the server.
+        address: `host:port` of the server; several with commas between them, to go on at another when one is lost.
         policy: name of the policy, `[a-z0-9][a-z0-9._-]{0,127}`.
         num_examples: N. When given, the policy is created unless it exists; else it must exist.
         rule: name of the rule; empty: the server's default.
@@ -164,7 +164,7 @@ class PolicyClient(Trainer):
         self._check_open()
         self._follow_fork()
         if self._admin is None:
-            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call, security=self._server.security)
+            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call, security=self._route.security)
         return self._admin
 
     def close(self) -> None:
@@ -208,7 +208,7 @@ class PolicyClient(Trainer):
         self._follow_fork()
         with self._lock:
             if self._stream is None:
-                self._stream = Stream(self._session, self._server, lock=self._lock)
+                self._stream = Stream(self._session, self._route, lock=self._lock)
             return self._stream
 
     def _leave_to_parent(self) -> None:

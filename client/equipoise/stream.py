@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from equipoise import errors
-from equipoise.channel import Server
+from equipoise.route import Route
 from equipoise.session import Opening, Session
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
@@ -19,18 +19,17 @@ logger = logging.getLogger("equipoise")
 
 
 class Stream:
-    """Carries one session over one channel, or over a new one after certificates were replaced.
+    """Carries one session over one channel, or over a new one to another server or after certificates were replaced.
 
     Args:
         session: the session.
-        server: the server.
+        route: the servers.
         lock: held for every use of the session.
     """
 
-    def __init__(self, session: Session, server: Server, *, lock: threading.Lock) -> None:
+    def __init__(self, session: Session, route: Route, *, lock: threading.Lock) -> None:
         self._session = session
-        self._server = server
-        self._address = server.address
+        self._route = route
         self._open_channel()
         self._call: Any = None
         self._lock = lock
@@ -88,6 +87,8 @@ class Stream:
             self._ended(error)
 
     def _open_channel(self) -> None:
+        self._server = self._route.server
+        self._address = self._server.address
         self._certificates = self._server.security.stamp()
         self._channel = self._server.channel()
         self._stub = PolicyServiceStub(self._channel)
@@ -105,7 +106,7 @@ class Stream:
     def _converse(self, opening: Opening) -> None:
         timeout = self._session.options.timeout.connect
         with self._lock:
-            if self._certificates != self._server.security.stamp():
+            if self._server != self._route.server or self._certificates != self._server.security.stamp():
                 self._channel.close()
                 self._open_channel()
         metadata = self._server.headers(self._session.options.spec.name)
@@ -154,6 +155,7 @@ class Stream:
     def _ended(self, error: errors.EquipoiseError | None) -> None:
         with self._lock:
             self._call = None
+            self._route.turn(error)
             self._session.ended(error, monotonic())
             self._work.notify_all()
             self._answers.notify_all()

@@ -12,11 +12,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from equipoise.channel import Server
 from equipoise.config import Backoff, Limits, Timeout
 from equipoise.errors import ClientClosedError, InvalidRequestError
 from equipoise.options import SessionOptions, WhenLost
 from equipoise.policies import Durability, PolicySpec, SettingValue, check_name
+from equipoise.route import Route
 from equipoise.security import Security
 from equipoise.session import Session
 from equipoise.stats import Stats
@@ -57,7 +57,7 @@ class Trainer:
                 field="trainer_id", value=repr(trainer_id), rule="must be 1 to 128 printable ASCII characters"
             )
         self.address = address
-        self._server = Server.at(address, security)
+        self._route = Route(address, security)
         self.policy = check_name(policy)
         self._options = SessionOptions(
             spec=PolicySpec(

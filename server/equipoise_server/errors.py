@@ -100,7 +100,7 @@ def fenced(name: str) -> ServiceError:
 def not_owner(name: str, address: str) -> ServiceError:
     """FAILED_PRECONDITION: another server owns the policy; the metadata tell where."""
     message = f"policy {name!r} is owned by the server at {address}"
-    return ServiceError(Code.FAILED_PRECONDITION, "NOT_OWNER", message, metadata={"owner": address}, retry_after_s=0.2)
+    return ServiceError(Code.FAILED_PRECONDITION, "NOT_OWNER", message, metadata={"owner": address})
 
 
 def unloaded(name: str) -> ServiceError:

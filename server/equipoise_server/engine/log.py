@@ -227,7 +227,9 @@ class LogWriter:
             self.durable_version = last_version
 
     def _check_overrun(self) -> None:
-        """Bounds the memory of a long outage: the tables hold what the dropped entries did."""
+        """Bounds the memory of a long outage: first by what the store has, then by what the tables hold too."""
+        if self.tail.size > self.most_backlog_bytes:
+            self.tail.forget(self.durable_version)
         if self.tail.size > self.most_backlog_bytes:
             self._overrun = True
             self.tail.forget(self.tail.last_version)

@@ -5,7 +5,6 @@ A failure prints the seed; `FAULTS_SEED=n` runs the schedule of seed n again.
 
 import os
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,6 @@ from tests.e2e.faults.zygote import Zygote
 @pytest.fixture
 def seed() -> int:
     return int(os.environ.get("FAULTS_SEED") or secrets.randbits(31))
-
-
-@pytest.fixture
-def zygote() -> Iterator[Zygote]:
-    forks = Zygote()
-    yield forks
-    forks.close()
 
 
 def run(directory: Path, zygote: Zygote, *, seed: int, forced: int, kills: int, durability: str) -> None:

@@ -201,6 +201,29 @@ async def test_a_redis_that_comes_back_after_a_long_outage_gets_the_tables_inste
     assert_same(await everything(await (await servers.make()).runner("policy")), expected)
 
 
+async def test_a_short_outage_does_not_write_the_tables_again_for_what_redis_has(
+    servers: Servers, redis: EmbeddedRedis
+) -> None:
+    engine = await servers.make()
+    runner = await runner_of(engine)
+    await feed(runner, 20)
+    runner.log.most_backlog_bytes = runner.log.tail.size  # the log since the last sweep has used it up
+    generation = runner.log.owner.generation
+    assert redis.pid is not None
+    os.kill(redis.pid, signal.SIGSTOP)
+    try:
+        await asyncio.wait_for(feed(runner, 5, first=21), 20)
+        while runner.log.tail.base < 20:
+            await asyncio.sleep(0.01)
+        assert runner.log.backlog == 5
+    finally:
+        os.kill(redis.pid, signal.SIGCONT)
+    assert await runner.log.flush(timeout_s=20)
+    assert runner.log.owner.generation == generation
+    expected = await everything(runner)
+    assert_same(await everything(await (await servers.make()).runner("policy")), expected)
+
+
 async def test_behind_answers_before_the_log_has_the_step(servers: Servers, redis: EmbeddedRedis) -> None:
     engine = await servers.make()
     runner = await runner_of(engine, durability=Durability.BEHIND)

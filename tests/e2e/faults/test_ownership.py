@@ -1,0 +1,155 @@
+"""Two servers on one Redis: the policy is one server's, and moves with its trainers when that one dies or stops."""
+
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+import pytest
+
+from equipoise import PolicyAdmin, PolicyClient
+from equipoise.errors import OwnershipError, UnavailableError
+from tests.e2e.faults.figures import record, seconds
+from tests.e2e.faults.house import House
+from tests.e2e.faults.proxy import FaultProxy, until
+from tests.e2e.faults.training import Training
+from tests.e2e.faults.zygote import ForkedServer
+
+OWNER_TIMEOUT_S = 5.0
+"""The server's default."""
+
+
+@pytest.fixture
+def second(house: House) -> tuple[ForkedServer, FaultProxy]:
+    return house.serve()
+
+
+def epoch_at(training: Training) -> int:
+    return training.made[-1].result.epoch
+
+
+def assert_kept(training: Training) -> None:
+    stats = training.stats
+    assert (stats.lost, stats.regressions, stats.dropped, stats.forgotten) == (0, 0, 0, 0)
+
+
+def test_trainers_are_led_to_the_owner_by_whomever_they_ask(
+    house: House, second: tuple[ForkedServer, FaultProxy], tmp_path: Path
+) -> None:
+    with PolicyClient(house.address, policy="p", num_examples=4, when_lost="wait") as client:
+        client.step([0, 1], contributions=[1.0, -1.0])
+        with PolicyClient(second[1].address, policy="p", when_lost="wait") as other:
+            result = other.step([0, 1], contributions=[1.0, -1.0])
+            assert (result.epoch, result.version) == (1, 2)
+            np.testing.assert_array_equal(other.read_weights(), client.read_weights())
+            assert other.status().version == 2
+            assert other.admin.export_policy("p", tmp_path / "p.npz") == 2
+        with pytest.raises(OwnershipError, match=house.address):
+            raw_status(second[1].address)
+
+
+def raw_status(address: str) -> None:
+    """Asks one server alone."""
+    admin = PolicyAdmin(address)
+    admin._route.repeats = lambda error, method: False  # type: ignore[method-assign,assignment]
+    with admin:
+        admin.get("p")
+
+
+def test_the_policy_moves_when_its_server_dies(house: House, second: tuple[ForkedServer, FaultProxy]) -> None:
+    with Training(f"{house.address},{second[1].address}") as training:
+        died = monotonic()
+        house.server.kill()
+        until(lambda: training.failure or epoch_at(training) == 2, what="the second server answers")
+        moved = monotonic() - died
+        seen = training.since(died)
+    assert_kept(training)
+    assert moved < 2 * (OWNER_TIMEOUT_S + 2.0)
+    assert training.closed_in_s < 10
+    record(
+        "two servers: the owner is killed",
+        promise=f"the policy moves once its owner was silent for {OWNER_TIMEOUT_S:g} s",
+        noticed=seconds(seen.noticed_s),
+        recovered=seconds(moved),
+        trainer=str(seen),
+    )
+
+
+def test_the_policy_moves_when_its_server_stops(house: House, second: tuple[ForkedServer, FaultProxy]) -> None:
+    with Training(f"{house.address},{second[1].address}") as training:
+        stopped = monotonic()
+        house.server.terminate()
+        until(lambda: training.failure or epoch_at(training) == 2, what="the second server answers")
+        moved = monotonic() - stopped
+        seen = training.since(stopped)
+        assert house.server.stop() == 0
+    assert_kept(training)
+    assert moved < 2 * OWNER_TIMEOUT_S  # its presence need not run out
+    record(
+        "two servers: the owner stops (SIGTERM)",
+        promise="it hands its policies over once their streams have left",
+        noticed="at once (in-band)",
+        recovered=seconds(moved),
+        trainer=str(seen),
+    )
+
+
+def test_a_paused_owner_that_wakes_up_cannot_write_and_its_trainers_move_on(
+    house: House, second: tuple[ForkedServer, FaultProxy]
+) -> None:
+    with (
+        Training(f"{house.address},{second[1].address}", trainer_id="moves") as training,
+        # This one knows the paused server alone: it waits for it, and is led on when it wakes up.
+        Training(house.address, trainer_id="stays") as faithful,
+    ):
+        paused = monotonic()
+        house.server.pause()
+        until(lambda: training.failure or epoch_at(training) == 2, within_s=90, what="the second server answers")
+        moved = monotonic() - paused
+        seen = training.since(paused)
+        assert epoch_at(faithful) == 1
+        woken = monotonic()
+        house.server.resume()
+        until(lambda: faithful.failure or faithful.served_since(woken), within_s=60, what="led to the new owner")
+        led = monotonic() - woken
+        assert epoch_at(faithful) == 2
+    for each in (training, faithful):
+        assert_kept(each)
+    with PolicyClient(second[1].address, policy="p") as client:
+        # Every step of both is there exactly once.
+        assert client.status().version == training.stats.steps + faithful.stats.steps
+    assert "another server owns the policy now" in house.server.log
+    assert moved < 2 * 15
+    record(
+        "two servers: the owner is paused (SIGSTOP), then wakes up",
+        promise="its writes are fenced; noticed within 15 s; its trainers move on",
+        noticed=seconds(seen.noticed_s),
+        recovered=f"{seconds(moved)}; trainers left behind {seconds(led)} after it woke up",
+        trainer=str(seen),
+    )
+
+
+def test_an_idle_policy_is_taken_from_a_server_cut_off_from_redis(house: House) -> None:
+    """It cannot know; its trainers do, and it learns at their next opening."""
+    apart = house.proxy(house.redis.port)
+    second, to_second = house.serve(to_redis=apart)
+    with PolicyClient(house.address, policy="p", num_examples=4, when_lost="wait") as client:
+        client.step([0, 1], contributions=[1.0, -1.0])
+    house.to_redis.hold()
+    until(lambda: len(house.redis.command("KEYS", "*:server:*")) == 1, what="the first server counts as gone")
+    with PolicyClient(to_second.address, policy="p", when_lost="wait") as client:
+        assert client.step([0, 1], contributions=[1.0, -1.0]).epoch == 2
+        house.to_redis.release()
+        house.to_redis.reset()
+        until(lambda: is_not_owner(house.address), within_s=30, what="the first server knows that it lost the policy")
+        assert client.step([0, 1], contributions=[1.0, -1.0]).version == 3
+    assert second.log.count("another server owns") == 0
+
+
+def is_not_owner(address: str) -> bool:
+    try:
+        raw_status(address)
+    except OwnershipError:
+        return True
+    except UnavailableError:
+        return False
+    return False

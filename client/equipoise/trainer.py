@@ -106,7 +106,7 @@ class Trainer:
             timeout=options.timeout,
             backoff=options.backoff,
             limits=options.limits,
-            security=self._server.security,
+            security=self._route.security,
         )
 
     def weights(self, ids: ArrayLike) -> NDArray[np.float32]:

@@ -84,7 +84,7 @@ def test_a_client_of_another_policy_has_the_same_options(server: ScriptedServer)
         other = client.for_policy("run-8")
         assert (other.policy, other.address) == ("run-8", client.address)
         assert other.trainer_id != client.trainer_id
-        assert other._server == client._server
+        assert other._route.server == client._route.server
         assert replace(other._options, spec=client._options.spec) == client._options
         assert replace(other._options.spec, name="run-7") == client._options.spec
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from equipoise import PolicyClient
 from equipoise.archive import PolicyArchive, export_policy
+from equipoise.channel import Server
 from equipoise_server.rules import build
 from equipoise_server.store import scripts
 from tests.e2e.faults.aof import Log, read_log
@@ -157,7 +158,7 @@ class KillRun:
             for stats in trainer.stats:
                 if stats.lost or stats.regressions or stats.forgotten:
                     findings.violations.append(f"{trainer.trainer_id}: {stats}")
-        archive = export_policy(self.server.address, POLICY)
+        archive = self._export(POLICY)
         for name, column in findings.model.state.columns.items():
             if column.numpy().tobytes() != archive.columns[name].tobytes():
                 findings.violations.append(f"at the end, column {name!r} of the server is not the model's")
@@ -178,7 +179,10 @@ class KillRun:
                 if position % 500 == 0:
                     assert client.flush(60)
             assert client.flush(60, durable=True)
-        return export_policy(self.server.address, POLICY), export_policy(self.server.address, "calm")
+        return self._export(POLICY), self._export("calm")
+
+    def _export(self, policy: str) -> PolicyArchive:
+        return export_policy(Server.at(self.server.address, None), policy)
 
     # Rounds.
 

@@ -46,6 +46,8 @@ REDIS_CHECK_S = 1.0
 ACCESS_CHECK_S = 1.0
 FLUSH_TIMEOUT_S = 10.0
 START_FAILED = 1
+MOST_PING_STRIKES = 30
+"""Pings faster than `min_ping_interval_s`, while nothing is sent, after which a client is disconnected."""
 
 
 class Server:
@@ -324,6 +326,8 @@ def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
         ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1000)),
+        # A client that reads slowly measures its bandwidth with a ping a second: that is no abuse yet.
+        ("grpc.http2.max_ping_strikes", MOST_PING_STRIKES),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),

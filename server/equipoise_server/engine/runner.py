@@ -399,4 +399,5 @@ class PolicyRunner:
         return renewed, version
 
     def _distrust_pages(self) -> None:
+        log.warning("redis went back: it lacks what was acknowledged", policy=self.spec_name)
         self.policy.dirty_pages[:] = True

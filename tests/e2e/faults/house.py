@@ -39,12 +39,15 @@ class House:
         """A proxy before a port of this machine."""
         return self._stack.enter_context(FaultProxy(("127.0.0.1", port)))
 
-    def serve(self, *, to_redis: FaultProxy | None = None, **settings: Any) -> tuple[ForkedServer, FaultProxy]:
+    def serve(
+        self, *, to_redis: FaultProxy | None = None, own_redis: bool = False, **settings: Any
+    ) -> tuple[ForkedServer, FaultProxy]:
         """Another server on the same Redis, with a proxy before it that it tells trainers of."""
         self._servers += 1
         before_redis = to_redis or self.to_redis
         before = FaultProxy(("127.0.0.1", 1))
-        settings = {"redis_url": f"redis://{before_redis.address}", "advertise": before.address} | settings
+        shared = {} if own_redis else {"redis_url": f"redis://{before_redis.address}"}
+        settings = {"advertise": before.address} | shared | settings
         server = ForkedServer(self._zygote, self._directory / f"server-{self._servers}", **settings)
         self._stack.callback(server.kill)
         self._stack.callback(before.close)

@@ -55,6 +55,7 @@ def raw_status(address: str) -> None:
         admin.get("p")
 
 
+@pytest.mark.slow
 def test_the_policy_moves_when_its_server_dies(house: House, second: tuple[ForkedServer, FaultProxy]) -> None:
     with Training(f"{house.address},{second[1].address}") as training:
         died = monotonic()
@@ -93,6 +94,7 @@ def test_the_policy_moves_when_its_server_stops(house: House, second: tuple[Fork
     )
 
 
+@pytest.mark.slow
 def test_a_paused_owner_that_wakes_up_cannot_write_and_its_trainers_move_on(
     house: House, second: tuple[ForkedServer, FaultProxy]
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_paused_owner_that_wakes_up_cannot_write_and_its_trainers_move_on(
     )
 
 
+@pytest.mark.slow
 def test_an_idle_policy_is_taken_from_a_server_cut_off_from_redis(house: House) -> None:
     """It cannot know; its trainers do, and it learns at their next opening."""
     apart = house.proxy(house.redis.port)

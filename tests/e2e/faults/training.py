@@ -91,6 +91,18 @@ class Training:
         """What the loop saw from a moment on."""
         return Seen.of([made for made in list(self.made) if made.at + made.seconds > moment], moment)
 
+    def until(self, begin: float, end: float) -> "Seen":
+        """What the loop saw between two moments."""
+        return Seen.of([made for made in list(self.made) if begin <= made.at and made.at + made.seconds <= end], begin)
+
+    def first_not_durable(self, moment: float) -> float | None:
+        """Seconds from a moment to the first answer that came before its step was durable; None: there was none."""
+        for position, made in enumerate(list(self.made), start=1):
+            answered = made.at + made.seconds
+            if answered > moment and made.result.durable_sequence < position:
+                return answered - moment
+        return None
+
     def _run(self) -> None:
         random = np.random.default_rng(0)
         try:

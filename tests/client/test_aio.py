@@ -169,3 +169,22 @@ async def test_calls_beside_the_loop(server: ScriptedServer) -> None:
         with pytest.raises(errors.InvalidRequestError) as caught:
             await client.status()
         assert (caught.value.field, caught.value.index) == ("contributions", 1)
+
+
+async def test_steps_that_need_no_server_leave_the_loop_time_to_find_it() -> None:
+    timeout = Timeout(step=0.05, connect=0.05, close=0.1)
+    async with PolicyClient("127.0.0.1:1", policy="run-7", num_examples=10, timeout=timeout) as client:
+        assert await step(client, 0) is Source.UNIFORM  # the server is known to be lost from here on
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        for number in range(100):
+            await step(client, number)
+        counting.cancel()
+        assert turns >= 50

@@ -91,8 +91,8 @@ STUDIES: Final[Mapping[str, Study]] = {
             dataset="paper",
             target_size=512,
             steps=2000,
-            step_size=2.5e-5,  # with 100 epochs the same way as the paper's 500 of 5e-6
-            policy_epochs=100,
+            step_size=1e-4,  # with 25 epochs the same way as the paper's 500 of 5e-6
+            policy_epochs=25,
         ),
         Study(
             name="paper-4096",

@@ -46,6 +46,7 @@ bench: .venv/.bench ## benchmarks, as ratios
 	$(BIN)/python -m tests.benchmarks.security
 	$(BIN)/python -m tests.benchmarks.trajectory
 	$(BIN)/python -m tests.benchmarks.search
+	$(BIN)/python -m tests.benchmarks.torch_exactness
 	$(BIN)/python -m tests.benchmarks.torch_cost
 	$(BIN)/python -m tests.benchmarks.torch_network
 	$(BIN)/python -m tests.benchmarks.direction

@@ -123,7 +123,8 @@ def main() -> None:
         }
         goals = "goals {:.2f}, {:.2f}".format(*GOALS[name]) if name in GOALS else ""
         print(
-            f"{name:18} {ratio:.3f} (turn by turn {low:.2f} to {high:.2f})   with a direction every {REFRESH_EVERY} steps {with_direction:.3f}   {goals}"
+            f"{name:18} {ratio:.3f} (turn by turn {low:.2f} to {high:.2f})   "
+            f"with a direction every {REFRESH_EVERY} steps {with_direction:.3f}   {goals}"
         )
     print(json.dumps(table))
 

@@ -38,7 +38,7 @@ class PolicyArchive:
     Attributes:
         spec: what the policy is, as in the contract.
         version: steps it had seen.
-        scalars: the rule's scalars by name, float64.
+        scalars: the rule's scalars by name, float64, and the guard's as `guard.<name>`.
         columns: tables by name, int32, int64 or float32; each [N], those of a trajectory row after row.
     """
 

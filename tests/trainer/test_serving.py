@@ -20,7 +20,7 @@ CONFIG = ExperimentConfig(
     methods=("uniform", "norm-matched", "served"),
     steps=120,
     learning_rate=1.0,
-    settings={"ema_decay": 0.99},
+    settings={"ema_decay": 0.99, "guard": False},
     when_lost="wait",
 )
 

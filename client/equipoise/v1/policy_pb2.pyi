@@ -318,7 +318,9 @@ class PolicyStatus(google.protobuf.message.Message):
     guard_loss: builtins.float
     """Last guard loss reported, nats."""
     guard_strength: builtins.float
-    """How far the guard pulls the served weights to uniform, from 0 (not at all) to 1 (uniform)."""
+    """How far the guard pulls the served weights to uniform, from 0 (not at all) to 1 (uniform); changes only with steps
+    that carry a guard loss. The guard tries uniform weights now and then, and keeps what lowers the guard loss faster.
+    """
     compression_ratio: builtins.float
     """Compression ratio: reference_nats over the mean of the target losses reported so far. Absent without them."""
     bytes: builtins.int
@@ -678,7 +680,9 @@ class StepRequest(google.protobuf.message.Message):
     target_loss: builtins.float
     """Mean loss on target set A, nats."""
     guard_loss: builtins.float
-    """Mean loss on guard set B, nats."""
+    """Mean loss on guard set B, nats: always of the same examples, and for one policy from one trainer alone. The guard
+    moves by it, see `guard_strength`.
+    """
     gradient_sketches: builtins.bytes
     """Row-major [rows, k] sketches of the gradients; the server computes the contributions."""
     target_sketch: builtins.bytes
@@ -1174,7 +1178,7 @@ class StateHeader(google.protobuf.message.Message):
 
     @property
     def scalars(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
-        """The rule's scalars by name; bit patterns are kept."""
+        """The rule's scalars by name, and the guard's as `guard.<name>`; bit patterns are kept."""
 
     @property
     def columns(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

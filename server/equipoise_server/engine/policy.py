@@ -49,6 +49,8 @@ class Policy:
         self.state = state
         self.trainers = trainers
         self.progress = Progress()
+        settings = rule.settings
+        self._guard_stretch = float(settings["guard_stretch"]) if settings["guard"] else None
         self.dirty_pages: NDArray[np.bool_] = np.zeros(state.num_pages, dtype=np.bool_)
         """Pages that changed since they were last captured for the store."""
         self._page_versions: NDArray[np.int64] = np.zeros(state.num_pages, dtype=np.int64)
@@ -98,6 +100,7 @@ class Policy:
             return
         if entry.version != self.version + 1:
             raise LogLost(self.spec.name, last_version=self.version)
+        self._watch_guard(step)
         refused = step.kind is Kind.REFUSED
         self.progress = self.progress.after_refusal() if refused else self.progress.after(step, logged.evidence)
         if step.sequence:
@@ -142,8 +145,14 @@ class Policy:
                 found = evidence(self.rule, self.state, statistics, scalars)
             self.state = self.rule.apply(self.state, statistics, scalars)
             self._mark(statistics)
+        self._watch_guard(step)
         self.progress = self.progress.after(step, found)
         return scalars, found
+
+    def _watch_guard(self, step: Step) -> None:
+        if step.guard_loss is not None and self._guard_stretch is not None:
+            self.state.guard = self.state.guard.after(step.guard_loss, stretch=self._guard_stretch)
+            self.state.guard_strength = self.state.guard.strength
 
     def _mark(self, statistics: Statistics, among: NDArray[np.bool_] | None = None) -> None:
         if len(self.dirty_pages):

@@ -8,7 +8,7 @@ from equipoise_server.engine import tables
 from equipoise_server.engine.policy import Policy
 from equipoise_server.engine.progress import Progress
 from equipoise_server.engine.trainers import Trainers
-from equipoise_server.rules import Scalars, TableState
+from equipoise_server.rules import Guard, Scalars, TableState
 from equipoise_server.store import Page
 
 
@@ -20,13 +20,13 @@ class Facts:
         progress: version, losses, evidence.
         trainers: deduplication table, as JSON.
         scalars: of the last step.
-        guard_strength: g.
+        guard: what g follows from.
     """
 
     progress: Progress
     trainers: str
     scalars: Scalars
-    guard_strength: float
+    guard: Guard
 
     @classmethod
     def of(cls, policy: Policy) -> "Facts":
@@ -35,13 +35,13 @@ class Facts:
             progress=policy.progress,
             trainers=policy.trainers.to_json(),
             scalars=dict(policy.state.scalars),
-            guard_strength=policy.state.guard_strength,
+            guard=policy.state.guard,
         )
 
     def put_into(self, state: TableState, trainers: Trainers) -> None:
         """Gives the facts back to a state and a deduplication table."""
         state.scalars = dict(self.scalars)
-        state.guard_strength = self.guard_strength
+        state.guard, state.guard_strength = self.guard, self.guard.strength
         trainers.load_json(self.trainers)
 
     def to_fields(self) -> dict[str, bytes]:
@@ -50,7 +50,7 @@ class Facts:
             "progress": self.progress.to_json().encode(),
             "trainers": self.trainers.encode(),
             "scalars": json.dumps(self.scalars).encode(),
-            "guard_strength": repr(self.guard_strength).encode(),
+            "guard": json.dumps(self.guard.to_scalars()).encode(),
         }
 
     @classmethod
@@ -60,7 +60,7 @@ class Facts:
             progress=Progress.from_json(fields.get("progress", b"{}")),
             trainers=fields.get("trainers", b"{}").decode(),
             scalars=json.loads(fields.get("scalars", b"{}")),
-            guard_strength=float(fields.get("guard_strength", b"0")),
+            guard=Guard.from_scalars(json.loads(fields["guard"])) if "guard" in fields else Guard(),
         )
 
 

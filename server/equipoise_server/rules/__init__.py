@@ -11,6 +11,7 @@ from equipoise_server.rules.base import (
     TableState,
 )
 from equipoise_server.rules.evidence import Evidence, evidence
+from equipoise_server.rules.guard import Guard
 from equipoise_server.rules.projection import project
 from equipoise_server.rules.registry import build, names
 from equipoise_server.rules.simplex import project_simplex
@@ -18,6 +19,7 @@ from equipoise_server.rules.simplex import project_simplex
 __all__ = [
     "PAGE_EXAMPLES",
     "Evidence",
+    "Guard",
     "Rule",
     "RuleError",
     "Scalars",

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from equipoise_server.rules.guard import Guard
+
 PAGE_EXAMPLES = 65_536
 """Examples per page: the unit in which tables are stored and replayed. A page of a trajectory has about as many
 weights, in whole rows."""
@@ -72,6 +74,7 @@ class TableState:
         raw_sum: Σ raw over the scored ones, exact.
         raw_square_sum: Σ raw² over the scored ones, exact.
         guard_strength: g in [0, 1]; served weight = (1 − g)·w + g.
+        guard: what g follows from.
         page_rows: rows of every page but the last, which may have fewer.
     """
 
@@ -82,6 +85,7 @@ class TableState:
     raw_sum: int = 0
     raw_square_sum: int = 0
     guard_strength: float = 0.0
+    guard: Guard = field(default_factory=Guard)
     page_rows: int = PAGE_EXAMPLES
 
     @property

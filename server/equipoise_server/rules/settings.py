@@ -9,7 +9,7 @@ SettingsT = TypeVar("SettingsT", bound="RuleSettings")
 SignalSettingsT = TypeVar("SignalSettingsT", bound="SignalSettings")
 
 RANGE = "range"
-"""Key of a field's metadata under which its `Range` lies."""
+"""Key of a field's metadata under which its `Range` or `Flag` lies."""
 
 MIN_FLOOR = 1e-4
 """Smallest floor but zero: at the fixed-point unit 2^-30 its relative rounding error stays below 5e-6."""
@@ -51,8 +51,29 @@ def integer(default: float | None, *, low: float, high: float, or_zero: bool = F
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """True or false."""
+
+    def __str__(self) -> str:
+        return "true or false"
+
+
+def flag(default: bool) -> Any:
+    """A dataclass field for a yes or no."""
+    return field(default=default, metadata={RANGE: Flag()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RuleSettings:
     """Settings of every rule."""
+
+    guard: bool = flag(True)
+    """Whether guard losses decide between the policy's weights and uniform ones, see `guard.Guard`. Without guard
+    losses there is nothing to decide by, and the weights are served."""
+
+    guard_stretch: float = number(0.125, low=0.01, high=1.0)
+    """How long the guard tries uniform weights before it judges them, as a share of all guard losses so far; the
+    weights are tried for twice as long. Longer trials see more of what is slow, or hidden by noise, and cost more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,27 +105,32 @@ def bind(settings_type: type[SettingsT], values: SettingValues, *, rule: str) ->
     """Settings of a rule from a typed map; those left out get their defaults.
 
     Raises:
-        RuleError: `rule.settings.<key>` is unknown, no number, not finite or out of its range, or absent without a
-            default.
+        RuleError: `rule.settings.<key>` is unknown, no number (or no flag), not finite or out of its range, or absent
+            without a default.
     """
-    ranges: dict[str, Range] = {each.name: each.metadata[RANGE] for each in fields(settings_type)}
+    ranges: dict[str, Range | Flag] = {each.name: each.metadata[RANGE] for each in fields(settings_type)}
     for each in fields(settings_type):
         if each.default is MISSING and each.name not in values:
             where = f"rule.settings.{each.name}"
             raise RuleError(where, f"{where} is absent: rule {rule} needs a value {ranges[each.name]}")
-    return settings_type(**{key: _number(key, value, ranges, rule) for key, value in values.items()})
+    bound: dict[str, Any] = {key: _checked(key, value, ranges, rule) for key, value in values.items()}
+    return settings_type(**bound)
 
 
-def resolved(settings: RuleSettings) -> dict[str, float]:
+def resolved(settings: RuleSettings) -> dict[str, float | bool | str]:
     """All settings by name."""
     return asdict(settings)
 
 
-def _number(key: str, value: float | bool | str, ranges: dict[str, Range], rule: str) -> float:
+def _checked(key: str, value: float | bool | str, ranges: dict[str, Range | Flag], rule: str) -> float | bool:
     where = f"rule.settings.{key}"
     if key not in ranges:
         raise RuleError(where, f"{where}: rule {rule} has no such setting; it has {', '.join(sorted(ranges))}")
     allowed = ranges[key]
+    if isinstance(allowed, Flag):
+        if not isinstance(value, bool):
+            raise RuleError(where, f"{where} = {value!r}: rule {rule} needs {allowed}")
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RuleError(where, f"{where} = {value!r}: rule {rule} needs a number {allowed}")
     if value not in allowed:

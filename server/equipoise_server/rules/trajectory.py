@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
-from equipoise_server.rules.settings import RuleSettings, integer, number, resolved
+from equipoise_server.rules.settings import RuleSettings, flag, integer, number, resolved
 from equipoise_server.rules.signals import check_length, check_signals
 from equipoise_server.rules.simplex import MAX_EXAMPLES, project_simplex
 
@@ -30,6 +30,9 @@ LEAST_LOG_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectorySettings(RuleSettings):
     """Settings of `trajectory`."""
+
+    guard: bool = flag(False)
+    """Off: the run is replayed again and again, and a guard loss at its start says nothing of the one before."""
 
     rows: float = integer(None, low=1, high=1e7)
     """T, training steps of the run whose policy is searched."""

@@ -1,6 +1,6 @@
 """Whole policies over the wire: exports and imports."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import numpy as np
 
@@ -10,10 +10,12 @@ from equipoise_server.engine.progress import Progress
 from equipoise_server.engine.snapshot import Facts, Snapshot
 from equipoise_server.errors import invalid
 from equipoise_server.interceptors import Malformed
-from equipoise_server.rules import TableState
+from equipoise_server.rules import Guard, Scalars, TableState
 from equipoise_server.servicer import specs
 
 CHUNK_BYTES = 1 << 20
+GUARD = "guard."
+"""Before the names of the guard's scalars, which travel with the rule's."""
 ELEMENT_TYPES = {"torch.int32": "int32", "torch.int64": "int64", "torch.float32": "float32"}
 
 
@@ -31,7 +33,7 @@ async def export_messages(runner: PolicyRunner) -> AsyncIterator[pb.ExportPolicy
         header=pb.StateHeader(
             spec=specs.spec_message(spec),
             version=copy.facts.progress.version,
-            scalars=copy.facts.scalars,
+            scalars=_all_scalars(copy.facts),
             columns=element_types(outline),
             lengths=lengths(outline),
         )
@@ -125,5 +127,20 @@ def _to_snapshot(outline: TableState, header: pb.StateHeader, received: dict[str
         if len(data) != expected.nbytes:
             description = f"column {name!r} has {len(data) // expected.element_size()} of {expected.numel()} values"
             raise invalid("INVALID_STATE", "chunk", description)
-    facts = Facts(progress=Progress(), trainers="{}", scalars=dict(header.scalars), guard_strength=0.0)
+    scalars, guard = _split_scalars(header.scalars)
+    facts = Facts(progress=Progress(), trainers="{}", scalars=scalars, guard=guard)
     return Snapshot.shaped(outline, facts=facts, columns={name: bytes(data) for name, data in received.items()})
+
+
+def _all_scalars(facts: Facts) -> dict[str, float]:
+    return facts.scalars | {GUARD + name: value for name, value in facts.guard.to_scalars().items()}
+
+
+def _split_scalars(scalars: Mapping[str, float]) -> tuple[Scalars, Guard]:
+    """The rule's scalars and the guard; a new one where there is none. Raises ServiceError (INVALID_STATE)."""
+    guard = {name.removeprefix(GUARD): value for name, value in scalars.items() if name.startswith(GUARD)}
+    rest = {name: value for name, value in scalars.items() if not name.startswith(GUARD)}
+    try:
+        return rest, Guard.from_scalars(guard) if guard else Guard()
+    except ValueError as error:
+        raise invalid("INVALID_STATE", "header.scalars", str(error)) from error

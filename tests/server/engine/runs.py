@@ -24,7 +24,10 @@ def spec(
 def steps(
     num_examples: int, *, seed: int = 0, batch: int = 200, trainer_id: str = "trainer", first: int = 1
 ) -> Iterator[Step]:
-    """An endless run of one trainer: random ids (some repeated), contributions, losses and reference losses."""
+    """An endless run of one trainer: random ids (some repeated), contributions, losses and reference losses.
+
+    Guard losses come with two of three steps, up and down, so that the guard has trials to judge.
+    """
     random, reference_random = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     for sequence in itertools.count(first):
         ids = random.integers(0, num_examples, batch)
@@ -42,6 +45,7 @@ def steps(
             training_step=sequence,
             statistics=statistics,
             target_loss=1.0 / sequence,
+            guard_loss=2.0 + float(np.sin(sequence)) if sequence % 3 else None,
             weights_for=ids,
             num_rows=batch,
             size=24 * batch,

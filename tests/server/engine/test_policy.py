@@ -42,6 +42,7 @@ def test_the_log_replays_to_the_same_bits(rule: str) -> None:
     assert replayed.state.scalars == live.state.scalars
     assert replayed.progress == live.progress
     assert replayed.trainers.known == live.trainers.known
+    assert replayed.state.guard == live.state.guard
     np.testing.assert_array_equal(live.weights(None), replayed.weights(None))
 
 
@@ -66,6 +67,7 @@ def test_pages_captured_at_different_versions_replay_to_the_same_bits(rule: str)
     assert restored.state.raw_square_sum == live.state.raw_square_sum
     assert restored.state.scalars == live.state.scalars
     assert restored.status() == live.status()
+    assert restored.state.guard == live.state.guard
     assert restored.version == 12
 
 

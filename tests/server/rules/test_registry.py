@@ -30,8 +30,10 @@ def test_a_setting_without_default_is_required(given: dict[str, float], missing:
 
 def test_settings_are_resolved() -> None:
     settings = build("ema_sign", {"floor": 1, "ema_decay": 0.5}).settings
-    assert settings == {"floor": 1.0, "ema_decay": 0.5, "rms_decay": 0.99, "threshold": 0.0, "loss_penalty": 0.0}
-    assert all(type(value) is float for value in settings.values())
+    own = {"floor": 1.0, "ema_decay": 0.5, "rms_decay": 0.99, "threshold": 0.0, "loss_penalty": 0.0}
+    assert settings == own | {"guard": True, "guard_stretch": 0.125}
+    assert all(type(value) is float for name, value in settings.items() if name != "guard")
+    assert settings["guard"] is True
     assert build("ema_sign", settings).settings == settings
 
 
@@ -47,13 +49,16 @@ def test_settings_are_resolved() -> None:
         ("projected_gradient", "cap", math.inf, r"a value in \[1.01, 1000\]"),
         ("projected_gradient", "floor", 1.0, r"a value in \[0, 0.99\]"),
         ("ema_relu", "saturation", "1", r"a number in \[0.001, 1000\]"),
+        ("boltzmann", "guard", 1.0, "rule boltzmann needs true or false"),
+        ("rho", "guard", "yes", "rule rho needs true or false"),
+        ("uniform", "guard_stretch", 0.0, r"a value in \[0.01, 1\]"),
         ("ema_relu", "saturation", True, r"a number in \[0.001, 1000\]"),
         ("trajectory", "rows", 2.5, r"a value whole and in \[1, 1e\+07\]"),
         ("trajectory", "rows", 0, r"a value whole and in \[1, 1e\+07\]"),
         ("trajectory", "rows", math.inf, r"a value whole and in \[1, 1e\+07\]"),
         ("trajectory", "policy_epochs", -1, r"a value 0 or whole and in \[1, 1e\+09\]"),
         ("trajectory", "learning_rate", 0, r"a value in \[1e-30, 1e\+30\]"),
-        ("uniform", "floor", 0.1, r"no such setting; it has ema_decay, rms_decay"),
+        ("uniform", "floor", 0.1, r"no such setting; it has ema_decay, guard, guard_stretch, rms_decay"),
     ],
 )
 def test_bad_setting_names_field_value_rule_and_range(

@@ -89,7 +89,7 @@ def demo(
         methods=("uniform", "served"),
         steps=steps,
         learning_rate=2.0,
-        settings={"ema_decay": 0.99},
+        settings={"ema_decay": 0.99, "guard": False},  # in a short run on data known to be noisy, trials cost more
         when_lost="wait",
     )
     try:

@@ -32,7 +32,7 @@ OnEpoch: TypeAlias = Callable[[int, float], None]
 """Called after each policy epoch with how many are done and the seconds this one took."""
 
 ONLINE_RULE = "ema_sign"
-ONLINE_SETTINGS = {"ema_decay": 0.99}
+ONLINE_SETTINGS = {"ema_decay": 0.99, "guard": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise_server.rules import Guard
@@ -62,6 +62,7 @@ walks = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(losses=walks, stretch=st.sampled_from([0.01, 0.1, 0.125, 0.3, 1.0]))
 def test_g_is_that_of_a_second_implementation(losses: list[float], stretch: float) -> None:
     seen = guarded(losses, stretch=stretch)
@@ -69,6 +70,7 @@ def test_g_is_that_of_a_second_implementation(losses: list[float], stretch: floa
     assert seen[-1].count == len(losses)
 
 
+@settings(deadline=None)
 @given(losses=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=60))
 def test_any_losses_give_a_g_in_0_1_and_numbers_that_travel(losses: list[float]) -> None:
     for guard in guarded(losses):
@@ -78,12 +80,14 @@ def test_any_losses_give_a_g_in_0_1_and_numbers_that_travel(losses: list[float])
         assert Guard.from_scalars(scalars) == guard
 
 
+@settings(deadline=None)
 @given(losses=walks, scale=st.sampled_from([2.0**-40, 0.5, 2.0**30]))
 def test_the_unit_of_the_loss_is_irrelevant(losses: list[float], scale: float) -> None:
     plain = [guard.strength for guard in guarded(losses)]
     assert plain == [guard.strength for guard in guarded([scale * loss for loss in losses])]
 
 
+@settings(deadline=None)
 @given(losses=walks, lower=st.floats(0.0, 2.0))
 def test_a_trial_that_goes_better_is_never_judged_worse(losses: list[float], lower: float) -> None:
     begin = next((index for index, guard in enumerate(guarded(losses), 1) if guard.trial), None)

@@ -1,0 +1,1 @@
+"""The language model of `equipoise train lm`: data, model, methods, experiment."""

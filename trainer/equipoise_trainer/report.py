@@ -1,14 +1,10 @@
 """The report of an experiment: a table on the terminal, `report.json` and `report.png`."""
 
 import json
-import math
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from rich.table import Table
 from equipoise_trainer.experiment import ExperimentConfig, Run
 from equipoise_trainer.methods import TITLES
 from equipoise_trainer.plots import save_picture
+from equipoise_trainer.provenance import finite, machine, versions
 from equipoise_trainer.summary import MethodSummary, ServedSummary, summarise, summarise_served
 
 FORMAT = 1
@@ -61,34 +58,13 @@ def to_json(runs: Sequence[Run], config: ExperimentConfig, *, server: str) -> di
         "command": sys.argv[1:],
         "server": server,
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "precision": "float64; statistics and weights travel as float32",
         "config": asdict(config),
-        "summary": [_finite(asdict(row)) for row in summarise(runs)],
-        "served": None if served is None else _finite(asdict(served)),
+        "summary": [finite(asdict(row)) for row in summarise(runs)],
+        "served": None if served is None else finite(asdict(served)),
         "runs": [_run(run) for run in runs],
     }
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
-    return {
-        "system": f"{platform.system()} {platform.release()}",
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what takes part; None: not installed here."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def table(rows: Sequence[MethodSummary], config: ExperimentConfig) -> Table:
@@ -167,20 +143,12 @@ def _span(values: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _run(run: Run) -> dict[str, Any]:
     return {
         "method": run.method,
         "seed": run.seed,
         "learning_rate": run.candidate.learning_rate,
-        "settings": _finite(dict(run.candidate.settings)),
+        "settings": finite(dict(run.candidate.settings)),
         "candidates": run.candidates,
         "chosen_step": int(run.trained.curve.steps[run.chosen]),
         "auroc": run.auroc,

@@ -17,7 +17,7 @@ from rich.console import Console
 from equipoise import EquipoiseError
 from equipoise.testing import ServerProcess, serve
 from equipoise_trainer.experiment import ExperimentConfig, OnStep, Run, run_experiment
-from equipoise_trainer.methods import Method
+from equipoise_trainer.methods import TITLES, Method
 from equipoise_trainer.progress import progress_bar
 from equipoise_trainer.report import print_report, save_report
 from equipoise_trainer.serving import ServedFacts
@@ -106,14 +106,17 @@ def _play(config: ExperimentConfig, *, output: Path, console: Console) -> None:
         console.print(f"It serves on {server.address}. Now learning handwritten digits, 20 % of them")
         console.print("with wrong labels: first with all equal, then asking the server at every step.\n")
         accident = Accident(server, at_step=config.steps // 2)
-        with progress_bar(config.total_steps, console=console) as show, _both(show, accident.on_step) as on_step:
+        with (
+            progress_bar(config.total_steps, titles=TITLES, console=console) as show,
+            _both(show, accident.on_step) as on_step,
+        ):
             runs = list(run_experiment(config, address=server.address, on_step=on_step))
         accident.join()
         killed = next(run for run in runs if run.method == "served")
         _tell_accident(killed, accident, console=console)
         console.print("The same run again, undisturbed:")
         first = replace(config, seeds=config.seeds[:1], methods=("served",))
-        with progress_bar(first.total_steps, console=console) as show:
+        with progress_bar(first.total_steps, titles=TITLES, console=console) as show:
             (undisturbed,) = run_experiment(first, address=server.address, on_step=show)
         _tell_comparison(killed, undisturbed, console=console)
         print_report(runs, config, console=console)

@@ -4,6 +4,11 @@ from collections.abc import Sequence
 
 from equipoise.policies import SettingValue
 
+USAGE_ERROR = 2
+"""Exit status for arguments that cannot be used."""
+FAILED = 1
+"""Exit status of a command that failed."""
+
 
 def parse_setting(text: str) -> SettingValue:
     """A setting's value: `true` and `false` are flags, what reads as a number is one, all else is text."""

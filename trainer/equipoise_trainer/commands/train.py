@@ -1,8 +1,7 @@
 """Train a reference model whose examples a policy server weighs."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal, cast
 
@@ -10,16 +9,21 @@ import typer
 from rich.console import Console
 
 from equipoise import EquipoiseError
-from equipoise.testing import serve
-from equipoise_trainer.commands.options import parse_batch, parse_rates, parse_settings, parse_tuned
+from equipoise_trainer.commands.lm import lm
+from equipoise_trainer.commands.local_server import server_address
+from equipoise_trainer.commands.options import (
+    FAILED,
+    USAGE_ERROR,
+    parse_batch,
+    parse_rates,
+    parse_settings,
+    parse_tuned,
+)
 from equipoise_trainer.datasets import DATASETS
 from equipoise_trainer.experiment import ExperimentConfig, Run, run_experiment
-from equipoise_trainer.methods import METHODS, parse_methods
+from equipoise_trainer.methods import METHODS, TITLES, parse_methods
 from equipoise_trainer.progress import progress_bar
 from equipoise_trainer.report import print_report, save_report
-
-USAGE_ERROR = 2
-FAILED = 1
 
 DEFAULT_STEPS: Final = {"digits": 800, "paper": 1000, "paper-noisy": 1000}
 DEFAULT_RATES: Final = {"digits": 2.0, "paper": 0.1, "paper-noisy": 0.1}
@@ -93,8 +97,8 @@ def perceptron(
         print(f"equipoise train perceptron: {error}", file=sys.stderr)
         raise typer.Exit(USAGE_ERROR) from error
     try:
-        with server_address(server, config, console=console) as (address, words):
-            with progress_bar(config.total_steps, console=console) as on_step:
+        with server_address(server, needed="served" in config.methods, console=console) as (address, words):
+            with progress_bar(config.total_steps, titles=TITLES, console=console) as on_step:
                 runs: list[Run] = list(run_experiment(config, address=address, on_step=on_step))
             print_report(runs, config, console=console)
             files = save_report(runs, config, directory=output, server=words)
@@ -104,18 +108,7 @@ def perceptron(
     console.print(f"Picture: {files.picture}   Data: {files.data}", highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def server_address(server: str | None, config: ExperimentConfig, *, console: Console) -> Iterator[tuple[str, str]]:
-    """Address of the policy server, and what it is in words; without one, a local server runs meanwhile."""
-    if "served" not in config.methods:
-        yield "", "none"
-    elif server is not None:
-        yield server, server
-    else:
-        console.print("No --server: starting a local one for this run …", highlight=False)
-        with serve() as local:
-            console.print(f"Local policy server at {local.address}, with a Redis of its own.", highlight=False)
-            yield local.address, "local, with its embedded Redis"
+app.command()(lm)
 
 
 def main(arguments: Sequence[str]) -> int:

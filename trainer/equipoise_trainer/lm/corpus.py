@@ -1,5 +1,6 @@
 """Paragraphs to learn from: Python's own documentation topics, a text file, or a Hugging Face data set on disk."""
 
+import importlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,11 +47,11 @@ def _rows(path: Path) -> Iterator[str]:
     if not any((path / name).is_file() for name in DATASET_FILES):
         raise ValueError(f"corpus: {path} is no data set on disk: it has none of {', '.join(DATASET_FILES)}")
     try:
-        from datasets import DatasetDict, load_from_disk
+        datasets = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
         raise ValueError(f"corpus: {path} is a Hugging Face data set, which needs: pip install datasets") from error
-    loaded: Any = load_from_disk(str(path))
-    parts: Iterable[Any] = loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
+    loaded: Any = datasets.load_from_disk(str(path))
+    parts: Iterable[Any] = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
     for part in parts:
         if TEXT_COLUMN not in part.column_names:
             raise ValueError(f"corpus: {path} has columns {part.column_names}, must have {TEXT_COLUMN!r}")

@@ -34,7 +34,8 @@ class Block(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        fed: Tensor = self.down(F.gelu(self.up(self.norm_2(x))))
+        return x + fed
 
 
 class Gpt(nn.Module):

@@ -47,8 +47,8 @@ PRESETS: Final[Mapping[str, Preset]] = {
             length=32,
             vocabulary=1000,
             batch_size=32,
-            steps=500,
-            learning_rates=(3e-3, 6e-3, 1.2e-2),
+            steps=300,
+            learning_rates=(2e-3, 4e-3),
         ),
         Preset(
             name="paper",
@@ -58,8 +58,8 @@ PRESETS: Final[Mapping[str, Preset]] = {
             length=64,
             vocabulary=5000,
             batch_size=32,
-            steps=500,
-            learning_rates=(1e-3, 2e-3, 4e-3),
+            steps=300,
+            learning_rates=(1e-3, 2e-3),
         ),
     )
 }

@@ -108,7 +108,9 @@ def load(config: RecipeConfig) -> TextTask:
         parts = {CLEAN: good[:half], NOISY: np.array(noisy)}
     else:
         noisy = [replace_tokens(row, vocabulary=vocabulary.size, generator=noise_rng) for row in good[half:]]
-        easy = _pack(vocabulary.encode(list(_counting(len(good) * config.preset.length, easy_rng))), config.preset.length)
+        easy = _pack(
+            vocabulary.encode(list(_counting(len(good) * config.preset.length, easy_rng))), config.preset.length
+        )
         parts = {CLEAN: good[:half], EASY: easy[:half], NOISY: np.array(noisy)}
     return TextTask(
         config=config,
@@ -144,9 +146,7 @@ def replace_tokens(tokens: NDArray[np.int64], *, vocabulary: int, generator: np.
     return np.where(replaced, generator.integers(vocabulary, size=len(tokens)), tokens)
 
 
-def _deal(
-    shuffled: Sequence[str], preset: Preset
-) -> tuple[list[NDArray[np.int64]], Sequence[str], Vocabulary]:
+def _deal(shuffled: Sequence[str], preset: Preset) -> tuple[list[NDArray[np.int64]], Sequence[str], Vocabulary]:
     """Test, A and B as sequences; the paragraphs left for training, and the vocabulary learned from them."""
     sizes = (TEST_SIZE, TARGET_SIZE, GUARD_SIZE)
     # How many paragraphs the sets take depends on the vocabulary, which must not have seen them: it is learned from

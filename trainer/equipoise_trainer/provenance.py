@@ -3,9 +3,10 @@
 import math
 import os
 import platform
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+PACKAGES = ("equipoise", "numpy", "torch", "tokenizers", "scikit-learn", "grpcio", "redis", "matplotlib")
 
 
 def machine() -> dict[str, Any]:
@@ -18,10 +19,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions(packages: Sequence[str]) -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """Versions of what takes part; None: not installed here."""
     found: dict[str, str | None] = {}
-    for package in packages:
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -21,8 +21,6 @@ from equipoise_trainer.summary import MethodSummary, ServedSummary, summarise, s
 FORMAT = 1
 """Version of the layout of `report.json`."""
 
-PACKAGES = ("equipoise", "numpy", "torch", "scikit-learn", "grpcio", "redis", "matplotlib")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportFiles:
@@ -58,7 +56,7 @@ def to_json(runs: Sequence[Run], config: ExperimentConfig, *, server: str) -> di
         "command": sys.argv[1:],
         "server": server,
         "machine": machine(),
-        "versions": versions(PACKAGES),
+        "versions": versions(),
         "precision": "float64; statistics and weights travel as float32",
         "config": asdict(config),
         "summary": [finite(asdict(row)) for row in summarise(runs)],

@@ -22,8 +22,6 @@ from equipoise_trainer.lm.summary import MethodSummary, summarise
 from equipoise_trainer.provenance import finite, machine, versions
 from equipoise_trainer.report import ReportFiles
 
-PACKAGES = ("equipoise", "numpy", "torch", "tokenizers", "grpcio", "redis", "matplotlib")
-
 
 def save_report(runs: Sequence[RunRecord], config: ExperimentConfig, *, directory: Path, server: str) -> ReportFiles:
     """Writes `report.json` and `report.png` into `directory`, which is made if need be.
@@ -50,7 +48,7 @@ def to_json(runs: Sequence[RunRecord], config: ExperimentConfig, *, server: str)
         "command": sys.argv[1:],
         "server": server,
         "machine": machine(),
-        "versions": versions(PACKAGES),
+        "versions": versions(),
         "config": {**asdict(config), "corpus": None if config.corpus is None else str(config.corpus)},
         "sequences": {"target": TARGET_SIZE, "guard": GUARD_SIZE, "test": TEST_SIZE},
         "costs": {"plain": costs.PLAIN, "ghost": costs.GHOST, "one_pass": costs.ONE_PASS, "forward": costs.FORWARD},

@@ -1,6 +1,7 @@
 """Runs in several processes at once; one thread each, since a small model gains nothing from more."""
 
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -84,7 +85,14 @@ class _Pool:
 def _start(config: ExperimentConfig, directory: Path, address: str, steps: Any) -> None:
     global _runs
     torch.set_num_threads(1)
-    _runs = Runs(config, directory=directory, address=address, on_step=lambda method, step: steps.put((method, step)))
+    command = os.getppid()
+
+    def on_step(method: str, step: int) -> None:
+        if os.getppid() != command:  # it was killed: a run that nobody waits for must not go on beside its successor's
+            os._exit(1)
+        steps.put((method, step))
+
+    _runs = Runs(config, directory=directory, address=address, on_step=on_step)
 
 
 def _work(plan: RunPlan) -> RunRecord:

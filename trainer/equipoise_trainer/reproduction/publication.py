@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise_trainer.report import machine, versions
+from equipoise_trainer.provenance import machine, versions
 from equipoise_trainer.reproduction.claims import Claim, perceptron_claims, scaling_claims, times, transformer_claim
 from equipoise_trainer.reproduction.figures import save_curves, save_law, save_scaling, save_zeros
 from equipoise_trainer.reproduction.findings import Findings, find, online_cost, search_cost

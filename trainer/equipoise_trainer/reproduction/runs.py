@@ -25,7 +25,7 @@ from equipoise_trainer.offline.problem import Problem, V
 from equipoise_trainer.offline.rows import LocalRows, RowHolder, Weights
 from equipoise_trainer.offline.search import Search, SearchPlan
 from equipoise_trainer.perceptron import Array
-from equipoise_trainer.report import machine, versions
+from equipoise_trainer.provenance import machine, versions
 from equipoise_trainer.training import logged_steps
 
 OnEpoch: TypeAlias = Callable[[int, float], None]

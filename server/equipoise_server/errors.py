@@ -132,6 +132,11 @@ def device_full(name: str, *, needed: int, free: int, device: str) -> ServiceErr
     return ServiceError(Code.RESOURCE_EXHAUSTED, "DEVICE_FULL", message, retry_after_s=10.0)
 
 
+def device_lost(detail: str) -> ServiceError:
+    """UNAVAILABLE: the device that holds the tables failed; policies come back from the store, there or elsewhere."""
+    return ServiceError(Code.UNAVAILABLE, "DEVICE_LOST", f"the device failed: {detail}", retry_after_s=1.0)
+
+
 def draining() -> ServiceError:
     """UNAVAILABLE: the server is about to stop."""
     return ServiceError(Code.UNAVAILABLE, "DRAINING", "this server is stopping; reconnect", retry_after_s=0.5)

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from equipoise_server.errors import device_lost
+
 T = TypeVar("T")
 
 
@@ -24,6 +26,16 @@ def describe_device(device: torch.device) -> str:
     return f"cuda:0 ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
+_DEVICE_FAULTS = tuple(
+    getattr(torch, name) for name in ("AcceleratorError", "OutOfMemoryError") if hasattr(torch, name)
+)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether an error is the device's: lost, out of memory, or in a state from which nothing works any more."""
+    return isinstance(error, _DEVICE_FAULTS) or (isinstance(error, RuntimeError) and "CUDA" in str(error))
+
+
 class DeviceThread:
     """Runs calls on the tables one after another, off the event loop.
 
@@ -37,17 +49,28 @@ class DeviceThread:
         self._under_way = 0
 
     async def run(self, call: Callable[[], T], *, short: bool = False) -> T:
-        """The call's result. Called on one event loop only."""
+        """The call's result. Called on one event loop only.
+
+        Raises ServiceError (DEVICE_LOST) when the device fails: what the call changed is not to be trusted.
+        """
+        try:
+            return await self._run(call, short=short)
+        except RuntimeError as error:
+            if is_device_fault(error):
+                raise device_lost(str(error).partition("\n")[0]) from error
+            raise
+
+    def close(self) -> None:
+        """Ends the thread after the calls that were already given."""
+        self._executor.shutdown(wait=True)
+
+    async def _run(self, call: Callable[[], T], *, short: bool) -> T:
         if short and self._under_way == 0 and self.device.type == "cpu":
             return call()
         self._under_way += 1
         running = asyncio.get_running_loop().run_in_executor(self._executor, call)
         running.add_done_callback(self._ended)
         return await asyncio.shield(running)  # a caller that is cancelled does not end the call
-
-    def close(self) -> None:
-        """Ends the thread after the calls that were already given."""
-        self._executor.shutdown(wait=True)
 
     def _ended(self, _: object) -> None:
         self._under_way -= 1

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import structlog
 
-from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.device import DeviceThread, is_device_fault
 from equipoise_server.engine.log import LogTail, LogWriter
 from equipoise_server.engine.policy import Policy, PolicyStatus
 from equipoise_server.engine.queue import Pending, QueueLimits, StepQueue
@@ -279,7 +279,19 @@ class PolicyRunner:
             taken = await self.queue.take()
             for start in range(0, len(taken), STEPS_PER_CALL):
                 await self._room_in_log()
-                await self._apply(taken[start : start + STEPS_PER_CALL])
+                try:
+                    await self._apply(taken[start : start + STEPS_PER_CALL])
+                except ServiceError as error:
+                    await self._abandon(taken[start:], error)
+
+    async def _abandon(self, unanswered: list[Pending], error: ServiceError) -> None:
+        """The device failed: the tables here are not to be trusted, those in the store are."""
+        log.error("the device failed; the policy leaves memory", policy=self.spec_name, error=str(error))
+        self._telemetry.rejected(reason=error.reason)
+        for pending in unanswered:
+            if not pending.answer.done():
+                pending.answer.set_exception(error)
+        await self.close(error)
 
     async def _room_in_log(self) -> None:
         """Waits while a sweep shortens a log that is too long for its rule, but only as long as it gets on."""
@@ -320,6 +332,8 @@ class PolicyRunner:
             try:
                 results.append(self.policy.apply(pending.step, now=now, with_evidence=position == last))
             except Exception as error:  # a bug or a gap concerns its own step only
+                if is_device_fault(error):
+                    raise
                 results.append((error, None))
         return results, self.policy.status()
 

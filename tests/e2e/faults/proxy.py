@@ -88,6 +88,7 @@ class FaultProxy:
         self._cut: dict[Way, int] = {}
         self._traps: list[Trap] = []
         self._connections: set[Connection] = set()
+        self._stranded: set[Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Condition()
         self._server: asyncio.Server | None = None
@@ -122,6 +123,10 @@ class FaultProxy:
     def reset(self) -> None:
         """Ends every connection at once; what was held is lost."""
         self._do(self._reset)
+
+    def strand(self) -> None:
+        """The connections there are go silent for ever, as when a router forgets them; new ones work."""
+        self._stranded.update(self._connections)
 
     def refuse(self) -> None:
         """Turns new connections away."""
@@ -221,6 +226,8 @@ class FaultProxy:
         pumps = [asyncio.ensure_future(self._pump(connection, way)) for way in Way]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if connection in self._stranded:  # an end of one side does not reach the other
+                await asyncio.wait(pumps)
             await self._wait_open(Way.UP)
             await self._wait_open(Way.DOWN)
         finally:
@@ -228,6 +235,7 @@ class FaultProxy:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
             self._connections.discard(connection)
+            self._stranded.discard(connection)
             connection.reset()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
@@ -249,6 +257,8 @@ class FaultProxy:
             if self.bytes_per_s:
                 await asyncio.sleep(len(data) / self.bytes_per_s)
             await self._wait_open(way)
+            if connection in self._stranded:
+                continue
             if connection not in self._connections:
                 return
             left = self._cut.get(way)

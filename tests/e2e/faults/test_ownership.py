@@ -82,7 +82,7 @@ def test_the_policy_moves_when_its_server_stops(house: House, second: tuple[Fork
         until(lambda: training.failure or epoch_at(training) == 2, what="the second server answers")
         moved = monotonic() - stopped
         seen = training.since(stopped)
-        assert house.server.stop() == 0
+        assert house.server.join() == 0
     assert_kept(training)
     assert moved < 2 * OWNER_TIMEOUT_S  # its presence need not run out
     record(

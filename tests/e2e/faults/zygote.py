@@ -126,8 +126,13 @@ class ForkedServer:
         return self._end(signal.SIGTERM)
 
     def terminate(self) -> None:
-        """Asks the server to end (SIGTERM) and does not wait; `stop` collects its status."""
+        """Asks the server to end (SIGTERM) and does not wait; `join` does."""
         os.kill(self.pid, signal.SIGTERM)
+
+    def join(self) -> int:
+        """Waits until the server has ended by itself; its exit status."""
+        pid, self.pid = self.pid, 0
+        return self._zygote.wait(pid)
 
     def pause(self) -> None:
         """Stops the server from running (SIGSTOP): its connections stay open and silent."""

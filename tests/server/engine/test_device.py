@@ -1,0 +1,70 @@
+"""A device that fails in the middle of a step."""
+
+import asyncio
+from itertools import islice
+
+import pytest
+import torch
+
+from equipoise_server.engine import DeviceThread, Outcome
+from equipoise_server.engine.snapshot import Snapshot
+from equipoise_server.errors import ServiceError
+from tests.server.engine.conftest import Servers
+from tests.server.engine.runs import send, spec, steps
+
+FAULTS = [
+    RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later"),
+    torch.OutOfMemoryError("out of memory"),
+    torch.AcceleratorError("the device is lost"),
+]
+
+
+def failing(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_what_a_failing_device_has_half_done_is_read_again_from_the_store(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    engine = await servers.make()
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    session, _ = await runner.open("trainer")
+    numbered = steps(1000)
+    for step in islice(numbered, 5):
+        await send(runner, step)
+    assert await runner.log.flush(timeout_s=20)
+    expected = await runner.read(Snapshot.of)
+    apply, applied = runner.policy.apply, 0
+
+    def fail_at_third(*arguments: object, **options: object) -> object:
+        nonlocal applied
+        applied += 1
+        if applied == 3:
+            raise fault
+        return apply(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner.policy, "apply", fail_at_third)
+    unanswered = [await runner.submit(step) for step in islice(numbered, 5)]
+    errors = await asyncio.gather(*unanswered, return_exceptions=True)
+    assert {getattr(error, "reason", None) for error in errors} == {"DEVICE_LOST"}
+    assert session.ended.result().reason == "DEVICE_LOST"
+    assert "launch failure\n" not in str(session.ended.result())
+
+    again = await engine.runner("policy")
+    assert again is not runner
+    after = await again.read(Snapshot.of)
+    assert (after.columns, after.facts) == (expected.columns, expected.facts)
+    assert (await send(again, next(steps(1000, first=6)))).outcome is Outcome.APPLIED
+
+
+async def test_a_read_of_a_lost_device_is_unavailable_and_a_bug_is_a_bug() -> None:
+    device = DeviceThread(torch.device("cpu"))
+    for short in (False, True):
+        with pytest.raises(ServiceError) as caught:
+            await device.run(lambda: failing(FAULTS[0]), short=short)
+        assert (caught.value.reason, caught.value.retry_after_s) == ("DEVICE_LOST", 1.0)
+        with pytest.raises(RuntimeError, match="shape"):
+            await device.run(lambda: failing(RuntimeError("shape mismatch")), short=short)
+    device.close()

@@ -331,6 +331,30 @@ async def test_a_trainer_idle_for_a_day_is_forgotten(servers: Servers) -> None:
     assert (await send(runner, next(steps(1000)))).outcome is Outcome.APPLIED
 
 
+async def test_a_clock_that_jumps_changes_nothing(servers: Servers) -> None:
+    jumps = iter([0.0, 3600.0, -7200.0, 3600.0, -3600.0] * 100)
+    now = 1e9
+
+    def jumping() -> float:
+        nonlocal now
+        now += next(jumps)
+        return now
+
+    steady, engine = await servers.make(), await servers.make(wall_clock=jumping)
+    ends = []
+    for name, made_by in (("steady", steady), ("jumping", engine)):
+        runner = await runner_of(made_by, name=name)
+        await runner.open("trainer")
+        for first in range(1, 31, 5):
+            await feed(runner, 5, first=first)
+            _, opening = await runner.open("trainer")
+            assert opening.last_sequence == first + 4  # never forgotten, never twice
+        assert await runner.log.flush(timeout_s=20)
+        ends.append((await everything(runner)).columns)
+    assert ends[0] == ends[1]
+    assert (await everything(await (await servers.make()).runner("jumping"))).columns == ends[1]
+
+
 async def test_an_idle_policy_leaves_memory_and_comes_back_on_first_touch(servers: Servers) -> None:
     engine = await servers.make()
     runner = await runner_of(engine)

@@ -1,0 +1,229 @@
+"""Messages that no client of ours sends, and too many of them: refused for what they are, and the others served."""
+
+import gzip
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from time import monotonic, sleep
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+
+from equipoise import PolicyClient
+from equipoise.v1 import policy_pb2 as pb
+from equipoise.v1 import policy_pb2_grpc
+from tests.e2e.faults.figures import record, seconds
+from tests.e2e.faults.house import House
+from tests.e2e.faults.proxy import until
+from tests.e2e.faults.training import Training
+
+MIB = 1 << 20
+SERVICE = "/equipoise.v1.PolicyService/"
+
+
+@pytest.fixture
+def channel(house: House) -> Iterator[grpc.Channel]:
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_metadata_size", 1 << 20)]
+    with grpc.insecure_channel(house.server.address, options=options) as connected:
+        yield connected
+
+
+def update(rows: int) -> pb.UpdateWeightsRequest:
+    ids = np.arange(rows, dtype="<u8").tobytes()
+    return pb.UpdateWeightsRequest(policy="p", step=pb.StepRequest(example_ids=ids, losses=bytes(4 * rows)))
+
+
+def code_of(call: object, *arguments: object, **options: object) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments, timeout=30, **options)  # type: ignore[operator]
+    code: grpc.StatusCode = caught.value.code()
+    return code
+
+
+def test_oversize_bombs_and_long_headers_are_refused_and_the_connection_lives(
+    house: House, channel: grpc.Channel
+) -> None:
+    stub = policy_pb2_grpc.PolicyServiceStub(channel)
+    with PolicyClient(house.server.address, policy="p", num_examples=4 * MIB, when_lost="wait") as client:
+        client.read([0])
+    before = memory(house)
+    for rows in (2 * MIB, 4 * MIB):  # 24 and 48 MiB, the limit is 16
+        assert code_of(stub.UpdateWeights, update(rows)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    bomb = channel.unary_unary(
+        SERVICE + "UpdateWeights", request_serializer=lambda data: data, response_deserializer=lambda data: data
+    )
+    zeros = pb.UpdateWeightsRequest(policy="p", step=pb.StepRequest(losses=bytes(64 * MIB))).SerializeToString()
+    assert len(gzip.compress(zeros)) < MIB
+    assert code_of(bomb, zeros, compression=grpc.Compression.Gzip) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    header = (("x-long", "x" * 40_000),)
+    assert code_of(stub.GetServerInfo, pb.GetServerInfoRequest(), metadata=header) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert stub.GetPolicy(pb.GetPolicyRequest(policy="p"), timeout=10).status.version == 0
+    assert memory(house) - before < 64 * MIB
+    record(
+        "messages of 24 and 48 MiB, a gzip bomb of 64 MiB, 40 kB of headers",
+        promise="RESOURCE_EXHAUSTED; memory bounded; the connection lives",
+        trainer=f"memory of the server +{max(0, memory(house) - before) / MIB:.0f} MiB",
+    )
+
+
+def test_a_message_with_fields_of_a_later_version_is_taken(house: House, channel: grpc.Channel) -> None:
+    with PolicyClient(house.server.address, policy="p", num_examples=4) as client:
+        client.read([0])
+    call = channel.unary_unary(
+        SERVICE + "GetPolicy",
+        request_serializer=lambda data: data,
+        response_deserializer=pb.GetPolicyResponse.FromString,
+    )
+    later = pb.GetPolicyRequest(policy="p").SerializeToString() + b"\xfa\x3f\x05later"  # field 1023, bytes
+    assert call(later, timeout=10).status.spec.num_examples == 4
+
+
+@pytest.mark.slow
+def test_overload_tenfold(house: House) -> None:
+    """Far more unary callers than the server can serve: shed or served late, and health and streams go on."""
+    with Training(house.server.address) as training:
+        training.wait_until_durable()
+        before = memory(house)
+        calm_from = monotonic()
+        sleep(2)
+        began = monotonic()
+        answered = flood(house.server.address, callers=64, for_s=4.0)
+        overloaded, calm = training.since(began), training.until(calm_from, began)
+    assert set(answered) <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+    assert answered["OK"] > 0
+    assert memory(house) - before < 200 * MIB
+    assert training.stats.lost == 0
+    record(
+        "overload: 64 unary callers with 4096 rows each, without pause",
+        promise="bounded queue, shed with RetryInfo; streams and health are answered; memory bounded",
+        trainer=f"{overloaded}; without: {calm.longest_step_s:.2f} s; callers: {answered}; "
+        f"memory +{max(0, memory(house) - before) / MIB:.0f} MiB",
+    )
+
+
+def flood(address: str, *, callers: int, for_s: float) -> dict[str, int]:
+    """How the calls ended, by code."""
+    ended: dict[str, int] = {"OK": 0}
+    lock, end = threading.Lock(), monotonic() + for_s
+
+    def call() -> None:
+        request = pb.UpdateWeightsRequest(policy="p", step=many_rows())
+        with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub = policy_pb2_grpc.PolicyServiceStub(channel)
+            while monotonic() < end:
+                try:
+                    stub.UpdateWeights(request, timeout=10)
+                    name = "OK"
+                except grpc.RpcError as error:
+                    name = error.code().name
+                with lock:
+                    ended[name] = ended.get(name, 0) + 1
+
+    threads = [threading.Thread(target=call) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return ended
+
+
+def many_rows() -> pb.StepRequest:
+    ids = np.random.default_rng(0).integers(0, 1000, 4096).astype("<u8")
+    return pb.StepRequest(example_ids=ids.tobytes(), contributions=np.ones(4096, "<f4").tobytes())
+
+
+@pytest.mark.slow
+def test_silent_idle_and_deaf_streams(house: House) -> None:
+    """Streams that never open, that say nothing, and that never read their answers: others are served as before."""
+    server, before = house.serve(first_message_timeout_s=2.0)
+    with Training(before.address) as training:
+        training.wait_until_durable()
+        memory_before = psutil.Process(server.pid).memory_info().rss
+        with grpc.insecure_channel(server.address) as channel:
+            stub = policy_pb2_grpc.PolicyServiceStub(channel)
+            stop = threading.Event()
+            began = monotonic()
+            silent = [stub.Exchange(nothing_until(stop)) for _ in range(100)]
+            idle = [stub.Exchange(opening_then_nothing(stop, f"idle-{n}")) for n in range(200)]
+            for call in idle:
+                assert next(call).HasField("opened")
+            deaf = [stub.Exchange(many_reads(stop, f"deaf-{n}")) for n in range(20)]
+            for call in silent:
+                with pytest.raises(grpc.RpcError) as caught:
+                    next(call)
+                assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            ended = monotonic() - began
+            training.wait_until_served()
+            seen = training.since(began)
+            grown = psutil.Process(server.pid).memory_info().rss - memory_before
+            stop.set()
+            for call in (*idle, *deaf):
+                call.cancel()
+    assert seen.unserved == 0
+    assert grown < 200 * MIB
+    record(
+        "100 streams that never open, 200 idle ones, 20 that never read their answers",
+        promise="the first are ended after 2 s (10 s by default), the others bounded; trainers are served",
+        noticed=f"ended after {seconds(ended)}",
+        trainer=f"{seen}; memory +{grown / MIB:.0f} MiB",
+    )
+
+
+def nothing_until(stop: threading.Event) -> Iterator[pb.ExchangeRequest]:
+    stop.wait(60)
+    yield from ()
+
+
+def opening_then_nothing(stop: threading.Event, trainer_id: str) -> Iterator[pb.ExchangeRequest]:
+    yield pb.ExchangeRequest(open=pb.OpenRequest(policy="p", trainer_id=trainer_id))
+    stop.wait(60)
+
+
+def many_reads(stop: threading.Event, trainer_id: str) -> Iterator[pb.ExchangeRequest]:
+    yield pb.ExchangeRequest(open=pb.OpenRequest(policy="p", trainer_id=trainer_id))
+    ids = np.tile(np.arange(1000, dtype="<u8"), 20).tobytes()
+    for _ in range(2000):
+        if stop.is_set():
+            return
+        yield pb.ExchangeRequest(step=pb.StepRequest(example_ids=ids))
+
+
+def memory(house: House) -> int:
+    """Resident memory of the server, bytes."""
+    return int(psutil.Process(house.server.pid).memory_info().rss)
+
+
+FORKING = """
+import multiprocessing, os, sys
+from equipoise import PolicyClient
+
+def load(client, answers):
+    answers.put([client.step([0, 1], contributions=[1.0, -1.0]).version for _ in range(3)])
+
+with PolicyClient(sys.argv[1], policy="p", num_examples=4, when_lost="wait") as client:
+    for _ in range(5):
+        client.step([0, 1], contributions=[1.0, -1.0])
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    loaders = [context.Process(target=load, args=(client, answers)) for _ in range(2)]
+    for loader in loaders:
+        loader.start()
+    versions = sorted(version for _ in loaders for version in answers.get(timeout=60))
+    for loader in loaders:
+        loader.join(60)
+    assert [loader.exitcode for loader in loaders] == [0, 0], loaders
+    assert versions == list(range(6, 12)), versions
+    assert client.step([0, 1], contributions=[1.0, -1.0]).version == 12
+"""
+
+
+def test_a_client_in_forked_data_loaders_is_a_trainer_of_its_own(house: House) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, house.address], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    with PolicyClient(house.address, policy="p") as client:
+        until(lambda: client.status().durable_version == 12, what="all steps are durable")

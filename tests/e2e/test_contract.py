@@ -178,6 +178,14 @@ def test_a_repeated_id_counts_once_with_the_mean_of_its_scored_rows(stub: Policy
     assert stub.GetPolicy(pb.GetPolicyRequest(policy=policy)).status.scored_examples == 2
 
 
+NAN = float("nan")
+
+
+def sketches(rows: bytes, target: bytes) -> dict[str, object]:
+    """Fields of a step with sketches instead of contributions."""
+    return {"contributions": None, "gradient_sketches": rows, "target_sketch": target}
+
+
 @pytest.mark.parametrize(
     ("fields", "reason", "field", "says"),
     [
@@ -195,7 +203,37 @@ def test_a_repeated_id_counts_once_with_the_mean_of_its_scored_rows(stub: Policy
         ({"contributions": None, "losses": f32(1.0, 1.0)}, "UNUSABLE_STATISTICS", "contributions", "ema_sign"),
         ({"reference_losses": f32(1.0, 1.0)}, "UNUSABLE_STATISTICS", "reference_losses", "rule ema_sign does not use"),
         ({"reference_losses": f32(1.0)}, "SHAPE_MISMATCH", "reference_losses", "4 bytes for 2 rows"),
-        ({"gradient_sketches": f32(1.0, 1.0)}, "UNUSABLE_STATISTICS", "gradient_sketches", "no rule"),
+        ({"gradient_sketches": f32(1.0, 1.0)}, "SHAPE_MISMATCH", "target_sketch", "absent, but gradient_sketches"),
+        ({"target_sketch": f32(1.0)}, "SHAPE_MISMATCH", "gradient_sketches", "absent, but target_sketch"),
+        (
+            sketches(f32(1.0, 1.0), f32(1.0)) | {"contributions": f32(1.0, 1.0)},
+            "SHAPE_MISMATCH",
+            "gradient_sketches",
+            "either",
+        ),
+        (
+            sketches(f32(1.0, 1.0, 1.0), f32(1.0, 1.0)),
+            "SHAPE_MISMATCH",
+            "gradient_sketches",
+            "12 bytes for 2 rows; 2 float32",
+        ),
+        (sketches(f32(1.0, 1.0), b"123"), "SHAPE_MISMATCH", "target_sketch", "3 bytes are no whole number of float32"),
+        (sketches(f32(1.0, 1.0), f32(NAN)), "NON_FINITE_STAT", "target_sketch[0]", "nan"),
+        (sketches(f32(1.0, NAN), f32(1.0)), "NON_FINITE_STAT", "gradient_sketches[1]", "not finite; scored rows"),
+        (
+            sketches(f32(1.0, 1e30), f32(1e30)),
+            "NON_FINITE_STAT",
+            "gradient_sketches[1]",
+            "its product with target_sketch is inf",
+        ),
+        (sketches(b"", b"\0" * 4 * 65_537), "SHAPE_MISMATCH", "gradient_sketches", "absent"),
+        (
+            sketches(f32(1.0), b"\0" * 4 * 65_537),
+            "OUT_OF_RANGE_VALUE",
+            "target_sketch",
+            "65537 values, must be at most 65536",
+        ),
+        (sketches(f32(1.0, 1.0), f32(1.0)) | {"sketch_type": 9}, "OUT_OF_RANGE_VALUE", "sketch_type", "9 is not"),
         ({"example_ids": None}, "SHAPE_MISMATCH", "contributions", "without rows"),
     ],
 )

@@ -684,9 +684,12 @@ class StepRequest(google.protobuf.message.Message):
     moves by it, see `guard_strength`.
     """
     gradient_sketches: builtins.bytes
-    """Row-major [rows, k] sketches of the gradients; the server computes the contributions."""
+    """Instead of contributions: row-major [rows, k] sketches of the gradients, such as random projections. The server
+    computes the contributions, their inner products with `target_sketch`, in float64 on its device. Finite where
+    scored.
+    """
     target_sketch: builtins.bytes
-    """Sketch [k] of the target gradient, of the same element type."""
+    """Sketch [k] of the target gradient ∇L_target, of the same element type; finite, k from 1 to 65,536."""
     sketch_type: Global___SketchType.ValueType
     """Element type of the sketches."""
     weights_for: builtins.bytes

@@ -15,6 +15,7 @@ from equipoise_server.rules.guard import Guard
 from equipoise_server.rules.projection import project
 from equipoise_server.rules.registry import build, names
 from equipoise_server.rules.simplex import project_simplex
+from equipoise_server.rules.sketch import sketched_contributions
 
 __all__ = [
     "PAGE_EXAMPLES",
@@ -32,4 +33,5 @@ __all__ = [
     "names",
     "project",
     "project_simplex",
+    "sketched_contributions",
 ]

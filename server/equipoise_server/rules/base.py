@@ -90,8 +90,8 @@ class TableState:
 
     @property
     def device(self) -> torch.device:
-        """Device of the tables."""
-        return next(iter(self.columns.values())).device
+        """Device of the tables; the CPU without any."""
+        return next((column.device for column in self.columns.values()), torch.device("cpu"))
 
     @property
     def num_rows(self) -> int:

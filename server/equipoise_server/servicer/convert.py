@@ -12,10 +12,11 @@ from equipoise_server.engine import Answer, Kind, Policy, PolicyRunner, Step
 from equipoise_server.errors import ServiceError, invalid
 from equipoise_server.rules import RuleError, Statistics, aggregate
 from equipoise_server.servicer.arrays import parse_ids, parse_scored, parse_statistic, to_bytes
+from equipoise_server.servicer.sketches import parse_sketches
 from equipoise_server.status import to_status
 
-STATISTICS = ("contributions", "losses", "reference_losses", "gradient_sketches")
-LATER_STATISTICS = ("gradient_sketches", "target_sketch")
+ROW_STATISTICS = ("contributions", "losses", "reference_losses")
+STATISTICS = (*ROW_STATISTICS, "gradient_sketches", "target_sketch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,19 +145,19 @@ def _trajectory_row(request: pb.StepRequest, policy: Policy) -> int | None:
 
 
 def _statistics(request: pb.StepRequest, rows: _Rows, policy: Policy) -> Statistics | None:
-    for name in LATER_STATISTICS:
-        if getattr(request, name):
-            raise invalid("UNUSABLE_STATISTICS", name, "no rule of this server's version uses it; leave it out")
     if not rows.given:
-        for name in ("contributions", "losses", "reference_losses", "scored"):
+        for name in (*STATISTICS, "scored"):
             if getattr(request, name):
                 raise invalid("SHAPE_MISMATCH", name, "sent without rows; send example_ids or all_examples with it")
         return None
     scored = parse_scored(request.scored, rows=rows.count)
     values: dict[str, Any] = {
         name: parse_statistic(getattr(request, name), field=name, rows=rows.count, scored=scored)
-        for name in ("contributions", "losses", "reference_losses")
+        for name in ROW_STATISTICS
     }
+    sketched = parse_sketches(request, rows=rows.count, scored=scored, device=policy.state.device)
+    if sketched is not None:
+        values["contributions"] = sketched
     if all(given is None for given in values.values()):
         return None
     return aggregate(rows.ids, scored=scored, trajectory_row=_trajectory_row(request, policy), **values)

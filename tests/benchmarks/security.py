@@ -28,7 +28,9 @@ from equipoise_server.security import Scope, entry, new_token
 from tests.benchmarks.exchange import NUM_EXAMPLES, ROWS, STEPS, requests, round_trips
 from tests.e2e.security.authority import Authority
 
-ROUNDS = 5
+ROUNDS = 6
+FLOODS = 5
+"""Measurements of the throughput per round, `STEPS` steps each."""
 IN_FLIGHT = 32
 
 
@@ -79,6 +81,17 @@ async def in_flight(call: Any, given: list[pb.ExchangeRequest]) -> float:
     return (time.perf_counter() - started) / len(given)
 
 
+def renumbered(given: list[pb.ExchangeRequest], *, first: int) -> list[pb.ExchangeRequest]:
+    """The same steps, numbered from `first`."""
+    fresh = []
+    for sequence, request in enumerate(given, first):
+        copy = pb.ExchangeRequest()
+        copy.CopyFrom(request)
+        copy.step.sequence = sequence
+        fresh.append(copy)
+    return fresh
+
+
 async def calls(stub: Any, server: Server, policy: str, given: list[pb.ExchangeRequest]) -> list[float]:
     """Seconds of each step by a call of its own."""
     taken = []
@@ -98,21 +111,20 @@ async def measure(known: dict[str, Server]) -> dict[tuple[int, str, str], list[f
         policy = f"bench-{rows}"
         async with AsyncExitStack() as stack:
             streams = {name: await stack.enter_async_context(stream(at, policy)) for name, at in known.items()}
+            sequence = 1
             for turn in range(ROUNDS):
-                trips, flood = (list(requests(rows, first=first)) for first in firsts(turn))
-                for name, (stub, call) in streams.items():
-                    for what, seconds in (
-                        ("round trip", await round_trips(call, trips)),
-                        ("in flight", [await in_flight(call, flood)]),
-                        ("call", await calls(stub, known[name], policy, trips)),
-                    ):
-                        taken.setdefault((rows, what, name), []).extend(seconds)
+                given = list(requests(rows, first=sequence))
+                later = [renumbered(given, first=sequence + (1 + flood) * STEPS) for flood in range(FLOODS)]
+                sequence += (1 + FLOODS) * STEPS
+                # Whoever goes first in a turn must not do so in all of them.
+                for name in sorted(streams, key=lambda name: (list(streams).index(name) + turn) % len(streams)):
+                    stub, call = streams[name]
+                    taken.setdefault((rows, "round trip", name), []).extend(await round_trips(call, given))
+                    floods = taken.setdefault((rows, "in flight", name), [])
+                    floods += [await in_flight(call, steps) for steps in later]
+                    alone = await calls(stub, known[name], policy, given)
+                    taken.setdefault((rows, "call", name), []).extend(alone)
     return taken
-
-
-def firsts(turn: int) -> tuple[int, int]:
-    """First sequences of a turn's two batches of steps."""
-    return 1 + 2 * turn * STEPS, 1 + (2 * turn + 1) * STEPS
 
 
 def main() -> None:
@@ -120,7 +132,7 @@ def main() -> None:
     with ExitStack() as stack:
         taken = asyncio.run(measure(servers(stack)))
     table = Table("rows", "what", "server", "median ms", "/ none", "steps/s", title="TLS and tokens against none")
-    for (rows, what, name), seconds in taken.items():
+    for (rows, what, name), seconds in sorted(taken.items(), key=lambda item: item[0]):
         median = statistics.median(seconds)
         ratio = median / statistics.median(taken[rows, what, "none"])
         table.add_row(str(rows), what, name, f"{1e3 * median:.3f}", f"{ratio:.2f}", f"{1 / median:,.0f}")

@@ -307,7 +307,7 @@ def info_of(status: status_pb2.Status) -> error_details_pb2.ErrorInfo:
     return info
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [12, pytest.param(250, marks=pytest.mark.slow)])
 def test_every_answer_is_the_models(examples: int) -> None:
     announce()
     with serve(max_batch_examples=64) as server, grpc.insecure_channel(server.address, options=OPTIONS) as channel:

@@ -14,13 +14,16 @@ from equipoise.testing import serve
 PASSWORD = "hunter2hunter2"
 
 
-@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel"])
+SLOW = [pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("rediss", "redis+sentinel")]
+
+
+@pytest.mark.parametrize("scheme", ["redis", *SLOW])
 def test_the_password_of_redis_is_neither_logged_nor_answered_nor_listed(scheme: str, tmp_path: Path) -> None:
     secret = tmp_path / "url"
     path = "/main/0" if scheme == "redis+sentinel" else "/0"
     secret.write_text(f"{scheme}://user:{PASSWORD}@127.0.0.1:1{path}\n")  # nobody is there
     with serve(redis_url_file=secret, log_level="debug") as server:
-        with PolicyAdmin(server.address, timeout=10) as admin, pytest.raises(EquipoiseError) as caught:
+        with PolicyAdmin(server.address, timeout=5) as admin, pytest.raises(EquipoiseError) as caught:
             admin.create(PolicySpec(name="p", num_examples=1))
         end = monotonic() + 30
         while "redis does not answer" not in server.log:

@@ -138,6 +138,7 @@ def test_a_trainer_over_quota_is_told_at_once(server: ServerProcess, tokens: Tok
         client.step([0], contributions=[1.0])
 
 
+@pytest.mark.slow  # its parts have tests of their own
 def test_a_server_with_a_bad_tokens_file_does_not_start(tmp_path: Path) -> None:
     file = tmp_path / "tokens.toml"
     file.write_text(TENANTS + '[[tokens]]\ntenant = "red"\nid = "00"\nsha256 = "hunter2"\nscopes = ["reed"]\n')

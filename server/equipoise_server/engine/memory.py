@@ -10,6 +10,9 @@ from equipoise_server.errors import device_full
 SHARE = 0.9
 """How much of what is free the tables of one policy may take; steps and sweeps need some, too."""
 
+ALWAYS_FITS = 16 << 20
+"""Bytes of tables that are never refused: estimates of what is free are not that exact."""
+
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -17,7 +20,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def check_room(spec: PolicySpec, device: torch.device) -> None:
     """Raises ServiceError (DEVICE_FULL) when a policy's tables do not fit what is free now."""
     needed = sum(column.numel() * column.element_size() for column in spec.outline().columns.values())
-    free = free_bytes(device)
+    free = free_bytes(device) if needed > ALWAYS_FITS else None
     if free is not None and needed > SHARE * free:
         raise device_full(spec.name, needed=needed, free=free, device=device.type)
 
@@ -39,12 +42,12 @@ def _available(meminfo: Path) -> int | None:
 
 
 def _left(cgroup: Path) -> int | None:
-    """What a container may still take; what is only cached for it counts as taken, but for inactive files."""
+    """What a container may still take; files that are only cached for it can be let go."""
     try:
         most = (cgroup / "memory.max").read_text(encoding="ascii").strip()
         used = int((cgroup / "memory.current").read_text(encoding="ascii"))
         lines = (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
         return None
-    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    cached = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
     return None if most == "max" else max(0, int(most) - used + cached)

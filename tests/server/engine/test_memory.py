@@ -22,7 +22,7 @@ def machine(tmp_path: Path) -> Path:
 def container(folder: Path, most: str) -> None:
     (folder / "memory.max").write_text(f"{most}\n")
     (folder / "memory.current").write_text("300000\n")
-    (folder / "memory.stat").write_text("anon 1\nfile 100000\ninactive_file 50000\n")
+    (folder / "memory.stat").write_text("anon 1\nfile 100000\ninactive_file 40000\nactive_file 10000\n")
 
 
 def spec(num_examples: int, rule: str = "uniform") -> PolicySpec:
@@ -48,13 +48,16 @@ def test_this_machine_knows_what_is_free() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = sum(c.numel() * c.element_size() for c in spec(1000, "ema_sign").outline().columns.values())
-    assert needed >= 8000
+    large = spec(10_000_000, "ema_sign")
+    needed = sum(column.numel() * column.element_size() for column in large.outline().columns.values())
+    assert needed >= 80_000_000
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * needed)
-    check_room(spec(1000, "ema_sign"), CPU)
+    check_room(large, CPU)
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
     with pytest.raises(
         ServiceError, match=rf"needs {needed} bytes of cpu memory, of which {needed} are free"
     ) as caught:
-        check_room(spec(1000, "ema_sign"), CPU)
+        check_room(large, CPU)
     assert caught.value.reason == "DEVICE_FULL"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    check_room(spec(1000, "ema_sign"), CPU)  # small ones fit even where the estimate is wrong

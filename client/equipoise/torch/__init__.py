@@ -2,12 +2,27 @@
 
 Example:
     >>> direction = TargetDirection(model, example_losses, target_batches)
-    >>> contributions = GhostContributions(model, direction)
+    >>> steps = WeightedSteps(client, GhostContributions(model, direction))
     >>> for ids, batch in loader:
-    ...     with contributions.capture(ids) as capture:
-    ...         losses = capture.losses(batch)
-    ...         weighted_mean(losses, client.weights(ids)).backward()
-    ...     client.submit(ids, **capture.fields())
+    ...     with steps.capture(ids) as step:
+    ...         step.loss(batch).backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+
+The same with everything in sight, for loops that need something else:
+
+    >>> with contributions.capture(ids) as capture:
+    ...     losses = capture.losses(batch)
+    ...     weighted_mean(losses, client.weights(ids)).backward()
+    >>> client.submit(ids, **capture.fields())
+
+Accelerate wraps the model and scales the loss; the rest is the same:
+
+    >>> steps = WeightedSteps(client, GhostContributions(model, direction), accumulate=None)
+    >>> with accelerator.accumulate(model), steps.capture(ids) as step:
+    ...     accelerator.backward(step.loss(batch))
+    >>> if accelerator.sync_gradients:
+    ...     steps.submit()
 
 | method | contributions known | extra cost | exact | models |
 |---|---|---|---|---|

@@ -1,5 +1,16 @@
-"""Small models on one thread: several of them only wait for each other on a busy machine."""
+"""One server for all these tests; small models on one thread, of which several would only wait for each other."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+from equipoise.testing import ServerProcess, serve
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    with serve() as running:
+        yield running

@@ -1,6 +1,5 @@
 """The real Lightning trainer under a policy: what it trains on, what it sends, and that it resumes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from equipoise import PolicyClient, Timeout
 from equipoise.lightning import PolicyCallback
-from equipoise.testing import ServerProcess, serve
+from equipoise.testing import ServerProcess
 from equipoise.torch import CaptureError, TargetDirection, WeightedSampler
 from equipoise.torch.training import TrainingOptions
 from tests.client.torch.models import reference, relative_error
@@ -25,12 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with serve() as running:
-        yield running
 
 
 class Recording(PolicyClient):

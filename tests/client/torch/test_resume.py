@@ -25,12 +25,6 @@ from equipoise.torch import (
 N, BATCH, STEPS, CHECKPOINT = 60, 12, 20, 8
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with serve() as running:
-        yield running
-
-
 def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(batch[0]).squeeze(1) - batch[1]).square()
 

@@ -1,6 +1,5 @@
 """A training loop with a real server: mislabelled examples lose their weight, by every method."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from equipoise import PolicyClient
-from equipoise.testing import ServerProcess, serve
+from equipoise.testing import ServerProcess
 from equipoise.torch import (
     FiniteDifferenceContributions,
     GhostContributions,
@@ -23,12 +22,6 @@ from equipoise.torch import (
 from tests.delay_proxy import delayed
 
 COUNT, FLIPPED = 200, 50
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with serve() as running:
-        yield running
 
 
 def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -32,12 +32,6 @@ from tests.client.torch.models import gpt2, lm_losses, reference, relative_error
 N = 32
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with serve() as running:
-        yield running
-
-
 def rows(count: int, seed: int, *, padded: bool = True) -> list[dict[str, Any]]:
     """A dataset: a list of examples, with a column the model does not know."""
     batch = tokens(count, seed=seed, padded=padded)

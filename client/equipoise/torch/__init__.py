@@ -30,6 +30,7 @@ Accelerate wraps the model and scales the loss; the rest is the same:
 | `OnePassContributions` | before the weights | 0.4 step | yes | same; makes the backward pass itself |
 | `FiniteDifferenceContributions` | before the backward pass | 0.4 step | 0.5 % | any, in float32 |
 | `LastLayerContributions` | after the backward pass | small | no | any with a last linear layer |
+| `SketchContributions` | by the server, after the backward pass | small | no | transformers; see there |
 | `JvpContributions` | before the backward pass | 1.2 steps | yes | any with forward-mode kernels |
 
 Needs PyTorch: `pip install 'equipoise[torch]'`.
@@ -57,6 +58,7 @@ from equipoise.torch.one_pass import OnePassContributions
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import WeightedSampler
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
+from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.steps import WeightedStep, WeightedSteps, look_ahead
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "JvpContributions",
     "LastLayerContributions",
     "OnePassContributions",
+    "SketchContributions",
     "TargetDirection",
     "UnsupportedModuleError",
     "WeightedSampler",

@@ -190,11 +190,14 @@ def join(*captures: Capture) -> tuple[NDArray[np.uint64], StepFields]:
     if not captures:
         raise CaptureError("there is no capture to join")
     parts = [capture.fields() for capture in captures]
-    joined = StepFields(
-        contributions=np.concatenate([np.asarray(part["contributions"]) for part in parts]),
-        losses=np.concatenate([np.asarray(part["losses"]) for part in parts]),
-        scored=np.concatenate([np.asarray(part["scored"]) for part in parts]),
-    )
+    joined: StepFields = {}
+    for name in ("contributions", "gradient_sketches", "losses", "scored"):
+        if name in parts[0]:
+            joined[name] = np.concatenate([np.asarray(part[name]) for part in parts])
+    if "target_sketch" in parts[0]:
+        joined["target_sketch"] = target = np.asarray(parts[0]["target_sketch"])
+        if any(not np.array_equal(np.asarray(part["target_sketch"]), target) for part in parts):
+            raise CaptureError("these captures have sketches of several target directions: send each as its own step")
     for part in parts:  # of two refreshes the newer counts
         if "target_loss" in part:
             joined["target_loss"] = part["target_loss"]

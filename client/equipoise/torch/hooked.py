@@ -1,6 +1,8 @@
 """Captures that see every call of a module with parameters."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -81,10 +83,16 @@ class HookedCapture(Capture):
             return g.new_zeros(count, dtype=torch.float32)
         if call.shape is not None:
             x = x.expand(call.shape)
-        self._contracting = True  # a layer may call its module, whose hooks must not take that for a forward pass
+        with self._contraction(g):
+            return call.layer.contract(x, g, vectors, count)
+
+    @contextmanager
+    def _contraction(self, g: Tensor) -> Iterator[None]:
+        """Computations with a layer: a layer may call its module, whose hooks must not take that for a forward pass."""
+        self._contracting = True
         try:
             with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-                return call.layer.contract(x, g, vectors, count)
+                yield
         finally:
             self._contracting = False
 

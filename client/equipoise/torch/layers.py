@@ -134,6 +134,10 @@ class AffineLayer(Layer):
     def _bias(self, direction: Direction) -> Tensor | None:
         return direction.get(self.module.bias)
 
+    def normalised(self, x: Tensor) -> Tensor:
+        """What the weight multiplies."""
+        return self._affine(x, torch.ones_like(self.module.weight), None)
+
     @abstractmethod
     def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The module with other parameters."""
@@ -185,6 +189,11 @@ class ScaleLayer(Layer):
         size = weight.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
         moved = self._output(x, weight / size) - self._output(x, torch.zeros_like(weight))
         return _row_dots(moved, g, count) * size
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What the weight multiplies."""
+        weight = self.module.weight
+        return self._output(x, torch.ones_like(weight)) - self._output(x, torch.zeros_like(weight))
 
     def _output(self, x: Tensor, weight: Tensor) -> Tensor:
         output: Tensor = torch.func.functional_call(self.module, {"weight": weight}, (x,))

@@ -83,6 +83,11 @@ def transformer_claim(runs: Sequence[Findings]) -> Claim:
     target, test = (median([run.accelerations[split] for run in runs]) for split in (0, 1))
     matched = [median([run.matched[split] for run in runs]) for split in (0, 1)]
     rises = [run.area_rises for run in runs]
+    verdict: Verdict = "no"
+    if test is not None and test >= max(PAPER_TRANSFORMER, matched[1] or 0.0):
+        verdict = "yes"
+    elif target is not None and target >= PAPER_TRANSFORMER:
+        verdict = "partly"
     return Claim(
         what=what,
         paper=paper,
@@ -91,9 +96,9 @@ def transformer_claim(runs: Sequence[Findings]) -> Claim:
         f"×{times(matched[1])}; area on target {_mean(runs, lambda run: run.areas[0]):.3f} → "
         f"{_mean(runs, lambda run: run.final_areas[0]):.3f} nats, measured epochs at which it rose: {max(rises)}; SIM "
         f"{_mean(runs, lambda run: run.sim[0]):.2f} → {_mean(runs, lambda run: run.sim[1]):.2f}",
-        verdict="yes" if (test or 0) >= PAPER_TRANSFORMER else "partly" if (target or 0) >= PAPER_TRANSFORMER else "no",
-        why="A model and a corpus far smaller than the paper's, for far fewer steps; a policy cannot be ahead by more "
-        "than its steps differ from uniform ones.",
+        verdict=verdict,
+        why="The model and the corpus are far smaller than the paper's, and T is shorter. Half of the training "
+        "sequences are noise that a policy can leave out.",
     )
 
 

@@ -31,6 +31,7 @@ LEAD = (
 RUN_HEADINGS = (
     "study",
     "seed",
+    "rows",
     "× target",
     "× unseen",
     "matched, target",
@@ -124,7 +125,7 @@ def _perceptron_sections(
     save_curves(runs, TITLES, reference_nats=LN2, path=pictures["curves"])
     save_law(runs, TITLES, reference_nats=LN2, path=pictures["law"])
     save_zeros(runs, TITLES, reference_nats=LN2, path=pictures["zeros"])
-    rows = [_run_row(name, each) for name, seeds in found.items() for each in seeds]
+    rows = _run_rows(runs, found)
     online = [
         _online_row(name, run, each)
         for name, seeds in runs.items()
@@ -141,7 +142,7 @@ def _perceptron_sections(
                 *settings,
             ),
             headings=RUN_HEADINGS,
-            rows=tuple(rows),
+            rows=rows,
             pictures=(pictures["curves"],),
         ),
         Section(title="The Learning Law", pictures=(pictures["law"],)),
@@ -175,7 +176,7 @@ def _transformer_sections(
             title="Transformer",
             text=tuple(settings),
             headings=RUN_HEADINGS,
-            rows=tuple(_run_row(name, each) for name, seeds in found.items() for each in seeds),
+            rows=_run_rows(runs, found),
             pictures=tuple(pictures.values()),
         )
     ]
@@ -242,11 +243,20 @@ def _fit_json(found: ScalingFound) -> dict[str, Any]:
     }
 
 
-def _run_row(name: str, each: Findings) -> tuple[str, ...]:
+def _run_rows(
+    runs: Mapping[str, Sequence[FinishedRun]], found: Mapping[str, Sequence[Findings]]
+) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        _run_row(name, run, each) for name, seeds in runs.items() for run, each in zip(seeds, found[name], strict=True)
+    )
+
+
+def _run_row(name: str, run: FinishedRun, each: Findings) -> tuple[str, ...]:
     mean, least = each.effective_share
     return (
         name,
         str(each.seed),
+        run.rows,
         times(each.accelerations[0]),
         times(each.accelerations[1]),
         times(each.matched[0]),

@@ -128,7 +128,7 @@ STUDIES: Final[Mapping[str, Study]] = {
             target_size=512,
             flipped=0.2,
             steps=1000,
-            step_size=1e-4,
+            step_size=2.5e-5,
             policy_epochs=60,
         ),
         Study(
@@ -138,7 +138,7 @@ STUDIES: Final[Mapping[str, Study]] = {
             target_size=4096,
             flipped=0.2,
             steps=1000,
-            step_size=1e-4,
+            step_size=2.5e-5,
             policy_epochs=60,
         ),
         Study(

@@ -44,8 +44,8 @@ MATCHED: Final = "norm-matched"
 LOSS_ONLY: Final = ("trim", "lin-upper", "rho")
 """Methods that know losses and no gradient."""
 
-_RELU: Final[Mapping[str, SettingValue]] = {"ema_decay": 0.9, "floor": 0.02, "saturation": 0.3}
-_EG: Final[Mapping[str, SettingValue]] = {"learning_rate": 1.0, "floor": 0.005}
+_RELU: Final[Mapping[str, SettingValue]] = {"ema_decay": 0.9, "floor": 0.02, "saturation": 0.3, "guard": False}
+_EG: Final[Mapping[str, SettingValue]] = {"learning_rate": 1.0, "floor": 0.005, "guard": False}
 
 METHODS: Final[Mapping[str, Method]] = {
     method.name: method
@@ -74,6 +74,14 @@ METHODS: Final[Mapping[str, Method]] = {
             kind="explore",
             rule="exponentiated_gradient",
             settings=_EG,
+            ids="buckets",
+        ),
+        Method(
+            name="guarded",
+            title="buckets, guarded",
+            kind="explore",
+            rule="exponentiated_gradient",
+            settings={**_EG, "guard": True},
             ids="buckets",
         ),
         Method(

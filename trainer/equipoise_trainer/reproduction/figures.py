@@ -37,7 +37,8 @@ def save_curves(runs: Runs, titles: Mapping[str, str], *, reference_nats: float,
             _draw_curves(axes, seeds[0])
         for axes in panels[len(runs) :]:
             axes.set_visible(False)
-        panels[0].legend(frameon=False, fontsize=8)
+        # The panel that shows most kinds of runs names them.
+        max(panels[: len(runs)], key=lambda axes: len(axes.lines)).legend(frameon=False, fontsize=8)
         figure.savefig(path)
 
 

@@ -16,15 +16,18 @@ from equipoise_server.servicer.convert import StepLimits, is_step, to_refused, t
 
 MOST_IN_FLIGHT = 1024
 """Answers that may wait in one stream before it is read no further."""
+MOST_UNREAD_BYTES = 2 << 20
+"""Weights of such answers, bytes: a client that does not read must not fill the memory. One answer always fits."""
 RECONNECT_WITHIN_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request under way: when (loop time, seconds) it came, and where its answer will be."""
+    """A request under way: when (loop time, seconds) it came, where its answer will be, and its weights' bytes."""
 
     since: float
     answer: asyncio.Future[Answer]
+    size: int
 
 
 Outgoing: TypeAlias = Asked | ServiceError | pb.ReconnectRequest | None
@@ -60,6 +63,8 @@ class Exchange:
         self._first_message_timeout_s = first_message_timeout_s
         self._telemetry = telemetry
         self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue(MOST_IN_FLIGHT)
+        self._unread = 0
+        self._written = asyncio.Event()
 
     async def serve(self, *, header_policy: str | None) -> None:
         """Serves the stream. Raises ServiceError for what ends it before its client does."""
@@ -119,11 +124,19 @@ class Exchange:
                 since = loop.time()
                 step = self._to_step(request, runner, trainer_id)
                 self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - since)
-                await self._outgoing.put(Asked(since, await runner.submit(step)))
+                size = _answer_bytes(step, num_examples=runner.policy.spec.num_examples)
+                await self._room_for(size)
+                await self._outgoing.put(Asked(since, await runner.submit(step), size))
         except ServiceError as error:
             await self._outgoing.put(error)
         else:
             await self._outgoing.put(None)
+
+    async def _room_for(self, size: int) -> None:
+        while self._unread and self._unread + size > MOST_UNREAD_BYTES:
+            self._written.clear()
+            await self._written.wait()
+        self._unread += size
 
     async def _requests(self) -> AsyncIterator[pb.StepRequest]:
         while (message := await self._context.read()) is not grpc.aio.EOF:
@@ -154,12 +167,21 @@ class Exchange:
             started = loop.time()
             response = to_response(answer, runner=runner, trainer_id=trainer_id)
             await self._context.write(pb.ExchangeResponse(step=response))
+            self._unread -= outgoing.size
+            self._written.set()
             self._telemetry.stage(method="Exchange", stage="encode", seconds=loop.time() - started)
             self._telemetry.stage(method="Exchange", stage="total", seconds=loop.time() - outgoing.since)
 
     def _ask_to_reconnect(self) -> None:
         if not self._outgoing.full():  # a stream this far behind learns of the end by its status
             self._outgoing.put_nowait(pb.ReconnectRequest(within_ms=RECONNECT_WITHIN_MS))
+
+
+def _answer_bytes(step: Step, *, num_examples: int) -> int:
+    """Bytes of the weights that the answer will carry."""
+    if not step.wants_weights:
+        return 0
+    return 4 * (num_examples if step.weights_for is None else len(step.weights_for))
 
 
 def _exchange_request(message: object) -> pb.ExchangeRequest:

@@ -231,12 +231,12 @@ class FaultProxy:
             await self._wait_open(Way.UP)
             await self._wait_open(Way.DOWN)
         finally:
+            self._connections.discard(connection)
+            self._stranded.discard(connection)
+            connection.reset()  # first: this may be cancelled, too
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            self._connections.discard(connection)
-            self._stranded.discard(connection)
-            connection.reset()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         try:

@@ -46,6 +46,7 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
     lines += [" | ".join(row[column] for column in columns) for row in latest.values()]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    machine += f", load average {os.getloadavg()[1]:.0f}"
     return f"Measured {date.today()} on {machine}.\n\n" + "".join(f"| {line} |\n" for line in lines)
 
 

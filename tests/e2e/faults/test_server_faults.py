@@ -5,6 +5,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -155,3 +156,14 @@ def test_sigterm_under_load(house: House, tmp_path: Path) -> None:
         recovered=f"ended after {seconds(ended)} (1 s of it drain delay); {seconds(recovered)} after the new start",
         trainer=str(seen),
     )
+
+
+def test_an_idle_policy_leaves_memory_and_comes_back_on_first_touch(house: House) -> None:
+    server, _ = house.serve(policy_idle_s=0.3)
+    with PolicyClient(server.address, policy="idle", num_examples=4, when_lost="wait") as client:
+        assert client.step([0, 1], contributions=[1.0, -1.0]).epoch == 1
+        weights = client.read_weights()
+    with PolicyClient(server.address, policy="idle", when_lost="wait") as client:
+        until(lambda: client.status().epoch > 1 or sleep(0.5), what="it left memory, and came back for the status")
+        np.testing.assert_array_equal(client.read_weights(), weights)
+        assert client.step([0, 1], contributions=[1.0, -1.0]).version == 2

@@ -89,9 +89,11 @@ class FaultProxy:
         self._traps: list[Trap] = []
         self._connections: set[Connection] = set()
         self._stranded: set[Connection] = set()
+        self._taken: set[socket.socket] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Condition()
-        self._server: asyncio.Server | None = None
+        self._listening: socket.socket | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._thread.start()
         self._port = 0
@@ -195,24 +197,42 @@ class FaultProxy:
         trap.freed.set()
 
     async def _listen(self) -> None:
-        if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
-            self._port = self._server.sockets[0].getsockname()[1]
+        if self._listening is None:
+            self._listening = socket.create_server(("127.0.0.1", self._port), backlog=128)
+            self._listening.setblocking(False)
+            self._port = self._listening.getsockname()[1]
+            self._loop.add_reader(self._listening, self._take)
 
     async def _stop_listening(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        # asyncio's own server, closed while a connection comes in, leaves that one open and unknown to anybody.
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
+            self._listening = None
+
+    def _take(self) -> None:
+        assert self._listening is not None
+        with contextlib.suppress(BlockingIOError):
+            taken, _ = self._listening.accept()
+            taken.setblocking(False)
+            self._taken.add(taken)
+            serving = self._loop.create_task(self._serve(taken))
+            self._serving.add(serving)
+            serving.add_done_callback(self._serving.discard)
 
     async def _finish(self) -> None:
-        for _ in range(3):  # a connection may just have been accepted; transports close in the loop's next turns
+        for _ in range(5):  # what is closed ends in the loop's next turns
             tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.005)
+        for taken in self._taken:
+            taken.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, taken: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=taken)
+        self._taken.discard(taken)
         try:
             server = await self._connect()
         except BaseException:

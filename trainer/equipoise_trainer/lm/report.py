@@ -79,7 +79,8 @@ def table(rows: Sequence[MethodSummary], config: ExperimentConfig) -> Table:
         caption=f"{seeds}; nats where guard B reads the runs off; gain: below uniform, seeds;\n"
         "speed: compute units to uniform's lowest loss; U, s: units and seconds of a run",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,  # the box parts the columns by a space
+        show_edge=False,
         title_style="bold",
         title_justify="left",
         caption_justify="left",

@@ -26,7 +26,8 @@ def run(directory: Path, zygote: Zygote, *, seed: int, forced: int, kills: int, 
     try:
         killing.run(schedule)
         findings, report = killing.check(), killing.report
-        assert findings.violations == [], f"FAULTS_SEED={seed}"
+        told = "\n".join(violation[:500] for violation in findings.violations[:5])
+        assert not findings.violations, f"FAULTS_SEED={seed}, {len(findings.violations)} violations:\n{told}"
         assert sum(report.landed[fault] for fault in KILLS_AND_PAUSES) >= kills
         assert all(report.landed[fault] >= forced for fault in FORCED)
         assert len(report.in_flight) >= kills

@@ -194,7 +194,8 @@ def test_a_trajectory_is_created_once_and_forked(server: ServerProcess) -> None:
     with trainer(server.address, "rows-source") as source, PolicyAdmin(server.address) as admin:
         source.step(all_examples=True, contributions=contributions(0), step=3)
         settings = source.status().spec.settings
-        assert settings == {"rows": 8.0, "learning_rate": 2e-3, "policy_epochs": 3.0}
+        asked = {"rows": 8.0, "learning_rate": 2e-3, "policy_epochs": 3.0}
+        assert settings == asked | {"guard": False, "guard_stretch": 0.125}
         admin.fork("rows-source", "rows-fork")
         forked = admin.read_weights("rows-fork", rows=range(ROWS))
         np.testing.assert_array_equal(forked, source.read_weights(rows=range(ROWS)))

@@ -46,6 +46,8 @@ REDIS_CHECK_S = 1.0
 ACCESS_CHECK_S = 1.0
 FLUSH_TIMEOUT_S = 10.0
 START_FAILED = 1
+STREAM_WINDOW_BYTES = 1 << 20
+"""What a client may send ahead of being read, for each of its streams."""
 MOST_PING_STRIKES = 30
 """Pings faster than `min_ping_interval_s`, while nothing is sent, after which a client is disconnected."""
 
@@ -324,6 +326,8 @@ def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.http2.bdp_probe", 0),  # else a stream that is not read fills the memory with what it sends
+        ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
         ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1000)),
         # A client that reads slowly measures its bandwidth with a ping a second: that is no abuse yet.

@@ -26,8 +26,8 @@ class ContributionSettings(FlooredEmaSettings):
     loss_penalty: float = number(0.0, low=0.0, high=100.0)
     """κ: what a loss one standard deviation above the mean takes from a contribution, in units of the contributions'
     running RMS; one below the mean gives as much. 0: losses are not read. For data with wrong labels or other noise:
-    there losses tell noise apart where contributions, small ones above all, do not. Harmful where what is off the
-    target is easy."""
+    there losses tell noise apart where contributions, small ones above all, do not. Not tried where what is off the
+    target is easy, and low losses mislead: leave it 0 there."""
 
 
 ContributionSettingsT = TypeVar("ContributionSettingsT", bound=ContributionSettings)

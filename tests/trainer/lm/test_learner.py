@@ -4,8 +4,9 @@ import torch
 
 from equipoise_trainer.lm.costs import Meter
 from equipoise_trainer.lm.learner import Learner, LearnerConfig
-from equipoise_trainer.lm.model import PADDING, sequence_losses
+from equipoise_trainer.lm.model import sequence_losses
 from equipoise_trainer.lm.steps import KEPT, MIXED, PlainSteps, Surroundings, TrimmedSteps
+from equipoise_trainer.perturbation import PADDING
 from tests.trainer.lm.sizes import TINY, tiny_task
 
 CONFIG = LearnerConfig(preset=TINY, seed=0, learning_rate=1e-2)

@@ -6,10 +6,10 @@ import pytest
 
 from equipoise_trainer.lm import recipes
 from equipoise_trainer.lm.corpus import paragraphs
-from equipoise_trainer.lm.model import PADDING
 from equipoise_trainer.lm.presets import PRESETS
-from equipoise_trainer.lm.recipes import RECIPES, SOURCES, RecipeConfig, TextTask, load, perturb, replace_tokens
+from equipoise_trainer.lm.recipes import RECIPES, SOURCES, RecipeConfig, TextTask, load, replace_tokens
 from equipoise_trainer.lm.vocabulary import END, Vocabulary
+from equipoise_trainer.perturbation import PADDING, perturb
 from tests.trainer.lm.sizes import TINY, tiny_task
 
 

@@ -13,7 +13,7 @@ from equipoise_trainer.offline.adjoint import pull_back
 from equipoise_trainer.offline.logistic import LogisticProblem
 from equipoise_trainer.offline.module import Apply, ModuleData, ModuleProblem
 from equipoise_trainer.offline.path import RunPath
-from equipoise_trainer.reproduction.sequences import PADDING
+from equipoise_trainer.perturbation import PADDING
 from equipoise_trainer.reproduction.transformer import PaperTransformer
 from equipoise_trainer.reproduction.transformer import sequence_losses as padded_losses
 from equipoise_trainer.tasks import Examples, Task

@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from equipoise_trainer.commands.reproduce import main
 from equipoise_trainer.offline.module import Apply
+from equipoise_trainer.perturbation import PADDING, perturb
 from equipoise_trainer.reproduction.runs import FinishedRun
-from equipoise_trainer.reproduction.sequences import PADDING, Sizes, draw_sequences, encode, paragraphs, perturb
+from equipoise_trainer.reproduction.sequences import Sizes, draw_sequences, encode, paragraphs
 from equipoise_trainer.reproduction.texts import TEXT_STUDIES, text_jobs
 from equipoise_trainer.reproduction.transformer import PaperTransformer, sequence_losses
 

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from equipoise.torch import causal_lm_losses
 from equipoise_trainer.lm.presets import Preset
+from equipoise_trainer.perturbation import PADDING
 
 INITIAL_DEVIATION = 0.02
 """Of weights at the start, as in GPT-2."""
-PADDING = -1
-"""Stands where a sequence has ended: seen as token 0 by what comes after it, and never predicted."""
 IGNORED = -100
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise_trainer.lm.corpus import paragraphs
-from equipoise_trainer.lm.model import PADDING
 from equipoise_trainer.lm.presets import Preset
 from equipoise_trainer.lm.vocabulary import Vocabulary
+from equipoise_trainer.perturbation import perturb
 
 RECIPES: Final = ("clean", "perturbed", "three-sources")
 """Names that `load` knows."""
@@ -25,8 +25,6 @@ TARGET_SIZE, GUARD_SIZE, TEST_SIZE = 64, 32, 640
 VOCABULARY_SHARE = 0.3
 """Share of the paragraphs from which the vocabulary is learned: the last ones, never in test, A or B."""
 
-PERTURBATIONS = 20
-"""Iterations on each perturbed sequence (arXiv 2402.17759, appendix D)."""
 REPLACED = 0.3
 """Share of tokens of the source `noisy` that are replaced by random ones."""
 
@@ -120,24 +118,6 @@ def load(config: RecipeConfig) -> TextTask:
         guard=held[2],
         test=held[0],
     )
-
-
-def perturb(tokens: NDArray[np.int64], *, vocabulary: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """The paper's noise: `PERTURBATIONS` times a token is replaced, the last one deleted, or one repeated.
-
-    The length stays: what grows beyond it is cut off, what is missing is `PADDING`.
-    """
-    noisy = tokens.tolist()
-    for kind in generator.integers(3, size=PERTURBATIONS):
-        place = int(generator.integers(len(noisy)))
-        if kind == 0:
-            noisy[place] = int(generator.integers(vocabulary))
-        elif kind == 1 and len(noisy) > 2:  # one token is left to predict
-            noisy.pop()
-        else:
-            noisy.insert(place, noisy[place])
-    noisy = noisy[: len(tokens)]
-    return np.array([*noisy, *[PADDING] * (len(tokens) - len(noisy))], dtype=np.int64)
 
 
 def replace_tokens(tokens: NDArray[np.int64], *, vocabulary: int, generator: np.random.Generator) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from equipoise_trainer.offline.module import Apply
-from equipoise_trainer.reproduction.sequences import PADDING
+from equipoise_trainer.perturbation import PADDING
 
 EPSILON = 1e-6
 

@@ -50,6 +50,15 @@ def to_step(request: pb.StepRequest, *, trainer_id: str, policy: Policy, limits:
     )
 
 
+async def convert_step(request: pb.StepRequest, *, trainer_id: str, runner: PolicyRunner, limits: StepLimits) -> Step:
+    """`to_step`, on the device's thread where there are sketches: some MiB of products must not stop the event loop."""
+
+    def convert(policy: Policy) -> Step:
+        return to_step(request, trainer_id=trainer_id, policy=policy, limits=limits)
+
+    return await runner.read(convert) if request.gradient_sketches else convert(runner.policy)
+
+
 def to_refused(request: pb.StepRequest, error: ServiceError, *, trainer_id: str) -> Step:
     """The empty step that stands for a refused one; a refused read consumes nothing."""
     return Step(

@@ -12,7 +12,7 @@ from equipoise_server.engine import Answer, Engine, PolicyRunner, Session, Step,
 from equipoise_server.errors import Code, ServiceError, invalid
 from equipoise_server.interceptors import Malformed
 from equipoise_server.security import caller
-from equipoise_server.servicer.convert import StepLimits, is_step, to_refused, to_response, to_step
+from equipoise_server.servicer.convert import StepLimits, convert_step, is_step, to_refused, to_response
 
 MOST_IN_FLIGHT = 1024
 """Answers that may wait in one stream before it is read no further."""
@@ -122,7 +122,7 @@ class Exchange:
         try:
             async for request in self._requests():
                 since = loop.time()
-                step = self._to_step(request, runner, trainer_id)
+                step = await self._to_step(request, runner, trainer_id)
                 self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - since)
                 size = _answer_bytes(step, num_examples=runner.policy.spec.num_examples)
                 await self._room_for(size)
@@ -145,9 +145,9 @@ class Exchange:
                 raise invalid("MALFORMED_REQUEST", "message", "after the opening, every message must be `step`")
             yield request.step
 
-    def _to_step(self, request: pb.StepRequest, runner: PolicyRunner, trainer_id: str) -> Step:
+    async def _to_step(self, request: pb.StepRequest, runner: PolicyRunner, trainer_id: str) -> Step:
         try:
-            step = to_step(request, trainer_id=trainer_id, policy=runner.policy, limits=self._limits)
+            step = await convert_step(request, trainer_id=trainer_id, runner=runner, limits=self._limits)
         except ServiceError as error:
             self._telemetry.rejected(reason=error.reason)
             step = to_refused(request, error, trainer_id=trainer_id)

@@ -17,7 +17,7 @@ from equipoise_server.errors import Code, ServiceError, invalid
 from equipoise_server.rules import names
 from equipoise_server.security import Scope, StorageQuotas, caller
 from equipoise_server.servicer import reading, specs, transfer
-from equipoise_server.servicer.convert import StepLimits, to_response, to_step
+from equipoise_server.servicer.convert import StepLimits, convert_step, to_response
 from equipoise_server.servicer.exchange import Exchange
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -141,7 +141,9 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         if request.step.sequence and not request.trainer_id:
             raise invalid("INVALID_TRAINER_ID", "trainer_id", "is empty; a step with a sequence needs one")
         try:
-            step = to_step(request.step, trainer_id=request.trainer_id, policy=runner.policy, limits=self._limits.step)
+            step = await convert_step(
+                request.step, trainer_id=request.trainer_id, runner=runner, limits=self._limits.step
+            )
         except ServiceError as error:
             self._telemetry.rejected(reason=error.reason)
             raise

@@ -1,14 +1,18 @@
 """A device that fails in the middle of a step."""
 
 import asyncio
+import threading
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
+from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import DeviceThread, Outcome
 from equipoise_server.engine.snapshot import Snapshot
 from equipoise_server.errors import ServiceError
+from equipoise_server.servicer import convert
 from tests.server.engine.conftest import Servers
 from tests.server.engine.runs import send, spec, steps
 
@@ -68,3 +72,27 @@ async def test_a_read_of_a_lost_device_is_unavailable_and_a_bug_is_a_bug() -> No
         with pytest.raises(RuntimeError, match="shape"):
             await device.run(lambda: failing(RuntimeError("shape mismatch")), short=short)
     device.close()
+
+
+async def test_sketches_are_multiplied_off_the_event_loop(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of tens of MiB must not hold up every other stream."""
+    engine = await servers.make()
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    parse, threads = convert.parse_sketches, []
+
+    def spied(*arguments: object, **options: object) -> object:
+        threads.append(threading.current_thread())
+        return parse(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(convert, "parse_sketches", spied)
+    request = pb.StepRequest(
+        example_ids=np.arange(2, dtype="<u8").tobytes(),
+        gradient_sketches=np.array([[1.0, 2.0], [3.0, -4.0]], "<f4").tobytes(),
+        target_sketch=np.array([0.5, 0.25], "<f4").tobytes(),
+    )
+    limits = convert.StepLimits(max_batch_examples=16)
+    step = await convert.convert_step(request, trainer_id="trainer", runner=runner, limits=limits)
+    assert step.statistics is not None and step.statistics.contributions is not None
+    assert step.statistics.contributions.tolist() == [1.0, 0.5]
+    assert threads and threading.current_thread() not in threads

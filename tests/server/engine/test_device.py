@@ -93,6 +93,8 @@ async def test_sketches_are_multiplied_off_the_event_loop(servers: Servers, monk
     )
     limits = convert.StepLimits(max_batch_examples=16)
     step = await convert.convert_step(request, trainer_id="trainer", runner=runner, limits=limits)
-    assert step.statistics is not None and step.statistics.contributions is not None
+    assert step.statistics is not None
+    assert step.statistics.contributions is not None
     assert step.statistics.contributions.tolist() == [1.0, 0.5]
-    assert threads and threading.current_thread() not in threads
+    assert threads
+    assert threading.current_thread() not in threads

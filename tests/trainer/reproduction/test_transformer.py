@@ -14,7 +14,7 @@ from equipoise_trainer.commands.reproduce import main
 from equipoise_trainer.offline.module import Apply
 from equipoise_trainer.perturbation import PADDING, perturb
 from equipoise_trainer.reproduction.runs import FinishedRun
-from equipoise_trainer.reproduction.sequences import Sizes, draw_sequences, encode, paragraphs
+from equipoise_trainer.reproduction.sequences import Sizes, draw_sequences
 from equipoise_trainer.reproduction.texts import TEXT_STUDIES, text_jobs
 from equipoise_trainer.reproduction.transformer import PaperTransformer, sequence_losses
 
@@ -62,15 +62,27 @@ def test_sets_share_no_paragraph_and_half_of_the_training_sequences_are_perturbe
     assert (drawn.train[~drawn.perturbed] != PADDING).all()
     again = draw_sequences(corpus, sizes, generator=np.random.default_rng(0))
     np.testing.assert_array_equal(drawn.train, again.train)
-    assert len(paragraphs(corpus)) == 300
-    with pytest.raises(ValueError, match="corpus: too small"):
-        draw_sequences(
-            corpus, Sizes(train=4000, target=10, test=12, length=16, vocabulary=300), generator=np.random.default_rng(0)
-        )
-    with pytest.raises(ValueError, match="must be a text file"):
-        paragraphs(tmp_path / "absent")
-    with pytest.raises(ValueError, match="must hold 5000"):
-        encode(["too short"], vocabulary=5000)
+    for path, asked, message in (
+        (corpus, replace(sizes, train=4000), "corpus: too small"),
+        (corpus, replace(sizes, vocabulary=50_000), "vocabulary: 50000, but the corpus holds"),
+        (tmp_path / "absent", sizes, "absent, must be a text file or a directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_sequences(path, asked, generator=np.random.default_rng(0))
+
+
+def test_a_data_set_on_disk_gives_the_sequences_of_its_text(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the package is optional")
+    words = [f"word{number:04d}" for number in range(3000)]
+    texts = [" ".join(words[start : start + 10]) for start in range(0, 3000, 10)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "set"))
+    (tmp_path / "file").write_text("\n\n".join(texts), encoding="utf-8")
+    sizes = Sizes(train=40, target=10, test=12, length=16, vocabulary=300)
+    one, other = (
+        draw_sequences(tmp_path / name, sizes, generator=np.random.default_rng(0)) for name in ("set", "file")
+    )
+    np.testing.assert_array_equal(one.train, other.train)
+    np.testing.assert_array_equal(one.test, other.test)
 
 
 def test_perturbing_keeps_the_length_and_leaves_something_to_predict() -> None:
@@ -114,3 +126,9 @@ def test_the_command_lowers_the_area_and_makes_its_part_of_the_page(tmp_path: Pa
 def test_a_preset_that_does_not_exist_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lm", "--preset", "tiny", "--output", str(tmp_path)]) == 2
     assert "preset: 'tiny', must be one of cpu, gpu, paper" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_data_set_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["lm", "--corpus", str(tmp_path), "--rows", "local", "--no-online", "--output", str(tmp_path / "out")]
+    assert main(wanted) == 1
+    assert "is no data set on disk: it has none of dataset_info.json" in capsys.readouterr().err

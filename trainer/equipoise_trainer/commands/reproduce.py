@@ -86,7 +86,8 @@ def perceptron(
 def lm(
     preset: Annotated[str, typer.Option(metavar="|".join(TEXT_STUDIES), help="Size.")] = "cpu",
     corpus: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Text to learn from. Default: Python's documentation topics.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Text file, or Hugging Face data set on disk. Default: Python's topics."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
     seeds: Seeds = 1,

@@ -134,7 +134,7 @@ def text_experiment(
     Args:
         study: the size.
         seed: of the order of paragraphs, the noise and θ_0.
-        corpus: text file; None: Python's own documentation topics.
+        corpus: text file or data set on disk; None: Python's own documentation topics.
         device: where it runs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The README's client code runs as it stands and keeps its word."""
+"""The README's code runs as it stands and keeps its word."""
 
 import re
 import subprocess
@@ -11,8 +11,15 @@ README = Path(__file__).parents[2] / "README.md"
 SHIPPED_ADDRESS = "localhost:50051"
 
 
+def code_of(heading: str) -> list[str]:
+    """The Python blocks of a section."""
+    _, _, behind = README.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
+    section, _, _ = behind.partition("\n## ")
+    return re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+
+
 def test_the_client_code_finds_the_mislabelled_examples() -> None:
-    [code] = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    [code] = code_of("A screen of client code")
     assert SHIPPED_ADDRESS in code
     with serve() as server:
         run = [sys.executable, "-W", "error", "-c", code.replace(SHIPPED_ADDRESS, server.address)]

@@ -1,0 +1,165 @@
+"""The README's lines for PyTorch jobs run as they stand."""
+
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+import equipoise.torch
+from equipoise import PolicyClient
+from equipoise.lightning import PolicyCallback
+from equipoise.testing import ServerProcess
+from equipoise.transformers import PolicyTrainer, PolicyTraining
+from tests.client.torch.models import gpt2, lm_losses, tokens
+
+N, BATCH = 16, 8
+LIBRARY = {name: getattr(equipoise.torch, name) for name in equipoise.torch.__all__}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture
+def client(server: ServerProcess, request: pytest.FixtureRequest) -> Iterator[PolicyClient]:
+    name = request.node.name.replace("_", "-")
+    with PolicyClient(server.address, policy=name, num_examples=N, rule="ema_sign", when_lost="wait") as connected:
+        yield connected
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """Runs the section's only block that holds some words, with these names known; gives all names afterwards."""
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("\n## In a PyTorch job\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+
+    def run_block(words: str, **names: Any) -> dict[str, Any]:
+        [block] = [block for block in blocks if words in block]
+        script = tmp_path / "block.py"
+        script.write_text(block, encoding="utf-8")
+        return runpy.run_path(str(script), {**LIBRARY, "torch": torch, **names})
+
+    return run_block
+
+
+def examples(count: int, *, seed: int) -> list[dict[str, Any]]:
+    batch = tokens(count, seed=seed)
+    return [{"id": i, **{name: values[i] for name, values in batch.items()}} for i in range(count)]
+
+
+def batches(count: int = N, *, seed: int = 0) -> DataLoader[Any]:
+    return DataLoader(examples(count, seed=seed), batch_size=BATCH)  # type: ignore[arg-type]
+
+
+def assert_all_scored(client: PolicyClient) -> None:
+    assert client.flush(30)
+    assert (client.status().version, client.status().scored_examples) == (N // BATCH, N)
+    assert np.isfinite(client.read_weights("score")).all()
+
+
+def test_plain_loop(client: PolicyClient, run: Any) -> None:
+    model = gpt2()
+    run(
+        "direction = TargetDirection(model, example_losses, target_batches, guard_batches=guard_batches)",
+        client=client,
+        model=model,
+        example_losses=lm_losses,
+        target_batches=batches(8, seed=1),
+        guard_batches=batches(8, seed=2),
+        loader=[(batch["id"], batch) for batch in batches()],
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    assert_all_scored(client)
+    assert client.status().guard_loss is not None
+
+
+def test_transformers(client: PolicyClient, run: Any, tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    run(
+        "PolicyTrainer(",
+        client=client,
+        model=gpt2(),
+        arguments=arguments,
+        PolicyTraining=PolicyTraining,
+        PolicyTrainer=PolicyTrainer,
+        **{
+            name: examples(count, seed=seed)
+            for seed, (name, count) in enumerate({"train": N, "target": 8, "guard": 8}.items())
+        },
+    )
+    assert_all_scored(client)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = gpt2()
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.net(**inputs)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_lightning(client: PolicyClient, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(
+        "lightning.Trainer(",
+        client=client,
+        example_losses=lm_losses,
+        target_batches=list(batches(8, seed=1)),
+        loader=batches(),
+        Model=Module,
+        PolicyCallback=PolicyCallback,
+        lightning=lightning,
+    )
+    assert_all_scored(client)
+
+
+def test_accelerate(client: PolicyClient, run: Any) -> None:
+    accelerator, model = Accelerator(cpu=True), gpt2()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, batches())
+    direction = equipoise.torch.TargetDirection(model, lm_losses, list(batches(8, seed=1)))
+    names = {"model": model, "optimizer": optimizer, "loader": loader, "direction": direction}
+    run("accelerator.accumulate", client=client, accelerator=accelerator, **names)
+    assert_all_scored(client)
+
+
+def test_sampling_and_resuming(client: PolicyClient, run: Any, tmp_path: Path) -> None:
+    client.step(range(N), contributions=np.linspace(-1, 1, N))
+    names = {"dataset": range(N), "path": tmp_path / "checkpoint.pt"}
+    sampler = run("WeightedSampler(", client=client, **names)["sampler"]
+    drawn = np.array([i for _ in range(8) for i in sampler])
+    assert (drawn >= N // 2).mean() > 0.9  # the others are at the floor
+    client.step(range(N), contributions=np.linspace(1, -1, N))  # what the resumed run shall not know of
+    with client.for_policy(client.policy) as another:
+        names["sampler"] = equipoise.torch.WeightedSampler(another, N)
+        resumed = run("resume_run(", client=another, **names)["client"]
+    assert resumed.policy != client.policy
+    assert (np.diff(resumed.read_weights("score")) > 0).all()
+    resumed.close()

@@ -27,6 +27,7 @@ from equipoise.torch import (
     JvpContributions,
     LastLayerContributions,
     OnePassContributions,
+    SketchContributions,
     TargetDirection,
     causal_lm_losses,
 )
@@ -142,6 +143,7 @@ def measure(repeats: int) -> dict[str, list[float]]:
         "finite_difference": step_of(FiniteDifferenceContributions(model, direction)),
         "one_pass": step_of(OnePassContributions(model, direction, shared=shared)),
         "last_layer": step_of(LastLayerContributions(model, direction)),
+        "sketch": step_of(SketchContributions(model, direction, shared=shared)),
         "jvp": step_of(JvpContributions(model, direction)),
         "refresh": lambda _model, _tokens: direction.refresh(),
     }

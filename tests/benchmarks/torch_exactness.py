@@ -7,7 +7,9 @@ is printed here as figures.
 """
 
 import copy
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from scipy.stats import spearmanr
@@ -20,18 +22,21 @@ from equipoise.torch import (
     JvpContributions,
     LastLayerContributions,
     OnePassContributions,
+    SketchContributions,
     TargetDirection,
     causal_lm_losses,
 )
 
 VOCABULARY, LENGTH, COUNT, TARGETS = 1000, 32, 64, 32
-METHODS: tuple[type[Contributions[Any]], ...] = (
-    GhostContributions,
-    OnePassContributions,
-    JvpContributions,
-    FiniteDifferenceContributions,
-    LastLayerContributions,
-)
+Method: TypeAlias = Callable[[nn.Module, TargetDirection], Contributions[Any]]
+METHODS: Mapping[str, Method] = {
+    "ghost": GhostContributions,
+    "one pass": OnePassContributions,
+    "jvp": JvpContributions,
+    "finite differences": FiniteDifferenceContributions,
+    "last layer": LastLayerContributions,
+    **{f"sketch, width {width}": partial(SketchContributions, width=width) for width in (8, 16, 32)},
+}
 
 
 def gpt2() -> Any:
@@ -89,7 +94,7 @@ def expected(model: nn.Module, batch: Any) -> Tensor:
     return torch.stack([torch.as_tensor(row) for row in rows])
 
 
-def found(method: type[Contributions[Any]], model: nn.Module, batch: Any) -> Tensor:
+def found(method: Method, model: nn.Module, batch: Any) -> Tensor:
     """What a method gives, in float32."""
     direction = TargetDirection(model, losses_of, [sequences(TARGETS, 1)])
     with method(model, direction).capture(range(COUNT)) as capture:
@@ -101,16 +106,16 @@ def found(method: type[Contributions[Any]], model: nn.Module, batch: Any) -> Ten
 
 def main() -> None:
     """Prints a line for each model and method."""
-    print(f"{'model':8}{'method':32}{'‖c − c*‖/‖c*‖':>16}{'Spearman':>12}")
+    print(f"{'model':8}{'method':24}{'‖c − c*‖/‖c*‖':>16}{'Spearman':>12}")
     for build in (gpt2, llama):
         torch.manual_seed(0)
         model, batch = build(), sequences(COUNT, 0)
         exact = expected(model, batch)
-        for method in METHODS:
+        for name, method in METHODS.items():
             values = found(method, model, batch).double()
             error = float((values - exact).norm() / exact.norm())
             rank = spearmanr(values, exact).statistic
-            print(f"{build.__name__:8}{method.__name__:32}{error:16.2e}{rank:12.6f}")
+            print(f"{build.__name__:8}{name:24}{error:16.2e}{rank:12.6f}")
             model.zero_grad()
     print(f"torch {torch.__version__}, {COUNT} sequences of up to {LENGTH} tokens, {TARGETS} target sequences")
 

@@ -11,7 +11,7 @@ from equipoise import Backoff, Source, Timeout, errors
 from equipoise.aio import PolicyAdmin, PolicyClient
 from tests.client.scripted_server import REFUSED_STEP, ScriptedServer, refusal, status_of
 
-QUICK = Timeout(step=0.2, wait=20.0, connect=2.0, call=5.0, close=1.0)
+QUICK = Timeout(step=0.5, wait=20.0, connect=2.0, call=5.0, close=1.0)
 PROMPT = Backoff(first=0.01, longest=0.05)
 
 
@@ -67,7 +67,7 @@ async def test_a_silent_server_costs_one_deadline(server: ScriptedServer) -> Non
         start = monotonic()
         for number in range(2, 100):
             assert await step(client, number) is not Source.SERVED
-        assert 0.2 <= monotonic() - start < 2.0
+        assert 0.5 <= monotonic() - start < 10.0  # 49 s if each waited
         server.service.speaking.set()
         assert await client.flush(5)
         assert applied(server) == list(range(1, 100))
@@ -80,7 +80,7 @@ async def test_close_returns_when_the_server_hangs(server: ScriptedServer) -> No
     client.submit([1], losses=[1.0])
     start = monotonic()
     await client.close()
-    assert monotonic() - start < 4.0
+    assert monotonic() - start < 10.0  # timeout.close is 1 s
     with pytest.raises(errors.ClientClosedError):
         await step(client, 2)
 
@@ -97,7 +97,7 @@ async def test_a_server_that_never_answers_the_opening_is_left(server: ScriptedS
 
 
 def wait_for_streams(server: ScriptedServer, count: int) -> None:
-    end = monotonic() + 10
+    end = monotonic() + 30
     while len(server.service.headers) < count:
         assert monotonic() < end, "no second stream"
 

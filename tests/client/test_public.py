@@ -28,7 +28,7 @@ def test_importing_is_quick_and_light() -> None:
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     seconds, loaded = output.split(maxsplit=1)
     assert loaded.strip() == "[]"
-    assert float(seconds) < 0.5
+    assert float(seconds) < 1.5  # 0.3 s of a core; a heavy import would take several
 
 
 def test_the_asyncio_client_has_the_same_methods() -> None:

@@ -49,7 +49,7 @@ def test_a_paused_server_does_not_stop_training(process: ServerProcess) -> None:
             start = monotonic()
             sources = {client.step([1], contributions=[1.0]).source for _ in range(50)}
             assert sources == {Source.STALE}
-            assert monotonic() - start < 2.0
+            assert monotonic() - start < 7.5  # 15 s if each waited
         finally:
             process.resume()
         assert client.flush(20, durable=True)
@@ -62,7 +62,7 @@ def test_a_server_that_falls_silent_is_noticed_by_keepalive_alone(process: Serve
         client.step([1], contributions=[1.0])
         process.pause()
         try:
-            end = monotonic() + 15.0
+            end = monotonic() + 2 * 15.0
             pause = threading.Event()
             while not client.stats.outages:
                 assert monotonic() < end

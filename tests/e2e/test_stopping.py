@@ -16,36 +16,40 @@ from equipoise_server.store import EmbeddedRedis
 
 def test_sigterm_under_load_loses_nothing_and_no_step_fails() -> None:
     with serve() as server:
-        done, halfway = threading.Event(), threading.Event()
+        restarted, halfway = threading.Event(), threading.Event()
         failures: list[BaseException] = []
+        made = 0
 
         def train() -> None:
+            nonlocal made
             random = np.random.default_rng(0)
             try:
                 with PolicyClient(server.address, policy="p", num_examples=1000, when_lost="wait") as client:
-                    for index in range(400):
+                    rest = 100
+                    while rest:
                         ids = random.integers(0, 1000, 32)
                         client.step(ids, contributions=random.standard_normal(32))
-                        if index == 100:
+                        made += 1
+                        rest -= restarted.is_set()
+                        if made == 100:
                             halfway.set()
                     assert client.flush(durable=True)
             except BaseException as error:
                 failures.append(error)
             finally:
-                done.set()
                 halfway.set()
 
         training = threading.Thread(target=train)
         training.start()
         assert halfway.wait(60)
         assert server.stop() == 0
-        assert not done.is_set()
         server.start()
+        restarted.set()
         training.join(120)
         assert failures == []
         with PolicyClient(server.address, policy="p") as client:
             status = client.status()
-        assert (status.version, status.durable_version, status.epoch) == (400, 400, 2)
+        assert (status.version, status.durable_version, status.epoch) == (made, made, 2)
 
 
 def test_an_idle_server_stops_at_once() -> None:

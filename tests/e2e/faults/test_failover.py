@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import redis
 
-from equipoise import PolicyClient
+from equipoise import PolicyClient, Timeout
 from tests.e2e.faults.aftermath import assert_all_is_well
 from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.house import House
@@ -19,6 +19,8 @@ from tests.e2e.faults.training import Training
 from tests.e2e.faults.zygote import ForkedServer
 
 DOWN_AFTER_MS = 1000
+PATIENT = Timeout(step=10.0)
+"""A step is answered without Redis, on a busy machine too."""
 
 
 class Sentinel(RedisServer):
@@ -93,7 +95,7 @@ def train_through_a_failover(
 ) -> tuple[ForkedServer, str, dict[str, str]]:
     """Kills the master under a training loop; with `lost_s`, after so long without replication."""
     server, before = house.serve(redis_url=replicated.url)
-    with Training(before.address) as training:
+    with Training(before.address, timeout=PATIENT) as training:
         training.wait_until_durable()
         if lost_s:
             replicated.between.hold()

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from equipoise import PolicyClient
+from equipoise import PolicyClient, Timeout
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1 import policy_pb2_grpc
 from tests.e2e.faults.figures import record, seconds
@@ -138,8 +138,8 @@ def many_rows() -> pb.StepRequest:
 @pytest.mark.slow
 def test_silent_idle_and_deaf_streams(house: House) -> None:
     """Streams that never open, that say nothing, and that never read their answers: others are served as before."""
-    server, before = house.serve(first_message_timeout_s=2.0)
-    with Training(before.address) as training:
+    server, before = house.serve(first_message_timeout_s=5.0)
+    with Training(before.address, timeout=Timeout(step=20.0)) as training:
         training.wait_until_durable()
         memory_before = psutil.Process(server.pid).memory_info().rss
         with grpc.insecure_channel(server.address) as channel:
@@ -166,7 +166,7 @@ def test_silent_idle_and_deaf_streams(house: House) -> None:
     assert grown < 300 * MIB
     record(
         "100 streams that never open, 200 idle ones, 20 that never read their answers",
-        promise="the first are ended after 2 s (10 s by default), the others bounded; trainers are served",
+        promise="the first are ended after 5 s (10 s by default), the others bounded; trainers are served",
         noticed=f"ended after {seconds(ended)}",
         trainer=f"{seen}; memory +{grown / MIB:.0f} MiB",
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from equipoise import PolicyClient
+from equipoise import Limits, PolicyClient
 from equipoise.v1 import policy_pb2
 from tests.e2e.faults.aftermath import assert_all_is_well
 from tests.e2e.faults.figures import record, seconds
@@ -17,12 +17,12 @@ from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import Way, until
 from tests.e2e.faults.training import Training
 
-STEP_S = 1.0
-"""The client's default patience with one step."""
+LASTS_S = 5.0
+"""Most faults: several times what a step waits for its answer (1 s), so that one that waited for the end is seen."""
+RECOVERED_WITHIN_S = 30.0
+"""Far more than reconnecting takes, and less than gRPC's own pauses grow to."""
 NOTICED_WITHIN_S = 15.0
 """A peer that is paused or cut off is noticed by then."""
-BACKOFF_S = 2.0
-"""Longest wait between two attempts to connect."""
 SERVICE = policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name
 
 
@@ -69,12 +69,11 @@ def test_training_goes_on_without_the_server(house: House, tmp_path: Path, fault
         training.wait_until_durable()
         began = monotonic()
         begin(house)
-        sleep(2.5)
+        sleep(LASTS_S)
         end(house)
-        recovered = training.wait_until_served()
+        recovered = training.wait_until_served(within_s=RECOVERED_WITHIN_S)
         seen = training.since(began)
-    assert seen.longest_step_s < 2 * STEP_S
-    assert recovered < 2 * (BACKOFF_S + STEP_S)
+    assert seen.longest_step_s < LASTS_S
     assert_all_is_well(training, house.address, tmp_path)
     record(
         fault,
@@ -98,7 +97,7 @@ def test_a_half_open_connection_is_noticed_and_left(house: House, tmp_path: Path
         reconnected = monotonic() - began
         training.wait_until_served()
         seen = training.since(began)
-    assert seen.longest_step_s < 2 * STEP_S
+    assert seen.longest_step_s < reconnected
     assert_all_is_well(training, house.address, tmp_path)
     record(
         "half-open connection (black hole)",
@@ -107,6 +106,18 @@ def test_a_half_open_connection_is_noticed_and_left(house: House, tmp_path: Path
         recovered=seconds(reconnected),
         trainer=str(seen),
     )
+
+
+def test_beyond_its_window_a_trainer_drops_new_statistics_and_nothing_else(house: House) -> None:
+    with Training(house.address, limits=Limits(window_steps=256)) as training:
+        training.wait_until_durable()
+        house.server.pause()
+        until(lambda: training.failure or training.stats.dropped > 100, what="the window is full")
+        house.server.resume()
+        training.wait_until_durable()
+    training.assert_kept(room=False)
+    with PolicyClient(house.address, policy="p") as client:
+        assert client.status().version == training.sent < training.stats.steps
 
 
 @pytest.mark.slow
@@ -128,7 +139,7 @@ def test_an_idle_connection_stays(house: House) -> None:
 
 def test_sigterm_under_load(house: House, tmp_path: Path) -> None:
     """NOT_SERVING first, while steps are served; then streams are asked to leave; then the end, in order."""
-    server, before = house.serve(drain_delay_s=1.0)
+    server, before = house.serve(drain_delay_s=2.0)
     with (
         grpc.insecure_channel(server.address) as channel,
         Training(before.address, when_lost="wait") as training,
@@ -140,7 +151,7 @@ def test_sigterm_under_load(house: House, tmp_path: Path) -> None:
         server.terminate()
         until(lambda: health.Check(request, timeout=5).status != health_pb2.HealthCheckResponse.SERVING, what="told")
         not_serving = monotonic() - told
-        assert training.wait_until_served() < STEP_S  # it goes on until balancers have noticed
+        training.wait_until_served()  # it goes on until balancers have noticed; afterwards nobody would answer
         assert server.join() == 0
         ended = monotonic() - told
         server.start()
@@ -153,7 +164,7 @@ def test_sigterm_under_load(house: House, tmp_path: Path) -> None:
         "server stopped (SIGTERM) under load, started again",
         promise="NOT_SERVING first, streams asked in-band to leave, exit 0 within 20 s, no step lost, no error",
         noticed=f"NOT_SERVING after {seconds(not_serving)}",
-        recovered=f"ended after {seconds(ended)} (1 s of it drain delay); {seconds(recovered)} after the new start",
+        recovered=f"ended after {seconds(ended)} (2 s of it drain delay); {seconds(recovered)} after the new start",
         trainer=str(seen),
     )
 
@@ -161,9 +172,9 @@ def test_sigterm_under_load(house: House, tmp_path: Path) -> None:
 def test_an_idle_policy_leaves_memory_and_comes_back_on_first_touch(house: House) -> None:
     server, _ = house.serve(policy_idle_s=0.3)
     with PolicyClient(server.address, policy="idle", num_examples=4, when_lost="wait") as client:
-        assert client.step([0, 1], contributions=[1.0, -1.0]).epoch == 1
+        epoch = client.step([0, 1], contributions=[1.0, -1.0]).epoch
         weights = client.read_weights()
     with PolicyClient(server.address, policy="idle", when_lost="wait") as client:
-        until(lambda: client.status().epoch > 1 or sleep(0.5), what="it left memory, and came back for the status")
+        until(lambda: client.status().epoch > epoch or sleep(0.5), what="it left memory, and came back for the status")
         np.testing.assert_array_equal(client.read_weights(), weights)
         assert client.step([0, 1], contributions=[1.0, -1.0]).version == 2

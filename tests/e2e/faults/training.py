@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from equipoise import Backoff, PolicyClient, Source, Stats, StepResult, Timeout
+from equipoise import Backoff, Limits, PolicyClient, Source, Stats, StepResult, Timeout
 from tests.e2e.faults.proxy import until
 
 ROWS = 16
+ROOM = Limits(window_steps=1 << 16)
+"""Room for every step of minutes without a server, so that none is dropped: a step takes 3 ms at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Made:
 
 
 class Training:
-    """Steps without end in a thread, with `when_lost="continue"` and the client's defaults unless told otherwise.
+    """Steps without end in a thread, with `when_lost="continue"`, `ROOM`, and else the client's defaults.
 
     Use as a context manager: leaving it ends the loop, waits until every step is durable, and raises what went wrong.
     """
@@ -38,7 +40,7 @@ class Training:
         self.made: list[Made] = []
         self.failure: BaseException | None = None
         self.closed_in_s = 0.0
-        options = {"timeout": Timeout(), "backoff": Backoff(), **options}
+        options = {"timeout": Timeout(), "backoff": Backoff(), "limits": ROOM, **options}
         self.client = PolicyClient(address, policy=policy, num_examples=num_examples, **options)
         self._num_examples = num_examples
         self._stopping = threading.Event()
@@ -57,7 +59,7 @@ class Training:
                 assert not self._thread.is_alive(), "the training loop hangs"
                 if self.failure is not None:
                     raise self.failure
-                assert self.client.flush(30, durable=True)
+                assert self.client.flush(60, durable=True)
         finally:
             started = monotonic()
             self.client.close()
@@ -67,6 +69,17 @@ class Training:
     def stats(self) -> Stats:
         """Counters of the client."""
         return self.client.stats
+
+    @property
+    def sent(self) -> int:
+        """Steps that reach the server sooner or later: all but those dropped while the window was full."""
+        return self.stats.steps - self.stats.dropped
+
+    def assert_kept(self, *, room: bool = True) -> None:
+        """Nothing that was durable is lost; and nothing else, where there is `room` in the window for it."""
+        stats = self.stats
+        assert (stats.lost, stats.regressions, stats.refused) == (0, 0, 0)
+        assert not (room and (stats.dropped or stats.forgotten)), stats
 
     def served_since(self, moment: float) -> bool:
         """Whether a step that began after a moment was answered by the server."""
@@ -80,7 +93,7 @@ class Training:
 
     def wait_until_durable(self, *, within_s: float = 60.0) -> float:
         """Waits until a step that begins now or later is durable; seconds it took."""
-        sequence = self.stats.steps - self.stats.dropped
+        sequence = self.sent
         return until(
             lambda: self.failure or (self.made and self.made[-1].result.durable_sequence > sequence),
             within_s=within_s,

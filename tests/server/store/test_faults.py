@@ -16,8 +16,8 @@ async def kind_of_failure(store: RedisStore) -> str:
     started = time.monotonic()
     with pytest.raises(Unavailable) as caught:
         await store.create(policy())
-    # Twice the timeout is promised; the rest is for a busy machine.
-    assert time.monotonic() - started < 2 * TIMEOUT_S + 1
+    # Twice the timeout is promised; the rest is for a busy machine. The library's own patience is a minute.
+    assert time.monotonic() - started < 2 * TIMEOUT_S + 5
     assert caught.value.__cause__ is not None
     assert caught.value.kind in UNAVAILABLE_KINDS
     return caught.value.kind

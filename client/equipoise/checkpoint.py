@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from equipoise import wire
 from equipoise.errors import InvalidRequestError
+from equipoise.v1 import policy_pb2 as pb
+from equipoise.view import PolicyView
+from equipoise.window import Ticket, Window
 
 FORMAT = 1
 
@@ -36,6 +40,35 @@ class Checkpoint:
     epoch: int
     version: int
     window: list[bytes]
+
+    @classmethod
+    def of(cls, view: PolicyView, window: Window, *, policy: str, trainer_id: str) -> "Checkpoint":
+        """What a session holds now."""
+        epoch, version = view.seen
+        return cls(
+            policy=policy,
+            num_examples=view.bounds.num_examples,
+            uid=view.uid,
+            trainer_id=trainer_id,
+            sequence=window.last_sequence,
+            durable_sequence=view.durable_sequence,
+            epoch=epoch,
+            version=version,
+            window=[ticket.request.message.SerializeToString() for ticket in window],
+        )
+
+    def restore(self, view: PolicyView, window: Window) -> None:
+        """Puts it into what a new session holds."""
+        view.uid = self.uid
+        view.seen = (self.epoch, self.version)
+        view.durable_sequence = self.durable_sequence
+        view.resize(self.num_examples or view.bounds.num_examples)
+        window.renumber(self.sequence - len(self.window))
+        for data in self.window:
+            message = pb.StepRequest.FromString(data)
+            ids = wire.answer_ids(message, view.bounds.num_examples)
+            request = wire.Request(message=message, answer_ids=ids, reads=False)
+            window.add(Ticket(request=request, made=0, since=0.0, deadline=0.0, waits=False))
 
     def to_dict(self) -> dict[str, Any]:
         """Strings, integers and bytes, for any way of saving."""

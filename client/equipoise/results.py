@@ -64,3 +64,16 @@ class StepResult:
     epoch: int
     durable_sequence: int
     staleness: int
+
+    @classmethod
+    def served(cls, answer: pb.StepResponse, weights: NDArray[np.float32]) -> "StepResult":
+        """What a server answered, with its weights."""
+        return cls(
+            weights=weights,
+            source=Source.SERVED,
+            outcome=OUTCOMES[answer.outcome],
+            version=answer.version,
+            epoch=answer.epoch,
+            durable_sequence=answer.durable_sequence,
+            staleness=0,
+        )

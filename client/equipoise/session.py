@@ -12,19 +12,21 @@ kept and sent again. `wait`: steps wait, and what was lost is an error.
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipoise import errors, wire
+from equipoise.callers import Callers
 from equipoise.checkpoint import Checkpoint
 from equipoise.errors import EquipoiseError
+from equipoise.link import Link, LinkState, Opening
 from equipoise.options import SessionOptions
 from equipoise.outage import Outage
-from equipoise.results import OUTCOMES, Outcome, Source, StepResult
+from equipoise.reconciliation import Memory
+from equipoise.results import OUTCOMES, Outcome, StepResult
 from equipoise.stats import Stats
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.view import PolicyView
@@ -42,31 +44,6 @@ _PERMANENT = (
 """What no retry mends before the first opening; later, in `continue` mode, an operator may mend it."""
 
 
-class Link(Enum):
-    """State of the stream."""
-
-    DOWN = "down"
-    OPENING = "opening"
-    OPEN = "open"
-    LEAVING = "leaving"
-    """The server asked to reconnect; answers to what was sent are still coming."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
-    """What a transport does to open a stream.
-
-    Attributes:
-        generation: number of the stream; what belongs to an earlier one is void.
-        create: the policy to create first; None: it exists.
-        asks_limits: whether to ask the server for its limits first, and tell them to `limit`.
-    """
-
-    generation: int
-    create: pb.CreatePolicyRequest | None
-    asks_limits: bool
-
-
 class Session:
     """See the module.
 
@@ -79,8 +56,6 @@ class Session:
     def __init__(self, options: SessionOptions, *, trainer_id: str, random: Callable[[], float]) -> None:
         self.options = options
         self.trainer_id = trainer_id
-        self.connect_at: float | None = None
-        """When the next stream may be opened; None: there is one, or nobody has asked for anything yet."""
         self.failure: EquipoiseError | None = None
         """What ended the session for good."""
         self._random = random
@@ -94,16 +69,15 @@ class Session:
         self._reads: deque[Ticket] = deque()
         self._outbox: deque[Ticket] = deque()
         self._in_flight: deque[Ticket] = deque()
-        self._link = Link.DOWN
-        self._generation = 0
-        self._streams = 0
-        self._leave_within = 0.0
+        self._link = Link()
         self._outage = Outage(options, random=random)
-        self._opening: pb.OpenRequest | None = None
+        self._callers = Callers(options.spec.name, view=self._view, stats=self._stats)
+        self._memory = Memory(
+            policy=options.spec.name, view=self._view, window=self._window, stats=self._stats, complain=self._complain
+        )
         self._create = options.spec.num_examples > 0
         self._lost_policy = False
         self._loaded: int | None = None
-        self._unreported: EquipoiseError | None = None
         self._warned: set[str] = set()
 
     # What a caller asks for.
@@ -123,11 +97,11 @@ class Session:
             return self._turn_away(ticket, now)
         self._window.add(ticket)
         self._stats.unacked += 1
-        if self._link is Link.OPEN:  # else the next opening finds it in the window
+        if self._link.state is LinkState.OPEN:  # else the next opening finds it in the window
             self._outbox.append(ticket)
         self.connect(now)
         if self._outage.active and self._continues:
-            self._fall_back(ticket, now)
+            self._callers.fall_back(ticket, now)
         return ticket
 
     def read(self, ids: ArrayLike | None, *, step: int | None = None, now: float) -> Ticket:
@@ -141,7 +115,7 @@ class Session:
 
     def probe(self, now: float) -> None:
         """Asks how far the steps are durable, unless an answer that will tell is under way already."""
-        if self._link is Link.OPEN and not (self._outage.active or self._in_flight or self._outbox):
+        if self._link.state is LinkState.OPEN and not (self._outage.active or self._in_flight or self._outbox):
             self._read(wire.build_read([0], wire.Bounds()), now)
 
     def cached_weights(self, ids: ArrayLike) -> NDArray[np.float32]:
@@ -160,9 +134,7 @@ class Session:
         """Raises what ended the session, or once what was refused of steps that nobody waited for."""
         if self.failure is not None:
             raise self.failure
-        if self._unreported is not None:
-            error, self._unreported = self._unreported, None
-            raise error
+        self._callers.raise_untold()
 
     @property
     def stats(self) -> Stats:
@@ -184,10 +156,10 @@ class Session:
             return
         self._outage.begin(f"no answer within {now - ticket.since:.3g} s")
         if self._continues:
-            self._fall_back(ticket, now)
+            self._callers.fall_back(ticket, now)
             return
         what = f"step {ticket.sequence}" if ticket.sequence else "a read"
-        self._settle(
+        self._callers.settle(
             ticket,
             errors.DeadlineError(
                 f"{self._name}: {what} was not answered within {now - ticket.since:.3g} s; it may still be applied"
@@ -197,18 +169,7 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """What a restarted trainer needs to go on exactly once: strings, integers and bytes."""
-        epoch, version = self._view.seen
-        return Checkpoint(
-            policy=self._name,
-            num_examples=self._view.bounds.num_examples,
-            uid=self._view.uid,
-            trainer_id=self.trainer_id,
-            sequence=self._window.last_sequence,
-            durable_sequence=self._view.durable_sequence,
-            epoch=epoch,
-            version=version,
-            window=[ticket.request.message.SerializeToString() for ticket in self._window],
-        ).to_dict()
+        return Checkpoint.of(self._view, self._window, policy=self._name, trainer_id=self.trainer_id).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up where another session stopped; before the first step.
@@ -217,38 +178,30 @@ class Session:
             InvalidRequestError: the state is not one of this policy, or the session was used already.
         """
         checkpoint = Checkpoint.from_dict(state, policy=self._name)
-        if self._view.made or self._generation:
+        if self._view.made or self._link.generation:
             raise errors.InvalidRequestError(field="state", rule="must be loaded before the client is used")
         self.trainer_id = checkpoint.trainer_id
-        self._view.uid = checkpoint.uid
-        self._view.seen = (checkpoint.epoch, checkpoint.version)
-        self._view.durable_sequence = checkpoint.durable_sequence
-        self._view.resize(checkpoint.num_examples or self._view.bounds.num_examples)
         self._loaded = checkpoint.sequence
-        self._window.renumber(checkpoint.sequence - len(checkpoint.window))
-        for data in checkpoint.window:
-            message = pb.StepRequest.FromString(data)
-            ids = wire.answer_ids(message, self._view.bounds.num_examples)
-            request = wire.Request(message=message, answer_ids=ids, reads=False)
-            self._window.add(Ticket(request=request, made=0, since=0.0, deadline=0.0, waits=False))
-            self._stats.unacked += 1
+        checkpoint.restore(self._view, self._window)
+        self._stats.unacked += len(self._window)
 
     # What a transport asks and tells.
 
+    @property
+    def connect_at(self) -> float | None:
+        """When the next stream may be opened; None: there is one, or nobody has asked for anything yet."""
+        return self._link.connect_at
+
     def connect(self, now: float) -> None:
         """Asks for a stream, unless there is one or one is planned."""
-        if self._link is Link.DOWN and self.connect_at is None and self.failure is None:
-            self.connect_at = now
+        if self.failure is None:
+            self._link.connect(now)
 
     def begin(self) -> Opening:
         """A stream is about to be opened."""
-        assert self._link is Link.DOWN
-        self.connect_at = None
-        self._generation += 1
-        self._link = Link.OPENING
-        self._opening = pb.OpenRequest(policy=self._name, trainer_id=self.trainer_id, uid=self._view.uid)
+        message = pb.OpenRequest(policy=self._name, trainer_id=self.trainer_id, uid=self._view.uid)
         return Opening(
-            generation=self._generation,
+            generation=self._link.begin(message),
             create=pb.CreatePolicyRequest(policy=self.options.spec.to_proto()) if self._create else None,
             asks_limits=not self._view.bounds.max_batch_examples,
         )
@@ -261,26 +214,26 @@ class Session:
         """What to send now on a stream; None: nothing."""
         if self.is_void(generation):
             return None
-        if self._opening is not None:
-            opening, self._opening = self._opening, None
+        if (opening := self._link.take_first_message()) is not None:
             return pb.ExchangeRequest(open=opening)
-        if self._link is not Link.OPEN or not self._outbox or len(self._in_flight) >= self.options.limits.in_flight:
+        full = len(self._in_flight) >= self.options.limits.in_flight
+        if self._link.state is not LinkState.OPEN or not self._outbox or full:
             return None
         self._in_flight.append(self._outbox.popleft())
         return pb.ExchangeRequest(step=self._in_flight[-1].request.message)
 
     def is_void(self, generation: int) -> bool:
         """Whether nothing more is to be sent on a stream, ever."""
-        return self.failure is not None or generation != self._generation or self._link is Link.DOWN
+        return self.failure is not None or not self._link.carries(generation)
 
     def is_opening(self, generation: int) -> bool:
         """Whether a stream waits for the answer to its opening."""
-        return generation == self._generation and self._link is Link.OPENING
+        return self._link.is_opening(generation)
 
     @property
     def left(self) -> bool:
         """Whether the stream has nothing more to give: the transport ends it."""
-        return self.failure is not None or (self._link is Link.LEAVING and not self._in_flight)
+        return self.failure is not None or (self._link.state is LinkState.LEAVING and not self._in_flight)
 
     def received(self, message: pb.ExchangeResponse, now: float) -> None:
         """A message arrived.
@@ -294,8 +247,7 @@ class Session:
         elif kind == "step":
             self._answer(message.step, now)
         elif kind == "reconnect":
-            self._link = Link.LEAVING
-            self._leave_within = message.reconnect.within_ms / 1000
+            self._link.leave(message.reconnect.within_ms / 1000)
         if self.failure is None:
             self._outage.end()
 
@@ -304,12 +256,12 @@ class Session:
         if self.failure is not None:
             return
         unsettled = [t for t in (*self._in_flight, *self._outbox, *self._reads) if t.request.reads and not t.settled]
-        self._link = Link.DOWN
+        self._link.end()
         self._reads = deque(unsettled)
         self._in_flight.clear()
         self._outbox.clear()
         if error is None:
-            self.connect_at = now + self._random() * self._leave_within
+            self._link.rejoin(now, jitter=self._random())
         elif self._is_final(error):
             self.fail(error, now)
         else:
@@ -318,9 +270,9 @@ class Session:
     def fail(self, error: EquipoiseError, now: float) -> None:
         """Ends the session for good: everyone who waits gets the error, and so does every later call."""
         self.failure = error
-        self.connect_at = None
+        self._link.connect_at = None
         for ticket in (*self._window, *self._reads, *self._in_flight, *self._outbox):
-            self._settle(ticket, error, now)
+            self._callers.settle(ticket, error, now)
         for queue in (self._reads, self._in_flight, self._outbox):
             queue.clear()
 
@@ -335,39 +287,19 @@ class Session:
         return self.options.continues
 
     def _ticket(self, request: wire.Request, now: float, *, waits: bool) -> Ticket:
-        patience = self.options.patience(connected_before=self._streams > 0)
+        patience = self.options.patience(connected_before=self._link.opened > 0)
         return Ticket(request=request, made=self._view.made, since=now, deadline=now + patience, waits=waits)
 
     def _read(self, request: wire.Request, now: float) -> Ticket:
         ticket = self._ticket(request, now, waits=True)
         self.connect(now)
         if self._outage.active and self._continues:
-            self._fall_back(ticket, now)
-        elif self._link is Link.OPEN:
+            self._callers.fall_back(ticket, now)
+        elif self._link.state is LinkState.OPEN:
             self._outbox.append(ticket)
         else:
             self._reads.append(ticket)
         return ticket
-
-    def _settle(self, ticket: Ticket, outcome: StepResult | EquipoiseError, now: float) -> None:
-        """Gives a caller what he waits for, if he still does."""
-        if ticket.settled or not ticket.waits:
-            return
-        if isinstance(outcome, StepResult):
-            ticket.result = outcome
-        else:
-            ticket.error = outcome
-        self._stats.longest_stall = max(self._stats.longest_stall, now - ticket.since)
-
-    def _fall_back(self, ticket: Ticket, now: float, outcome: Outcome = Outcome.PENDING) -> None:
-        """Gives a caller the newest weights known."""
-        if ticket.settled or not ticket.waits:
-            return
-        self._stats.fallbacks += 1
-        if ticket.request.reads:
-            outcome = Outcome.DROPPED
-        request = ticket.request
-        self._settle(ticket, self._view.fallback(request.answer_ids, outcome, knows=not request.of_row), now)
 
     def _make_room(self, request: wire.Request) -> bool:
         while self._window.full_for(request):
@@ -385,58 +317,28 @@ class Session:
             )
         self._stats.dropped += 1
         self._warn("dropped", "the window is full: dropping the statistics of new steps until the server answers")
-        self._fall_back(ticket, now, Outcome.DROPPED)
+        self._callers.fall_back(ticket, now, Outcome.DROPPED)
         return ticket
 
     # Openings.
 
     def _open(self, message: pb.OpenResponse, now: float) -> None:
-        if self._link is not Link.OPENING:
+        if self._link.state is not LinkState.OPENING:
             raise errors.ServerBugError(f"{self._name}: the server opened a stream twice")
         self._view.resize(message.num_examples)
-        self._reconcile(message, now)
+        ours = self._window.last_sequence if self._loaded is None else self._loaded
+        self._memory.reconcile(message, last_sequence=ours, was_lost=self._lost_policy, now=now)
         if self.failure is not None:
             return
-        self._link = Link.OPEN
-        self._create = False
+        self._stats.reconnects += self._link.opened > 0
+        self._link.open()
+        self._create = self._lost_policy = False
         self._loaded = None
-        self._stats.reconnects += self._streams > 0
-        self._streams += 1
         self._view.durable_sequence = message.durable_sequence
         self._window.release(message.durable_sequence)
         self._outbox.extend(t for t in self._window if not t.answered or t.sequence > message.last_sequence)
         self._outbox.extend(self._reads)
         self._reads.clear()
-
-    def _reconcile(self, message: pb.OpenResponse, now: float) -> None:
-        """Brings our numbering together with what the server holds of this trainer."""
-        last = message.last_sequence
-        ours = self._window.last_sequence if self._loaded is None else self._loaded
-        if self._view.uid != message.uid:
-            if self._view.uid or self._lost_policy:
-                self._stats.lost += self._view.durable_sequence
-                self._complain(f"{self._name} is another incarnation of the policy now", now)
-            self._view.become(message.uid)
-            self._lost_policy = False
-            self._window.renumber(last)
-        elif last > ours:
-            text = f"{self._name} is {last - ours} steps ahead of what this trainer remembers"
-            self._complain(f"{text}: to resume an old checkpoint, fork or import a policy", now)
-            self._stats.unacked -= self._window.drop(through=ours)
-            self._window.renumber(last)
-        elif last + 1 < self._window.first_sequence:
-            missing = self._window.first_sequence - 1 - last
-            self._stats.lost += missing
-            self._complain(f"{self._name} has lost {missing} steps of this trainer that it had acknowledged", now)
-            self._window.renumber(last)
-        self._observe(message.epoch, message.version, now)
-
-    def _observe(self, epoch: int, version: int, now: float) -> None:
-        """Holds the promise that (epoch, version) never goes back."""
-        seen = self._view.seen
-        if not self._view.observe(epoch, version):
-            self._stats.regressions += 1
-            self._complain(f"{self._name} went back from (epoch, version) {seen} to {(epoch, version)}", now)
 
     def _complain(self, text: str, now: float) -> None:
         """The server's state does not go together with ours: the end in `wait` mode, logged in `continue` mode."""
@@ -459,7 +361,7 @@ class Session:
                 f"{self._name}: the server answered sequence {answer.sequence} with outcome {answer.outcome} and "
                 f"{len(weights)} weights for {len(ids)} ids"
             )
-        self._observe(answer.epoch, answer.version, now)
+        self._memory.observe(answer.epoch, answer.version, now)
         if self.failure is not None:
             return
         self._in_flight.popleft()
@@ -469,23 +371,16 @@ class Session:
         self._stats.unacked -= is_new
         if refused:
             if is_new or ticket.request.reads:  # a replay is refused again: its caller knows
-                self._refuse(ticket, answer, now)
+                error = errors.from_status(answer.error, sequence=answer.sequence)
+                self._callers.refuse(ticket, error, now)
         else:
             self._stats.applied += is_new and answer.outcome == pb.OUTCOME_APPLIED
             self._stats.duplicates += is_new and answer.outcome == pb.OUTCOME_DUPLICATE
             if not ticket.request.of_row:
                 self._view.serve(answer, ids, weights, made=ticket.made)
-            self._settle(ticket, _served(answer, weights), now)
+            self._callers.settle(ticket, StepResult.served(answer, weights), now)
         self._view.durable_sequence = max(self._view.durable_sequence, answer.durable_sequence)
         self._window.release(self._view.durable_sequence)
-
-    def _refuse(self, ticket: Ticket, answer: pb.StepResponse, now: float) -> None:
-        self._stats.refused += 1
-        error = errors.from_status(answer.error, sequence=answer.sequence)
-        if ticket.settled or not ticket.waits:  # its caller has gone on: the next call raises
-            logger.error("%s: step %d was refused: %s", self._name, ticket.sequence, error)
-            self._unreported = self._unreported or error
-        self._settle(ticket, error, now)
 
     # Losses.
 
@@ -494,7 +389,7 @@ class Session:
             return True
         if isinstance(error, errors.PolicyChangedError):
             return not self._continues
-        return isinstance(error, _PERMANENT) and not (self._continues and self._streams)
+        return isinstance(error, _PERMANENT) and not (self._continues and self._link.opened)
 
     def _lose_stream(self, error: EquipoiseError, now: float) -> None:
         if isinstance(error, errors.PolicyNotFoundError | errors.PolicyChangedError) and not isinstance(
@@ -504,11 +399,11 @@ class Session:
             self._create = self.options.spec.num_examples > 0
             self._lost_policy = self._lost_policy or bool(self._view.uid)
             self._view.uid = ""
-        self.connect_at = now + self._outage.delay(error)
+        self._link.connect_at = now + self._outage.delay(error)
         self._outage.begin(str(error))
         if self._continues:
             for ticket in (*self._window, *self._reads):
-                self._fall_back(ticket, now)
+                self._callers.fall_back(ticket, now)
             self._reads.clear()
 
     def _warn(self, topic: str, text: str) -> None:
@@ -516,15 +411,3 @@ class Session:
         if topic not in self._warned:
             self._warned.add(topic)
             logger.warning("%s: %s", self._name, text)
-
-
-def _served(answer: pb.StepResponse, weights: NDArray[np.float32]) -> StepResult:
-    return StepResult(
-        weights=weights,
-        source=Source.SERVED,
-        outcome=OUTCOMES[answer.outcome],
-        version=answer.version,
-        epoch=answer.epoch,
-        durable_sequence=answer.durable_sequence,
-        staleness=0,
-    )

@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 
 from equipoise import errors
+from equipoise.link import Opening
 from equipoise.route import Route
-from equipoise.session import Opening, Session
+from equipoise.session import Session
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise.window import Ticket

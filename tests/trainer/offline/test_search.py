@@ -1,5 +1,6 @@
 """The search: it lowers the area, can be interrupted anywhere, and measures what the paper defines."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from equipoise_trainer.offline.measures import Measures, looked_steps, measure
 from equipoise_trainer.offline.path import RunPath
 from equipoise_trainer.offline.planted import COPIES, Planted, plant
 from equipoise_trainer.offline.rows import LocalRows
-from equipoise_trainer.offline.search import AdjointSims, spread_epochs
-from tests.trainer.offline.searches import EPOCHS, ROWS, SIZE, small_search, small_task
+from equipoise_trainer.offline.search import AdjointSims, SearchPlan, spread_epochs
+from tests.trainer.offline.searches import EPOCHS, ROWS, SETTINGS, SIZE, small_search, small_task
 
 
 def test_the_area_falls_and_flipped_examples_lose_their_weight() -> None:
@@ -26,6 +27,23 @@ def test_the_area_falls_and_flipped_examples_lose_their_weight() -> None:
     assert last.zero_flipped.mean() > 2 * last.zero_clean.mean() > 0
     assert len(measures[1].test_loss) == 0
     np.testing.assert_allclose(last.target_loss[-1], path.problem.mean_losses([path.last], "target")[0])
+
+
+def test_a_warm_up_scales_what_is_sent() -> None:
+    plan = SearchPlan(measured=range(EPOCHS + 1), tested=(), looks=2)
+    warm = replace(plan, warm_up=3)
+    assert [warm.scale(epoch) for epoch in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert [plan.scale(epoch) for epoch in range(2)] == [1, 1]
+    searches = small_search(), small_search(), small_search(holder=LocalRows(replace(SETTINGS, learning_rate=1e-4)))
+    for search, followed in zip(searches, (plan, warm, plan), strict=True):
+        search.plan = followed
+    at_once, grown, third = ([each.area for each in search.run()[0]] for search in searches)
+    # Its first policy epoch is that of a third of ε₀, its second is not.
+    assert grown[1] == pytest.approx(third[1], rel=1e-7)
+    assert at_once[1] < grown[1]
+    assert grown[2] < third[2] - 1e-4
+    with pytest.raises(ValueError, match="warm_up: -1, must be at least 0"):
+        replace(plan, warm_up=-1)
 
 
 @pytest.mark.parametrize("rows_before", [1, 17, ROWS - 1, ROWS + 5])

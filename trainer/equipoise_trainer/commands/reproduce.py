@@ -35,6 +35,7 @@ FirstSeed = Annotated[int, typer.Option(min=0, help="The first seed; the others 
 PolicyEpochs = Annotated[int | None, typer.Option(help="How often rows are moved. Default: the study's.")]
 Steps = Annotated[int | None, typer.Option(help="T. Default: the study's.")]
 StepSize = Annotated[float | None, typer.Option(help="ε of the paper's Eq. 6. Default: the study's.")]
+WarmUp = Annotated[int | None, typer.Option(help="Policy epochs over which ε is grown to. Default: the study's.")]
 Server = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Policy server. Default: a local one, for this run.")
 ]
@@ -65,6 +66,7 @@ def perceptron(
     steps: Steps = None,
     policy_epochs: PolicyEpochs = None,
     step_size: StepSize = None,
+    warm_up: WarmUp = None,
     server: Server = None,
     rows: Rows = "served",
     online: Online = True,
@@ -74,7 +76,7 @@ def perceptron(
     """The paper's linear perceptron: near-optimal policies by searching whole training runs."""
 
     def jobs() -> list[Job]:
-        changes = {"steps": steps, "policy_epochs": policy_epochs, "step_size": step_size}
+        changes = {"steps": steps, "policy_epochs": policy_epochs, "step_size": step_size, "warm_up": warm_up}
         chosen = [_changed(study, changes) for study in parse_studies(studies)]
         numbers = range(first_seed, first_seed + seeds)
         return perceptron_jobs(chosen, numbers, folder=output / "perceptron", measured_epochs=16)

@@ -35,6 +35,7 @@ def move_rows(
     path: RunPath[V],
     holder: RowHolder,
     *,
+    scale: float = 1.0,
     done: int = 0,
     stop: Stop = lambda: False,
     on_row: Callable[[int, Statistics], None] = lambda step, contributions: None,
@@ -44,6 +45,7 @@ def move_rows(
     Args:
         path: the run under the rows as they were before the first move.
         holder: whose rows move.
+        scale: what contributions are multiplied by before they are sent; this scales ε.
         done: how many rows were moved already.
         stop: asked after each row but the last.
         on_row: called with every row and its contributions, those that were moved already included.
@@ -54,7 +56,7 @@ def move_rows(
     for step, contributions in pull_back(path):
         on_row(step, contributions)
         if path.steps - 1 - step >= done:
-            holder.move(step, contributions.astype(np.float32))
+            holder.move(step, (scale * contributions).astype(np.float32))
         if step and stop():
             holder.flush()
             raise StoppedError(f"stopped after row {step}")

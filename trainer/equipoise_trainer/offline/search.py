@@ -29,12 +29,24 @@ class SearchPlan:
         tested: those after which unseen examples are measured too.
         looks: about how many steps are looked at closely.
         memory_bytes: memory for parameters of one run.
+        warm_up: policy epochs over which what is sent grows linearly to the whole contributions. The adjoint is largest
+            along the uniform policy's run, whose whole length its loss stays high: a first move by all of it
+            overshoots, and the area rises.
     """
 
     measured: Collection[int]
     tested: Collection[int]
     looks: int = LOOKS
     memory_bytes: int = MEMORY_BYTES
+    warm_up: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warm_up < 0:
+            raise ValueError(f"warm_up: {self.warm_up}, must be at least 0")
+
+    def scale(self, epoch: int) -> float:
+        """What contributions are multiplied by in a policy epoch."""
+        return min(1.0, (epoch + 1) / max(1, self.warm_up))
 
 
 def spread_epochs(policy_epochs: int, *, count: int) -> list[int]:
@@ -98,7 +110,7 @@ class Search(Generic[V]):
                 found[epoch] = self._complete(measures or self._measured(path, epoch), sims)
                 return [found.get(each) or self._load(each) for each in sorted({*self.plan.measured, epoch})], path
             told = sims.add if measures is not None else _nothing
-            move_rows(path, self.holder, done=done, stop=self.stop, on_row=told)
+            move_rows(path, self.holder, scale=self.plan.scale(epoch), done=done, stop=self.stop, on_row=told)
             if measures is not None:
                 found[epoch] = self._complete(measures, sims)
             self.on_epoch(epoch + 1, time.monotonic() - started - lost)

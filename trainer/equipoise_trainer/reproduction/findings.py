@@ -56,6 +56,7 @@ class Findings:
         matched_ends: the same of uniform with the same gradient norms.
         compression: ln|V| / area on target, uniform and final: base-free.
         area_rises: measured policy epochs whose area on target is above that of the one before.
+        highest_area: largest area on target of all measured policy epochs; the uniform policy's is 1.
         sim: mean over steps of SIM_t, uniform and final.
         adjoint_sim: the same with the adjoint.
         spearman: rank correlation of SIM and the compression ratio over policy epochs.
@@ -83,6 +84,7 @@ class Findings:
     matched_ends: tuple[float, float]
     compression: tuple[float, float]
     area_rises: int
+    highest_area: float
     sim: tuple[float, float]
     adjoint_sim: tuple[float, float]
     spearman: float
@@ -123,6 +125,7 @@ def find(run: FinishedRun, *, reference_nats: float) -> Findings:
         matched_ends=(float(run.matched.target_loss[-1]), float(run.matched.test_loss[-1])),
         compression=(reference_nats / first.area, reference_nats / final.area),
         area_rises=sum(b.area > a.area for a, b in zip(run.measures, run.measures[1:], strict=False)),
+        highest_area=max(each.area for each in run.measures) / first.area,
         sim=(float(np.nanmean(first.sim)), float(np.nanmean(final.sim))),
         adjoint_sim=(float(np.nanmean(first.adjoint_sim)), float(np.nanmean(final.adjoint_sim))),
         spearman=spearman(sims(run), compressions(run, reference_nats=reference_nats)),
@@ -188,7 +191,7 @@ def online_cost(run: FinishedRun) -> float:
 def search_cost(run: FinishedRun) -> float:
     """Cost of the whole search in plain runs, see `StepCost`; measures and the last, plain run are left out."""
     cost, target = _cost(run)
-    return int(run.study["policy_epochs"]) * (cost.plain + cost.pull + cost.plain * target) / cost.plain
+    return run.final.epoch * (cost.plain + cost.pull + cost.plain * target) / cost.plain
 
 
 def _cost(run: FinishedRun) -> tuple[StepCost, float]:

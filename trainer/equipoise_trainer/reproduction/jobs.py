@@ -68,7 +68,7 @@ def perceptron_jobs(studies: Sequence[Study], seeds: Sequence[int], *, folder: P
             directory=folder / study.name / f"seed-{seed}",
             rows=study.rows,
             reference_nats=LN2,
-            plan=even_plan(study.policy_epochs, count=measured_epochs),
+            plan=replace(even_plan(study.policy_epochs, count=measured_epochs), warm_up=study.warm_up),
             make=lambda study=study, seed=seed: study.experiment(seed),  # type: ignore[misc]  # bound in the loop
         )
         for study in studies

@@ -10,15 +10,15 @@ from typing import Final
 from equipoise_trainer.reproduction.claims import Claim
 
 STYLE: Final = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1b1f24;max-width:1180px;margin:2.5rem auto;padding:0 1.2rem}
+body{font:16px/1.5 system-ui,sans-serif;color:#1b1f24;max-width:1480px;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.8rem;margin-bottom:.2rem}h2{margin-top:2.4rem}p.lead{color:#4b5563}
-table{border-collapse:collapse;width:100%;font-size:.86rem;margin:.8rem 0}
+p{max-width:64rem}p:has(img){max-width:none}
+table{border-collapse:collapse;display:block;overflow-x:auto;font-size:.86rem;margin:.8rem 0}
 th,td{text-align:left;vertical-align:top;padding:.4rem .6rem;border-bottom:1px solid #e5e7eb}
 th{color:#6b7280;font-weight:600}td.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 td.why{color:#4b5563}.verdict{border-radius:.6rem;padding:.05rem .55rem;font-weight:600;white-space:nowrap}
 .yes{background:#dcfce7;color:#166534}.partly{background:#fef9c3;color:#854d0e}.no{background:#fee2e2;color:#991b1b}
 .not-run{background:#f3f4f6;color:#6b7280}img{max-width:100%}pre{background:#f3f4f6;padding:.7rem;overflow-x:auto}
-@media(max-width:700px){table{display:block;overflow-x:auto}}
 """
 
 

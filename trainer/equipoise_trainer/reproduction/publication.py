@@ -7,16 +7,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from equipoise_trainer.provenance import machine, versions
 from equipoise_trainer.reproduction.claims import Claim, perceptron_claims, scaling_claims, times, transformer_claim
-from equipoise_trainer.reproduction.figures import save_curves, save_law, save_scaling, save_zeros
-from equipoise_trainer.reproduction.findings import Findings, find, online_cost, search_cost
+from equipoise_trainer.reproduction.figures import Runs, save_curves, save_law, save_zeros
 from equipoise_trainer.reproduction.page import Section, write_page
 from equipoise_trainer.reproduction.runs import FinishedRun, finished
 from equipoise_trainer.reproduction.scaling import Interval, ScalingFound
+from equipoise_trainer.reproduction.scaling_figure import save_scaling
 from equipoise_trainer.reproduction.studies import LN2, STUDIES
+from equipoise_trainer.reproduction.tables import (
+    ONLINE_HEADINGS,
+    SEED_HEADINGS,
+    STUDY_HEADINGS,
+    Found,
+    found_in,
+    online_rows,
+    seed_rows,
+    settings_of,
+    study_rows,
+)
+from equipoise_trainer.reproduction.texts import TEXT_STUDIES
 
 TITLES: Mapping[str, str] = {name: study.title for name, study in STUDIES.items()}
 
@@ -28,35 +38,26 @@ LEAD = (
     "found this way is an upper bound, not a method."
 )
 
-RUN_HEADINGS = (
-    "study",
-    "seed",
-    "rows",
-    "× target",
-    "× unseen",
-    "matched, target",
-    "matched, unseen",
-    "area target",
-    "area unseen",
-    "end unseen: uniform, matched, policy",
-    "CR, ln|V|/nats",
-    "CR, log2|V|/nats",
-    "SIM",
-    "SIM, adjoint",
-    "effective, mean (least)",
+OVER_SEEDS = (
+    "Medians over seeds with the least and the most in brackets; – is never, and counts as the slowest. Losses at the "
+    "end are means with their standard deviation over seeds (n − 1). Highest area: of all measured policy epochs and "
+    "seeds, the uniform policy's is 1; above 1 the search first made it worse. Over its last steps the loss of a "
+    "near-optimal run bends: what they do counts in few of the losses that the search lowers, so that their rows have "
+    "hardly moved."
 )
 
-ONLINE_HEADINGS = (
-    "study",
-    "seed",
-    "online × target",
-    "online × unseen",
-    "cost of its step",
-    "× unseen at its cost",
-    "end unseen: uniform, online, near-optimal",
-    "cost of the search, plain runs",
-    "seconds per policy epoch",
+EVERY_SEED = (
+    "Areas are mean losses over θ_1 … θ_T, uniform → final policy. CR is the compression ratio on target; the second "
+    "column is in the units that the paper's Figure 4b seems to mix."
 )
+
+ONE_RUN = (
+    "Rule ema_sign of the same server, decay 0.99, same data, η and steps, no search. Its steps cost more "
+    "(contributions and the target gradient), in passes over the examples; the last columns give what the search costs."
+)
+
+LAW_STUDY = "paper-4096"
+"""Whose SIM_t is shown over the steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +71,12 @@ class Publication:
 
 def publish(directory: Path) -> Publication:
     """Makes the page of all finished runs in `directory`: `index.html`, `findings.json` and PNGs."""
-    runs = load_runs(directory / "perceptron")
-    found = {name: [find(run, reference_nats=LN2) for run in seeds] for name, seeds in runs.items()}
-    texts = load_runs(directory / "lm")
-    text_found = {
-        name: [find(run, reference_nats=float(run.study["reference_nats"])) for run in seeds]
-        for name, seeds in texts.items()
-    }
+    runs, texts = load_runs(directory / "perceptron"), load_runs(directory / "lm")
+    found, text_found = found_in(runs, reference_nats=LN2), found_in(texts)
     scaling = _scaling({**load_runs(directory / "scaling"), **texts})
     claims = [
-        *perceptron_claims(found),
-        transformer_claim([each for seeds in text_found.values() for each in seeds]),
+        *perceptron_claims({name: [each for _, each in seeds] for name, seeds in found.items()}),
+        transformer_claim([each for seeds in text_found.values() for _, each in seeds]),
         *scaling_claims(scaling),
     ]
     sections = [
@@ -116,73 +112,57 @@ def load_runs(directory: Path) -> dict[str, list[FinishedRun]]:
     return found
 
 
-def _perceptron_sections(
-    runs: Mapping[str, Sequence[FinishedRun]], found: Mapping[str, Sequence[Findings]], directory: Path
-) -> list[Section]:
+def _perceptron_sections(runs: Runs, found: Found, directory: Path) -> list[Section]:
     if not runs:
         return []
     pictures = {name: directory / f"perceptron-{name}.png" for name in ("curves", "law", "zeros")}
     save_curves(runs, TITLES, reference_nats=LN2, path=pictures["curves"])
-    save_law(runs, TITLES, reference_nats=LN2, path=pictures["law"])
-    save_zeros(runs, TITLES, reference_nats=LN2, path=pictures["zeros"])
-    rows = _run_rows(runs, found)
-    online = [
-        _online_row(name, run, each)
-        for name, seeds in runs.items()
-        for run, each in zip(seeds, found[name], strict=True)
-        if run.online is not None and each.online is not None
-    ]
-    settings = [_settings(run) for seeds in runs.values() for run in seeds[:1]]
+    shown = LAW_STUDY if LAW_STUDY in runs else next(iter(runs))
+    save_law(runs, TITLES, reference_nats=LN2, shown=shown, path=pictures["law"])
+    save_zeros(runs, TITLES, reference_nats=LN2, wrong="flipped", path=pictures["zeros"])
     return [
         Section(
-            title="Perceptron: every seed",
-            text=(
-                "Areas are mean losses over θ_1 … θ_T, uniform → final policy. CR is the compression ratio on target; "
-                "the second column is in the units that the paper's Figure 4b seems to mix.",
-                *settings,
-            ),
-            headings=RUN_HEADINGS,
-            rows=rows,
+            title="Perceptron: over seeds",
+            text=(OVER_SEEDS, *(settings_of(seeds[0]) for seeds in runs.values())),
+            headings=STUDY_HEADINGS,
+            rows=study_rows(found),
             pictures=(pictures["curves"],),
         ),
-        Section(title="The Learning Law", pictures=(pictures["law"],)),
-        Section(title="Which examples get no weight", pictures=(pictures["zeros"],)),
-        Section(
-            title="What one run with an online policy reaches",
-            text=(
-                "Rule ema_sign of the same server, decay 0.99, same data, η and steps, no search. Its steps cost more "
-                "(contributions and the target gradient), in products with features; the last columns give what the "
-                "search costs.",
-            ),
-            headings=ONLINE_HEADINGS,
-            rows=tuple(online),
-        ),
+        Section(title="Perceptron: the Learning Law", pictures=(pictures["law"],)),
+        Section(title="Perceptron: which examples get no weight", pictures=(pictures["zeros"],)),
+        Section(title="Perceptron: every seed", text=(EVERY_SEED,), headings=SEED_HEADINGS, rows=seed_rows(found)),
+        *_online_sections("Perceptron", found),
     ]
 
 
-def _transformer_sections(
-    runs: Mapping[str, Sequence[FinishedRun]], found: Mapping[str, Sequence[Findings]], directory: Path
-) -> list[Section]:
+def _transformer_sections(runs: Runs, found: Found, directory: Path) -> list[Section]:
     if not runs:
         return []
     pictures = {name: directory / f"lm-{name}.png" for name in ("curves", "law", "zeros")}
-    nats = {name: float(seeds[0].study["reference_nats"]) for name, seeds in runs.items()}
-    save_curves(runs, {}, reference_nats=min(nats.values()), path=pictures["curves"])
-    save_law(runs, {}, reference_nats=min(nats.values()), path=pictures["law"])
-    save_zeros(runs, {}, reference_nats=min(nats.values()), path=pictures["zeros"])
-    settings = [", ".join(f"{key} {value}" for key, value in seeds[0].study.items()) for seeds in runs.values()]
+    titles = {name: f"Transformer, preset {name}" for name in runs}
+    nats = min(float(seeds[0].study["reference_nats"]) for seeds in runs.values())
+    save_curves(runs, titles, reference_nats=nats, path=pictures["curves"])
+    save_law(runs, titles, reference_nats=nats, shown=next(iter(runs)), path=pictures["law"])
+    save_zeros(runs, titles, reference_nats=nats, wrong="perturbed", path=pictures["zeros"])
     return [
         Section(
             title="Transformer",
-            text=tuple(settings),
-            headings=RUN_HEADINGS,
-            rows=_run_rows(runs, found),
+            text=tuple(settings_of(run) for seeds in runs.values() for run in seeds),
+            headings=SEED_HEADINGS,
+            rows=seed_rows(found),
             pictures=tuple(pictures.values()),
-        )
+        ),
+        *_online_sections("Transformer", found),
     ]
 
 
-def _scaling(runs: Mapping[str, Sequence[FinishedRun]]) -> list[ScalingFound]:
+def _online_sections(what: str, found: Found) -> list[Section]:
+    rows = online_rows(found)
+    title = f"{what}: what one run with an online policy reaches"
+    return [Section(title=title, text=(ONE_RUN,), headings=ONLINE_HEADINGS, rows=rows)] if rows else []
+
+
+def _scaling(runs: Runs) -> list[ScalingFound]:
     return [
         ScalingFound.of(name, [(run.uniform.test_loss, run.final.test_loss) for run in seeds])
         for name, seeds in sorted(runs.items(), key=lambda item: int(item[1][0].study["steps"]))
@@ -193,7 +173,8 @@ def _scaling_sections(found: Sequence[ScalingFound], directory: Path) -> list[Se
     if not found:
         return []
     picture = directory / "scaling.png"
-    save_scaling(found, path=picture)
+    titles = {each.name: f"Transformer, preset {each.name}" for each in found if each.name in TEXT_STUDIES}
+    save_scaling(found, titles, path=picture)
     rows = [
         (
             f"{each.name}{'' if fit is each.fit else ', other L0'}",
@@ -225,8 +206,8 @@ def _scaling_sections(found: Sequence[ScalingFound], directory: Path) -> list[Se
     ]
 
 
-def _by_seed(found: Mapping[str, Sequence[Findings]]) -> dict[str, Any]:
-    return {name: [_plain(asdict(each)) for each in seeds] for name, seeds in found.items()}
+def _by_seed(found: Found) -> dict[str, Any]:
+    return {name: [_plain(asdict(each)) for _, each in seeds] for name, seeds in found.items()}
 
 
 def _fit_json(found: ScalingFound) -> dict[str, Any]:
@@ -243,62 +224,6 @@ def _fit_json(found: ScalingFound) -> dict[str, Any]:
     }
 
 
-def _run_rows(
-    runs: Mapping[str, Sequence[FinishedRun]], found: Mapping[str, Sequence[Findings]]
-) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        _run_row(name, run, each) for name, seeds in runs.items() for run, each in zip(seeds, found[name], strict=True)
-    )
-
-
-def _run_row(name: str, run: FinishedRun, each: Findings) -> tuple[str, ...]:
-    mean, least = each.effective_share
-    return (
-        name,
-        str(each.seed),
-        run.rows,
-        times(each.accelerations[0]),
-        times(each.accelerations[1]),
-        times(each.matched[0]),
-        times(each.matched[1]),
-        _change(each.areas[0], each.final_areas[0]),
-        _change(each.areas[1], each.final_areas[1]),
-        f"{each.ends[1]:.3f}, {each.matched_ends[1]:.3f}, {each.final_ends[1]:.3f}",
-        f"{each.compression[0]:.2f} → {each.compression[1]:.2f}",
-        f"{each.compression[0] / LN2:.2f} → {each.compression[1] / LN2:.2f}",
-        _change(*each.sim),
-        f"{each.adjoint_sim[0]:.2f} → {each.adjoint_sim[1]:.2f}",
-        f"{100 * mean:.0f} % ({100 * least:.0f} %)",
-    )
-
-
-def _online_row(name: str, run: FinishedRun, each: Findings) -> tuple[str, ...]:
-    assert run.online is not None, "the caller looks"
-    assert each.online is not None, "the caller looks"
-    cost, unseen = online_cost(run), each.online[1]
-    seconds = f"{np.median(run.epoch_seconds):.2f}" if run.epoch_seconds else "–"
-    return (
-        name,
-        str(run.seed),
-        times(each.online[0]),
-        times(unseen),
-        f"{cost:.2f}",
-        times(None if unseen is None else unseen / cost),
-        f"{each.ends[1]:.3f}, {run.online.test_loss[-1]:.3f}, {each.final_ends[1]:.3f}",
-        f"{search_cost(run):.0f}",
-        f"{seconds} ({run.rows})",
-    )
-
-
-def _settings(run: FinishedRun) -> str:
-    study = run.study
-    return (
-        f"{study['name']}: data {study['dataset']}, M = {study['target_size']}, {100 * study['flipped']:g} % flipped, "
-        f"T = {study['steps']}, η = {study['learning_rate']:g}, ε = {study['step_size']:g} falling to 0 over "
-        f"{study['policy_epochs']} policy epochs, rows {run.rows}."
-    )
-
-
 def _about() -> Section:
     where = machine()
     packages = ", ".join(f"{name} {number}" for name, number in versions().items() if number)
@@ -310,10 +235,6 @@ def _about() -> Section:
             f"{where['system']}, {where['processor']}, {where['cores']} cores, Python {where['python']}; {packages}.",
         ),
     )
-
-
-def _change(before: float, after: float) -> str:
-    return f"{before:.3f} → {after:.3f}"
 
 
 def _plain(value: Any) -> Any:

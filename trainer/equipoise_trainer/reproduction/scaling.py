@@ -78,7 +78,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """Median and the middle 90 % over bootstrap samples."""
+    """Median and the middle 90 % over bootstrap samples; written as the latter."""
 
     low: float
     middle: float
@@ -91,7 +91,7 @@ class Interval:
         return cls(low=float(low), middle=float(middle), high=float(high))
 
     def __format__(self, spec: str) -> str:
-        return f"{self.middle:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+        return f"{self.low:{spec}} to {self.high:{spec}}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

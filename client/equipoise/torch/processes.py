@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from equipoise.torch.errors import UnsupportedModuleError
+from equipoise.torch.errors import DirectionError, UnsupportedModuleError
 
 Group: TypeAlias = Any
 """A `torch.distributed.ProcessGroup`: processes that work on one thing; None: this one alone."""
@@ -80,9 +80,22 @@ def scratch_gradients(model: nn.Module, parameters: list[nn.Parameter]) -> Itera
 
 
 def num_averaged(tensors: Iterable[Tensor]) -> int:
-    """Over how many processes the gradients of sharded parameters are averaged."""
-    spread = _known("torch.distributed.tensor", "DTensor")
-    return max((tensor.device_mesh.size() for tensor in tensors if isinstance(tensor, spread)), default=1)
+    """Over how many processes the gradients of sharded parameters are averaged.
+
+    Raises:
+        DirectionError: not over all that train together, each of which has other examples: what they sum would not
+            belong together.
+    """
+    spread = [tensor for tensor in tensors if isinstance(tensor, _known("torch.distributed.tensor", "DTensor"))]
+    for tensor in spread:
+        size, dimensions = tensor.device_mesh.size(), sum(p.is_shard() for p in tensor.placements)
+        if size != num_processes() or dimensions > 1:
+            raise DirectionError(
+                f"model: a parameter is sharded over {size} of {num_processes()} processes, along {dimensions} "
+                "dimension(s) of their mesh: must be over all of them, along one (fully_shard); tensor and pipeline "
+                "parallelism are not supported"
+            )
+    return max((tensor.device_mesh.size() for tensor in spread), default=1)
 
 
 def total(value: Tensor, group: Group) -> Tensor:

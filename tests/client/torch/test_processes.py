@@ -53,6 +53,7 @@ def test_what_cannot_work_is_refused_with_what_does(results: list[dict[str, Any]
         for method in ("ghost", "jvp"):
             assert "this process has a part of its parameters only" in said[f"{method}, sharded"]
             assert said[f"{method}, sharded"].endswith("FiniteDifferenceContributions handles any module")
+        assert said["a part of the mesh"].startswith("model: a parameter is sharded over 1 of 2 processes")
 
 
 def test_a_refresh_waits_for_gradients_that_are_not_reduced(results: list[dict[str, Any]]) -> None:

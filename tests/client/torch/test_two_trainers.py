@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_two_processes_take_one_step_of_one(folder: Path, name: str) -> None:
     """Each sends the statistics of its own rows; together they train on the weighted mean of all."""
+    bound = 1e-2 if name.endswith("-sharded") else 1e-4  # by finite differences
     results: list[Any] = [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
     model = gpt2()
     direction = TargetDirection(model, lm_losses, target_batches())
@@ -33,7 +34,7 @@ def test_two_processes_take_one_step_of_one(folder: Path, name: str) -> None:
     for sent, _ in results:
         [(ids, fields)] = sent
         batch = {key: values[ids] for key, values in tokens(N, seed=0, padded=True).items()}
-        assert relative_error(torch.tensor(fields["contributions"]), reference(model, direction, batch)) < 1e-4
+        assert relative_error(torch.tensor(fields["contributions"]), reference(model, direction, batch)) < bound
         assert fields["target_loss"] == pytest.approx(direction.target_loss.item(), rel=1e-5)  # type: ignore[union-attr]
         all_ids += ids
     assert len(set(all_ids)) == 16

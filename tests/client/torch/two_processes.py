@@ -7,11 +7,13 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from equipoise.torch import (
     Contributions,
+    DirectionError,
     FiniteDifferenceContributions,
     GhostContributions,
     JvpContributions,
@@ -110,6 +112,14 @@ def refusals() -> Result:
             method(model, TargetDirection(model, lm_losses, targets()))
         except UnsupportedModuleError as error:
             found[name] = str(error)
+    try:
+        TargetDirection(
+            fully_shard(gpt2(), mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("tensors", "data"))["data"]),
+            lm_losses,
+            targets(),
+        ).refresh()
+    except DirectionError as error:
+        found["a part of the mesh"] = str(error)
     return found
 
 

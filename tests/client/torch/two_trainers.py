@@ -2,6 +2,7 @@
 
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,18 @@ import lightning
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from equipoise import PolicyClient
 from equipoise.lightning import PolicyCallback
-from equipoise.torch import GhostContributions, TargetDirection, WeightedSteps
+from equipoise.torch import FiniteDifferenceContributions, GhostContributions, TargetDirection, WeightedSteps
+from equipoise.torch.training import TrainingOptions
 from equipoise.transformers import PolicyTrainer, PolicyTraining
 from tests.client.torch.models import gpt2, lm_losses, tokens
 
@@ -53,14 +57,39 @@ def target_batches() -> list[dict[str, Tensor]]:
     return [{name: values[part] for name, values in batch.items()} for part in (slice(8), slice(8, None))]
 
 
-def with_accelerate(folder: str) -> Any:
+def options(*, sharded: bool) -> TrainingOptions:
+    return TrainingOptions(method="finite_difference" if sharded else "ghost")
+
+
+def shard_with(accelerator: Accelerator) -> None:
+    """FSDP 2. Accelerate offers it on GPUs alone; with its state set by hand it does the same on CPUs."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        cpu_ram_efficient_loading=False,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["GPT2Block"],
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def whole_state(model: Any) -> dict[str, Tensor]:
+    """Parameters and buffers, gathered where they are sharded."""
+    return {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def with_accelerate(folder: str, *, sharded: bool = False) -> Any:
     client, accelerator = Notebook(), Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = gpt2()
+    model, method = gpt2(), FiniteDifferenceContributions if sharded else GhostContributions
+    if sharded:
+        shard_with(accelerator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(examples(N, 0), batch_size=4)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     direction = TargetDirection(model, losses_of, [target_batches()[dist.get_rank()]], group=dist.group.WORLD)
-    steps = WeightedSteps(client, GhostContributions(model, direction), accumulate=None)
+    steps = WeightedSteps(client, method(model, direction), accumulate=None)
     for batch in loader:
         with accelerator.accumulate(model), steps.capture(batch["example_id"]) as step:
             accelerator.backward(step.loss(batch))
@@ -69,10 +98,10 @@ def with_accelerate(folder: str) -> Any:
         if accelerator.sync_gradients:
             steps.submit()
             break
-    return client.sent, accelerator.unwrap_model(model).state_dict()
+    return client.sent, whole_state(accelerator.unwrap_model(model))
 
 
-def with_transformers(folder: str) -> Any:
+def with_transformers(folder: str, *, sharded: bool = False) -> Any:
     from transformers import TrainingArguments
 
     client, model = Notebook(), gpt2()
@@ -93,9 +122,14 @@ def with_transformers(folder: str) -> Any:
         dataloader_pin_memory=False,
         train_sampling_strategy="sequential",
     )
-    policy = PolicyTraining(client, target=[{**e, "example_id": 0} for e in examples(TARGETS, 1)])
-    PolicyTrainer(model, arguments, train_dataset=examples(N, 0), policy=policy).train()
-    return client.sent, model.state_dict()
+    target = [{**e, "example_id": 0} for e in examples(TARGETS, 1)]
+    policy = PolicyTraining(client, target=target, options=options(sharded=sharded))
+    trainer = PolicyTrainer(model, arguments, train_dataset=examples(N, 0), policy=policy)
+    if sharded:
+        shard_with(trainer.accelerator)
+        trainer.is_fsdp_enabled = True
+    trainer.train()
+    return client.sent, whole_state(trainer.model_wrapped if sharded else model)
 
 
 class Module(lightning.LightningModule):
@@ -113,16 +147,30 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def with_lightning(folder: str) -> Any:
+class ShardedModule(Module):
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+def strategy(*, sharded: bool) -> Strategy:
+    if sharded:
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    return DDPStrategy(process_group_backend="gloo")
+
+
+def with_lightning(folder: str, *, sharded: bool = False) -> Any:
     client = Notebook()
-    policy = PolicyCallback(client, losses_of, target_batches())
-    module = Module(policy)
+    policy = PolicyCallback(client, losses_of, target_batches(), options=options(sharded=sharded))
+    module = ShardedModule(policy) if sharded else Module(policy)
     trainer = lightning.Trainer(
         callbacks=[policy],
         default_root_dir=folder,
         accelerator="cpu",
         devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
+        strategy=strategy(sharded=sharded),
         plugins=[TorchElasticEnvironment()],
         accumulate_grad_batches=2,
         max_steps=1,
@@ -132,10 +180,18 @@ def with_lightning(folder: str) -> Any:
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(examples(N, 0), batch_size=4))  # type: ignore[arg-type]
-    return client.sent, module.model.state_dict()
+    return client.sent, whole_state(module.model)
 
 
-TRAINERS = {"accelerate": with_accelerate, "transformers": with_transformers, "lightning": with_lightning}
+TRAINERS = {
+    f"{name}{suffix}": partial(train, sharded=bool(suffix))
+    for suffix in ("", "-sharded")  # last, since Accelerate's state is one for the process
+    for name, train in (
+        ("accelerate", with_accelerate),
+        ("transformers", with_transformers),
+        ("lightning", with_lightning),
+    )
+}
 
 
 def process(rank: int, folder: str, port: int) -> None:

@@ -15,7 +15,7 @@ from equipoise.calls import Call, Field
 from equipoise.channel import Server
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
 from equipoise.route import Route
-from equipoise.security import Security
+from equipoise.security import Security, Stamp
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class PolicyAdmin:
         self.address = address
         self._timeout = timeout
         self._route = Route(address, security)
-        self._channels: dict[Server, grpc.Channel] = {}
+        self._channels: dict[tuple[Server, Stamp], grpc.Channel] = {}
 
     def create(self, spec: PolicySpec) -> PolicyStatus:
         """Creates a policy, uniform; returns the existing one when what is given here equals it.
@@ -157,6 +157,7 @@ class PolicyAdmin:
                 stream.cancel()
 
     def _stub(self, server: Server) -> Any:
-        if server not in self._channels:
-            self._channels[server] = server.channel()
-        return PolicyServiceStub(self._channels[server])
+        key = server, server.security.stamp()  # a new connection once certificates were replaced
+        if key not in self._channels:
+            self._channels[key] = server.channel()
+        return PolicyServiceStub(self._channels[key])

@@ -23,7 +23,7 @@ from equipoise.channel import Server
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
 from equipoise.results import StepResult
 from equipoise.route import Route
-from equipoise.security import Security
+from equipoise.security import Security, Stamp
 from equipoise.trainer import Trainer
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise.wire import StepFields
@@ -152,7 +152,7 @@ class PolicyAdmin:
         self.address = address
         self._timeout = timeout
         self._route = Route(address, security)
-        self._channels: dict[Server, grpc.aio.Channel] = {}
+        self._channels: dict[tuple[Server, Stamp], grpc.aio.Channel] = {}
 
     async def create(self, spec: PolicySpec) -> PolicyStatus:
         """As `equipoise.PolicyAdmin.create`."""
@@ -259,6 +259,7 @@ class PolicyAdmin:
                 stream.cancel()
 
     def _stub(self, server: Server) -> Any:
-        if server not in self._channels:
-            self._channels[server] = server.aio_channel()
-        return PolicyServiceStub(self._channels[server])
+        key = server, server.security.stamp()  # a new connection once certificates were replaced
+        if key not in self._channels:
+            self._channels[key] = server.aio_channel()
+        return PolicyServiceStub(self._channels[key])

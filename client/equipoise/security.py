@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 
@@ -25,6 +26,10 @@ VARIABLES = {
 """Names in the environment, and the fields of `Security` that they give."""
 
 _FLAGS = {"1": True, "true": True, "0": False, "false": False, "": False}
+
+
+Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
+"""What changes when files do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +102,7 @@ class Security:
                 raise AccessDeniedError(f"token_file: {self.token_file} holds no token")
         return (("authorization", f"Bearer {token}"),) if token else ()
 
-    def stamp(self) -> tuple[tuple[int, int, int] | None, ...]:
+    def stamp(self) -> Stamp:
         """What changes when one of the certificates' files does: inode, time of change in ns and size of each."""
         return tuple(
             _stamp(path) for path in (self.root_certificates, self.client_certificate, self.client_key) if path

@@ -127,6 +127,28 @@ def test_clients_of_both_kinds_show_the_certificate_that_is_there_when_they_reco
             assert client.step([0], contributions=[1.0]).source is Source.SERVED
 
 
+def test_admins_of_both_kinds_show_the_certificate_that_is_there_now(authority: Authority) -> None:
+    live, mine = authority.issue("server"), authority.issue("mine")
+    security = Security(root_certificates=authority.file, client_certificate=mine.certificate, client_key=mine.key)
+
+    async def ask(server: ServerProcess, admin: PolicyAdmin) -> None:
+        async with aio.PolicyAdmin(server.address, security=security) as other:
+            admin.server_info()
+            await other.server_info()
+            put(authority.issue("expired", ends=timedelta(hours=-1)), over=mine)
+            with pytest.raises(UnavailableError):
+                admin.server_info()
+            with pytest.raises(UnavailableError):
+                await other.server_info()
+            put(authority.issue("renewed"), over=mine)
+            admin.server_info()
+            await other.server_info()
+
+    flags = {"tls_certificate": live.certificate, "tls_key": live.key, "tls_client_ca": authority.file}
+    with serve(**flags) as server, PolicyAdmin(server.address, security=security) as admin:
+        asyncio.run(ask(server, admin))
+
+
 def test_a_certificate_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     client = PolicyClient("localhost:1", policy="p", security=Security(root_certificates=tmp_path / "absent.pem"))
     with client, pytest.raises(AccessDeniedError, match=r"root_certificates: .*absent\.pem: No such file"):

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import structlog
@@ -31,7 +32,7 @@ from equipoise_server.errors import (
     unloaded,
 )
 from equipoise_server.rules import build
-from equipoise_server.store import Fenced, NotFound, OwnedElsewhere, RedisStore, StoredPolicy, StoreError
+from equipoise_server.store import Fenced, NotFound, OwnedElsewhere, Ownership, RedisStore, StoredPolicy, StoreError
 
 log = structlog.get_logger("equipoise.policy")
 
@@ -221,6 +222,14 @@ class Engine:
     async def _restore(self, name: str) -> PolicyRunner:
         """Takes the policy over, then loads its pages and replays its log; from here on older owners are fenced."""
         owner = await self._store.acquire(name, address=self.address, instance=self._instance)
+        try:
+            return await self._read(owner, name)
+        except BaseException:  # such as no room on the device: another server may have some
+            with suppress(StoreError):
+                await self._store.release(owner)
+            raise
+
+    async def _read(self, owner: Ownership, name: str) -> PolicyRunner:
         stored = await self._store.get(name)
         if stored is None:
             raise NotFound(name)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from equipoise_server.engine import Engine, Outcome
+from equipoise_server.engine import Engine, Outcome, memory
 from equipoise_server.errors import ServiceError, draining
 from equipoise_server.store import EmbeddedRedis, RedisStore
 from tests.server.engine.conftest import Servers
@@ -66,6 +66,18 @@ async def test_a_dead_server_s_policies_move_once_its_time_is_up(
             else:
                 break
     assert (runner.policy.version, runner.epoch) == (5, 2)
+
+
+async def test_a_server_that_has_no_room_leaves_the_policy_to_one_that_has(
+    first: Engine, second: Engine, store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await first.close(draining(), flush_timeout_s=20)
+    await store.renew_presence("second", address=SECOND, ttl_s=60)
+    with monkeypatch.context() as full:
+        full.setattr(memory, "ALWAYS_FITS", 0)
+        full.setattr(memory, "free_bytes", lambda device: 0)
+        assert (await refusal(second)).reason == "DEVICE_FULL"
+    assert (await first.runner("policy")).policy.version == 5
 
 
 async def test_a_server_that_starts_again_at_its_address_takes_its_own_back_at_once(

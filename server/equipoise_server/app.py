@@ -110,7 +110,7 @@ class Server:
         settings = self._settings
         url = settings.redis
         if url is None:
-            embedded = EmbeddedRedis(settings.data_dir, fsync=settings.fsync)
+            embedded = EmbeddedRedis(settings.data_dir, fsync=settings.fsync, on_sync_change=self._note_sync)
             await embedded.start()
             self._stack.push_async_callback(embedded.stop)
             self._spawn(embedded.supervise(on_exit=lambda status: log.error("redis ended", status=status)))
@@ -118,6 +118,13 @@ class Server:
         store = RedisStore.connect(url, command_timeout_s=settings.redis_timeout_s, observer=self._metrics.store)
         self._stack.push_async_callback(store.close)
         return store
+
+    def _note_sync(self, error: OSError | None) -> None:
+        self._metrics.store.syncs(failing=error is not None)
+        if error is None:
+            log.info("the files of redis reach the disk again")
+        else:
+            log.error("the files of redis do not reach the disk", error=str(error))
 
     async def _start_grpc(self) -> None:
         settings = self._settings

@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     redis_timeout_s: float = Field(1.0, gt=0, description="longest wait for one answer of Redis")
     data_dir: Path = Field(_state_dir(), description="folder of the server's own Redis")
     fsync: Literal["everysec", "always"] = Field(
-        "everysec", description="when the server's own Redis flushes to disk; always: survives power loss, slower"
+        "everysec", description="when the server's own Redis is flushed to disk; always: survives power loss, slower"
     )
 
     advertise: OptionalAddress = Field(

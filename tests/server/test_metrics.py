@@ -95,6 +95,7 @@ def test_the_names_of_the_service_are_as_promised(metrics: Metrics) -> None:
     metrics.event_loop_lag(0.002)
     metrics.store.command("append", 0.0005)
     metrics.store.error("timeout")
+    metrics.store.syncs(failing=True)
     snapshot = Snapshot(
         policies=(facts("p"),),
         queued_steps=4,
@@ -117,6 +118,7 @@ def test_the_names_of_the_service_are_as_promised(metrics: Metrics) -> None:
     assert value(series, f"{own}event_loop_lag_seconds_sum") == 0.002
     assert value(series, f"{own}redis_command_duration_seconds_sum", command="append") == 0.0005
     assert value(series, f"{own}redis_errors_total", kind="timeout") == 1
+    assert value(series, f"{own}redis_sync_failing") == 1
     assert value(series, f"{own}queue_depth") == 4
     assert value(series, f"{own}inflight_bytes") == 5
     assert value(series, f"{own}active_streams") == 6

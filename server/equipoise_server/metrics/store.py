@@ -1,6 +1,6 @@
 """How Redis answers."""
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from equipoise_server.metrics.names import PREFIX, SECONDS_BUCKETS
 
@@ -19,6 +19,11 @@ class StoreMetrics:
         self._errors = Counter(
             f"{PREFIX}redis_errors", "Commands to Redis that failed, by kind.", ("kind",), registry=registry
         )
+        self._sync_failing = Gauge(
+            f"{PREFIX}redis_sync_failing",
+            "Whether the disk refuses the files of the server's own Redis (0 or 1).",
+            registry=registry,
+        )
 
     def command(self, name: str, seconds: float) -> None:
         """Redis answered a command after `seconds`."""
@@ -27,3 +32,7 @@ class StoreMetrics:
     def error(self, kind: str) -> None:
         """A command failed."""
         self._errors.labels(kind).inc()
+
+    def syncs(self, *, failing: bool) -> None:
+        """The files of the server's own Redis reach the disk, or do not."""
+        self._sync_failing.set(failing)

@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeAlias
 from equipoise_server.store import parent_bound
 from equipoise_server.store.data_directory import DataDirectory
 from equipoise_server.store.errors import StoreError
+from equipoise_server.store.file_sync import FileSync
 from equipoise_server.store.redis_binary import find_redis_server
 
 Fsync: TypeAlias = Literal["everysec", "always"]
-"""When Redis forces its file to disk; `always` is what survives the loss of power."""
+"""When Redis's file is forced to disk; `always` is what survives the loss of power."""
 
 LOG_FILE = "redis.log"
 
@@ -36,23 +37,31 @@ class EmbeddedRedis:
     """Starts, watches and stops a Redis process that keeps its data in one directory.
 
     It listens on a Unix socket that only this user can open, and on no network. Every write is in its append-only file
-    before it is answered, so that what was answered survives the death of its process; it dies with the server (see
-    `parent_bound`), and the next start loads its file. Start it from the main thread.
+    before it is answered, however slow the disk is, so that what was answered survives the death of its process; it
+    dies with the server (see `parent_bound`), and the next start loads its file. Start it from the main thread.
     """
 
     def __init__(
-        self, data_dir: Path, *, fsync: Fsync = "everysec", lock_timeout_s: float = 10.0, start_timeout_s: float = 300.0
+        self,
+        data_dir: Path,
+        *,
+        fsync: Fsync = "everysec",
+        on_sync_change: Callable[[OSError | None], None] = lambda error: None,
+        lock_timeout_s: float = 10.0,
+        start_timeout_s: float = 300.0,
     ) -> None:
         """Prepare; nothing happens before `start`.
 
         Args:
             data_dir: created if missing.
             fsync: when writes reach the disk.
+            on_sync_change: told when the disk refuses to be synced, and None once it does not any more; any thread.
             lock_timeout_s: seconds to wait for the last user of the directory to end.
             start_timeout_s: seconds that loading the file may take.
         """
         self._directory = DataDirectory(data_dir.resolve())
         self._fsync = fsync
+        self._sync = FileSync(self._directory.path, on_change=on_sync_change)
         self._lock_timeout_s = lock_timeout_s
         self._start_timeout_s = start_timeout_s
         self._process: asyncio.subprocess.Process | None = None
@@ -97,6 +106,8 @@ class EmbeddedRedis:
             self._socket_dir = _new_socket_dir()
             async with self._changing:
                 await self._launch()
+            if self._fsync == "everysec":
+                self._sync.start()
         except BaseException:
             await self.stop()
             raise
@@ -107,6 +118,7 @@ class EmbeddedRedis:
         async with self._changing:
             if self._process is not None:
                 await _end(self._process, timeout_s=timeout_s)
+            await asyncio.to_thread(self._sync.stop)
             if self._socket_dir is not None:
                 _remove_socket_dir(str(self._socket_dir))
             self._directory.release()
@@ -177,7 +189,8 @@ class EmbeddedRedis:
             "daemonize": "no",
             "save": "",
             "appendonly": "yes",
-            "appendfsync": self._fsync,
+            # Not `everysec`, with which Redis answers before it writes while the disk is slow: see `FileSync`.
+            "appendfsync": "always" if self._fsync == "always" else "no",
             "maxmemory-policy": "noeviction",
             "logfile": LOG_FILE,
             "loglevel": "warning",

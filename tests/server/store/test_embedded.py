@@ -55,7 +55,7 @@ async def test_only_this_user_can_reach_it_and_no_network(embedded: EmbeddedRedi
     assert stat.S_IMODE(embedded.socket.stat().st_mode) == 0o700
     assert stat.S_IMODE(embedded.socket.parent.stat().st_mode) == 0o700
     client = Redis.from_url(embedded.url, protocol=2, decode_responses=True)
-    wanted = {"port": "0", "save": "", "appendonly": "yes", "maxmemory-policy": "noeviction", "appendfsync": "everysec"}
+    wanted = {"port": "0", "save": "", "appendonly": "yes", "maxmemory-policy": "noeviction", "appendfsync": "no"}
     found = {name: (await client.config_get(name))[name] for name in wanted}
     await client.aclose()
     assert found == wanted

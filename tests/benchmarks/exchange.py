@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.exchange
 
-What is compared takes turns, so that a noisy machine disturbs all alike.
+What is compared takes turns in short blocks, so that a noisy machine disturbs all alike. Each ratio is that of two
+blocks of one turn; the table shows the median of the ratios.
 """
 
 import asyncio
@@ -26,8 +27,11 @@ from equipoise.v1 import policy_pb2_grpc
 
 NUM_EXAMPLES = 1_000_000
 ROWS = (64, 1024, 8192)
-ROUNDS = 5
+BLOCKS = 60
+WARM_UP = 3
 STEPS = 200
+"""Steps that are made up; they are sent again and again."""
+BLOCK_STEPS = 20
 VARIANTS = {"logged": pb.DURABILITY_LOGGED, "behind": pb.DURABILITY_BEHIND}
 
 
@@ -91,20 +95,33 @@ async def round_trips(call: Any, given: list[pb.ExchangeRequest]) -> list[float]
     return taken
 
 
-async def measure(echo_address: str, address: str) -> dict[tuple[str, int], list[float]]:
-    """Seconds per step by variant and rows; the variants take turns."""
-    taken: dict[tuple[str, int], list[float]] = {}
+async def measure(echo_address: str, address: str) -> dict[tuple[str, int], list[list[float]]]:
+    """Seconds of the steps of each block by variant and rows; the variants take turns."""
+    taken: dict[tuple[str, int], list[list[float]]] = {}
     for rows in ROWS:
         async with (
             stream(echo_address, "echo", None) as bare,
             stream(address, f"bench-logged-{rows}", VARIANTS["logged"]) as logged,
             stream(address, f"bench-behind-{rows}", VARIANTS["behind"]) as behind,
         ):
-            for turn in range(ROUNDS):
-                given = list(requests(rows, first=1 + turn * STEPS))
-                for name, call in (("echo", bare), ("logged", logged), ("behind", behind)):
-                    taken.setdefault((name, rows), []).extend(await round_trips(call, given))
+            given = list(requests(rows, first=1))
+            variants = [("echo", bare), ("logged", logged), ("behind", behind)]
+            for turn in range(WARM_UP + BLOCKS):
+                block = given[:BLOCK_STEPS]
+                for sequence, request in enumerate(block, 1 + turn * BLOCK_STEPS):
+                    request.step.sequence = sequence
+                # Whoever goes first in a turn must not do so in all of them.
+                for name, call in variants[turn % 3 :] + variants[: turn % 3]:
+                    seconds = await round_trips(call, block)
+                    if turn >= WARM_UP:
+                        taken.setdefault((name, rows), []).append(seconds)
     return taken
+
+
+def ratio(blocks: list[list[float]], others: list[list[float]]) -> float:
+    """Median ratio of the blocks' medians, turn by turn."""
+    pairs = zip(blocks, others, strict=True)
+    return statistics.median(statistics.median(mine) / statistics.median(other) for mine, other in pairs)
 
 
 def main() -> None:
@@ -116,15 +133,13 @@ def main() -> None:
     with serve() as server:
         taken = asyncio.run(measure(ours.recv(), server.address))
     process.terminate()
-    table = Table(
-        "rows", "variant", "p50 ms", "p99 ms", "p50 / echo", "examples/s", title="one stream, one step in flight"
-    )
-    for (name, rows), seconds in taken.items():
+    columns = ("rows", "variant", "p50 ms", "p99 ms", "p50 / echo", "p50 / behind", "examples/s")
+    table = Table(*columns, title="one stream, one step in flight")
+    for (name, rows), blocks in sorted(taken.items(), key=lambda item: (item[0][1], item[0][0])):
+        seconds = [one for block in blocks for one in block]
         p50, p99 = statistics.median(seconds), float(np.quantile(seconds, 0.99))
-        bare = statistics.median(taken["echo", rows])
-        table.add_row(
-            str(rows), name, f"{1e3 * p50:.2f}", f"{1e3 * p99:.2f}", f"{p50 / bare:.1f}", f"{rows / p50:,.0f}"
-        )
+        ratios = [f"{ratio(blocks, taken[other, rows]):.2f}" for other in ("echo", "behind")]
+        table.add_row(str(rows), name, f"{1e3 * p50:.2f}", f"{1e3 * p99:.2f}", *ratios, f"{rows / p50:,.0f}")
     Console().print(table)
     print(f"{platform.platform()}, Python {platform.python_version()}, grpcio {grpc.__version__}")
 

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.security
 
-Three servers take turns: `none`, `tls`, and `tls+token` with client certificates too.
+Three servers take turns in short blocks: `none`, `tls`, and `tls+token` with client certificates too. Each ratio is
+that of two blocks of one turn; the table shows the median of the ratios, and their quartiles.
 """
 
 import asyncio
@@ -25,12 +26,13 @@ from equipoise.testing import serve
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise_server.security import Scope, entry, new_token
-from tests.benchmarks.exchange import NUM_EXAMPLES, ROWS, STEPS, requests, round_trips
+from tests.benchmarks.exchange import NUM_EXAMPLES, ROWS, requests, round_trips
 from tests.e2e.security.authority import Authority
 
-ROUNDS = 6
-FLOODS = 5
-"""Measurements of the throughput per round, `STEPS` steps each."""
+WARM_UP = 3
+BLOCKS = 60
+ONE_BY_ONE, TOGETHER, ALONE = 20, 100, 10
+"""Steps of one block: each waiting for its answer, many in flight, and by a call of its own each."""
 IN_FLIGHT = 32
 
 
@@ -81,49 +83,46 @@ async def in_flight(call: Any, given: list[pb.ExchangeRequest]) -> float:
     return (time.perf_counter() - started) / len(given)
 
 
-def renumbered(given: list[pb.ExchangeRequest], *, first: int) -> list[pb.ExchangeRequest]:
-    """The same steps, numbered from `first`."""
-    fresh = []
-    for sequence, request in enumerate(given, first):
-        copy = pb.ExchangeRequest()
-        copy.CopyFrom(request)
-        copy.step.sequence = sequence
-        fresh.append(copy)
-    return fresh
-
-
-async def calls(stub: Any, server: Server, policy: str, given: list[pb.ExchangeRequest]) -> list[float]:
-    """Seconds of each step by a call of its own."""
+async def by_themselves(stub: Any, server: Server, policy: str, given: list[pb.ExchangeRequest]) -> float:
+    """Median seconds of a step by a call of its own."""
     taken = []
-    for request in given[:100]:
+    for request in given:
         step = pb.StepRequest(example_ids=request.step.example_ids, contributions=request.step.contributions)
         message = pb.UpdateWeightsRequest(policy=policy, step=step)
         started = time.perf_counter()
         await stub.UpdateWeights(message, metadata=server.headers())
         taken.append(time.perf_counter() - started)
-    return taken
+    return statistics.median(taken)
+
+
+def numbered(given: list[pb.ExchangeRequest], *, first: int) -> list[pb.ExchangeRequest]:
+    """The steps, numbered from `first`; the messages themselves."""
+    for sequence, request in enumerate(given, first):
+        request.step.sequence = sequence
+    return given
 
 
 async def measure(known: dict[str, Server]) -> dict[tuple[int, str, str], list[float]]:
-    """Seconds by rows, what is measured, and server; the servers take turns."""
+    """Seconds of each block by rows, what is measured, and server; the servers take turns, block by block."""
     taken: dict[tuple[int, str, str], list[float]] = {}
     for rows in ROWS:
         policy = f"bench-{rows}"
+        given = list(requests(rows, first=1))
         async with AsyncExitStack() as stack:
             streams = {name: await stack.enter_async_context(stream(at, policy)) for name, at in known.items()}
             sequence = 1
-            for turn in range(ROUNDS):
-                given = list(requests(rows, first=sequence))
-                later = [renumbered(given, first=sequence + (1 + flood) * STEPS) for flood in range(FLOODS)]
-                sequence += (1 + FLOODS) * STEPS
+            for turn in range(WARM_UP + BLOCKS):
                 # Whoever goes first in a turn must not do so in all of them.
                 for name in sorted(streams, key=lambda name: (list(streams).index(name) + turn) % len(streams)):
                     stub, call = streams[name]
-                    taken.setdefault((rows, "round trip", name), []).extend(await round_trips(call, given))
-                    floods = taken.setdefault((rows, "in flight", name), [])
-                    floods += [await in_flight(call, steps) for steps in later]
-                    alone = await calls(stub, known[name], policy, given)
-                    taken.setdefault((rows, "call", name), []).extend(alone)
+                    waiting = numbered(given[:ONE_BY_ONE], first=sequence)
+                    block = {"round trip": statistics.median(await round_trips(call, waiting))}
+                    flood = numbered(given[:TOGETHER], first=sequence + ONE_BY_ONE)
+                    block["in flight"] = await in_flight(call, flood)
+                    block["call"] = await by_themselves(stub, known[name], policy, given[:ALONE])
+                    for what, seconds in block.items() if turn >= WARM_UP else ():
+                        taken.setdefault((rows, what, name), []).append(seconds)
+                sequence += ONE_BY_ONE + TOGETHER
     return taken
 
 
@@ -131,11 +130,15 @@ def main() -> None:
     """Runs the benchmark and prints a table."""
     with ExitStack() as stack:
         taken = asyncio.run(measure(servers(stack)))
-    table = Table("rows", "what", "server", "median ms", "/ none", "steps/s", title="TLS and tokens against none")
+    table = Table(
+        "rows", "what", "server", "median ms", "/ none", "quartiles", "steps/s", title="TLS and tokens against none"
+    )
     for (rows, what, name), seconds in sorted(taken.items(), key=lambda item: item[0]):
+        ratios = [mine / plain for mine, plain in zip(seconds, taken[rows, what, "none"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
         median = statistics.median(seconds)
-        ratio = median / statistics.median(taken[rows, what, "none"])
-        table.add_row(str(rows), what, name, f"{1e3 * median:.3f}", f"{ratio:.2f}", f"{1 / median:,.0f}")
+        quartiles = "" if name == "none" else f"{low:.2f} to {high:.2f}"
+        table.add_row(str(rows), what, name, f"{1e3 * median:.3f}", f"{middle:.2f}", quartiles, f"{1 / median:,.0f}")
     Console().print(table)
     print(f"{platform.platform()}, Python {platform.python_version()}, grpcio {grpc.__version__}")
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from time import monotonic, sleep
+from time import monotonic
 
 import grpc
 import numpy as np
@@ -79,60 +79,6 @@ def test_a_message_with_fields_of_a_later_version_is_taken(house: House, channel
     )
     later = pb.GetPolicyRequest(policy="p").SerializeToString() + b"\xfa\x3f\x05later"  # field 1023, bytes
     assert call(later, timeout=10).status.spec.num_examples == 4
-
-
-@pytest.mark.slow
-def test_overload_tenfold(house: House) -> None:
-    """Far more unary callers than the server can serve: shed or served late, and health and streams go on."""
-    with Training(house.server.address) as training:
-        training.wait_until_durable()
-        before = memory(house)
-        calm_from = monotonic()
-        sleep(2)
-        began = monotonic()
-        answered = flood(house.server.address, callers=64, for_s=4.0)
-        overloaded, calm = training.since(began), training.until(calm_from, began)
-    assert set(answered) <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
-    assert answered["OK"] > 0
-    assert memory(house) - before < 200 * MIB
-    assert training.stats.lost == 0
-    record(
-        "overload: 64 unary callers with 4096 rows each, without pause",
-        promise="bounded queue, shed with RetryInfo; streams and health are answered; memory bounded",
-        trainer=f"{overloaded}; without: {calm.longest_step_s:.2f} s; callers: {answered}; "
-        f"memory +{max(0, memory(house) - before) / MIB:.0f} MiB",
-    )
-
-
-def flood(address: str, *, callers: int, for_s: float) -> dict[str, int]:
-    """How the calls ended, by code."""
-    ended: dict[str, int] = {"OK": 0}
-    lock, end = threading.Lock(), monotonic() + for_s
-
-    def call() -> None:
-        request = pb.UpdateWeightsRequest(policy="p", step=many_rows())
-        with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-            stub = policy_pb2_grpc.PolicyServiceStub(channel)
-            while monotonic() < end:
-                try:
-                    stub.UpdateWeights(request, timeout=10)
-                    name = "OK"
-                except grpc.RpcError as error:
-                    name = error.code().name
-                with lock:
-                    ended[name] = ended.get(name, 0) + 1
-
-    threads = [threading.Thread(target=call) for _ in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return ended
-
-
-def many_rows() -> pb.StepRequest:
-    ids = np.random.default_rng(0).integers(0, 1000, 4096).astype("<u8")
-    return pb.StepRequest(example_ids=ids.tobytes(), contributions=np.ones(4096, "<f4").tobytes())
 
 
 @pytest.mark.slow

@@ -57,6 +57,8 @@ class TargetDirection:
         preconditioner: the Adam optimizer of the job: the direction is then where its step would lead.
         guard_batches: batches of guard B, on which nothing but `guard_loss` is computed.
         batches_per_refresh: how many target batches one refresh takes, in turn; default: all of them.
+        momentum: share of the direction before that a refresh keeps, in [0, 1). Part of a fresh direction swings with
+            the model from step to step and makes all examples seem harmful, then useful; the average keeps what lasts.
         group: the processes that share the work, such as `torch.distributed.group.WORLD`; default: each works alone.
 
     Attributes:
@@ -76,6 +78,7 @@ class TargetDirection:
         preconditioner: Optimizer | None = None,
         guard_batches: Iterable[Any] | None = None,
         batches_per_refresh: int | None = None,
+        momentum: float = 0.0,
         group: Group = None,
     ) -> None:
         _check_repeatable("target_batches", target_batches)
@@ -83,6 +86,8 @@ class TargetDirection:
         _check_positive("refresh_every", refresh_every)
         if batches_per_refresh is not None:
             _check_positive("batches_per_refresh", batches_per_refresh)
+        if not 0.0 <= momentum < 1.0:
+            raise DirectionError(f"momentum: {momentum}, must be in [0, 1)")
         self.model = model
         self.loss_fn = loss_fn
         self.vectors: dict[nn.Parameter, Tensor] = {}
@@ -94,6 +99,7 @@ class TargetDirection:
         self._refresh_every = refresh_every
         self._precondition = None if preconditioner is None else AdamPreconditioner(preconditioner)
         self._batches_per_refresh = batches_per_refresh
+        self._momentum = momentum
         self._turn: Iterator[Any] = iter(())
         self._taken = 0
         self._group = group
@@ -119,7 +125,7 @@ class TargetDirection:
         with evaluating(self.model):
             gradients, self.target_loss = self._gradients(parameters)
             self.guard_loss = None if self._guard is None else self._mean_loss(self._guard)
-        self.vectors = self._precondition(gradients) if self._precondition else gradients
+        self.vectors = self._averaged(self._precondition(gradients) if self._precondition else gradients)
         self.age = 0
 
     def losses(self, batch: Any) -> Tensor:
@@ -158,6 +164,14 @@ class TargetDirection:
         self.age, self._taken = state["age"], state["batches_taken"]
         self.target_loss, self.guard_loss = state["target_loss"], state["guard_loss"]
         self._turn = islice(iter(self._target), self._taken, None) if self._taken else iter(())
+
+    def _averaged(self, fresh: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The fresh direction, with what is kept of those before."""
+        kept = self._momentum
+        if not kept:
+            return fresh
+        old = self.vectors
+        return {p: torch.lerp(vector, old[p], kept) if p in old else vector for p, vector in fresh.items()}
 
     def _gradients(self, parameters: list[nn.Parameter]) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
         """Gradient of the mean loss over the target batches, and that loss."""

@@ -172,3 +172,29 @@ def test_what_cannot_be_differentiated_is_named() -> None:
     message = "preconditioner = SGD: must be an Adam optimizer; its groups have no betas"
     with pytest.raises(DirectionError, match=message):
         TargetDirection(model, class_losses, [batch(2)], preconditioner=optimizer)
+
+
+def test_momentum_keeps_a_share_of_the_directions_before_and_comes_back_from_a_checkpoint() -> None:
+    def make(model: nn.Module) -> TargetDirection:
+        return TargetDirection(model, class_losses, [batch(4, 1), batch(4, 2)], batches_per_refresh=1, momentum=0.6)
+
+    model = classifier()
+    direction = make(model)
+    expected: list[Tensor] = []
+    for turn in range(4):
+        if turn == 2:
+            state, direction = direction.state_dict(), make(model)
+            direction.load_state_dict(state)
+        direction.refresh()
+        fresh = mean_gradient(model, *batch(4, 1 + turn % 2))
+        expected = [0.6 * old + 0.4 * new for old, new in zip(expected, fresh, strict=True)] if expected else fresh
+        torch.testing.assert_close(list(direction.vectors.values()), expected)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+def test_momentum_outside_its_range_is_refused(momentum: float) -> None:
+    with pytest.raises(DirectionError, match=r"momentum: .*, must be in \[0, 1\)"):
+        TargetDirection(classifier(), class_losses, [batch(4)], momentum=momentum)

@@ -143,6 +143,20 @@ def test_several_processes_give_what_one_gives(server: ServerProcess, tmp_path: 
     assert [run.curve for run in together] == [run.curve for run in alone]
 
 
+def test_what_a_policy_costs_is_counted(task: TextTask, server: ServerProcess, tmp_path: Path) -> None:
+    plan = replace(PLAN, method="buckets", policy="counted", steps=61)
+    record = execute(plan, task, address=server.address, checkpoint=tmp_path / "run.pt")
+    batches, scored, heard = 61, 12, 3  # scored at 20, 22, ..., 42; B heard at 44, 52 and 60
+    assert record.counts == {
+        "plain": 8 * (batches - scored) + 8 * scored,  # trained on, and one batch of target A for each scored one
+        "ghost": 0,
+        "one_pass": 8 * scored,
+        "forward": len(task.guard) * heard,
+    }
+    assert record.facts is not None
+    assert record.facts["version"] == scored + heard
+
+
 def test_known_sources_are_told_apart(task: TextTask, server: ServerProcess, tmp_path: Path) -> None:
     plan = replace(PLAN, method="sources", policy="known", steps=120, log_every=40, learning_rate=1e-2)
     record = execute(plan, task, address=server.address, checkpoint=tmp_path / "run.pt")

@@ -44,8 +44,9 @@ MATCHED: Final = "norm-matched"
 LOSS_ONLY: Final = ("trim", "lin-upper", "rho")
 """Methods that know losses and no gradient."""
 
-_RELU: Final[Mapping[str, SettingValue]] = {"ema_decay": 0.9, "floor": 0.02, "saturation": 0.3, "guard": False}
-_EG: Final[Mapping[str, SettingValue]] = {"learning_rate": 1.0, "floor": 0.005, "guard": False}
+_RELU: Final[Mapping[str, SettingValue]] = {"ema_decay": 0.9, "floor": 0.02, "saturation": 0.3}
+_EG: Final[Mapping[str, SettingValue]] = {"learning_rate": 0.2, "decay": 0.0, "floor": 0.005}
+"""η times the dozen visits of a bucket is what a source that is truly off shall reach; chance reaches its root."""
 
 METHODS: Final[Mapping[str, Method]] = {
     method.name: method
@@ -77,11 +78,11 @@ METHODS: Final[Mapping[str, Method]] = {
             ids="buckets",
         ),
         Method(
-            name="guarded",
-            title="buckets, guarded",
+            name="unguarded",
+            title="buckets, no guard",
             kind="explore",
             rule="exponentiated_gradient",
-            settings={**_EG, "guard": True},
+            settings={**_EG, "guard": False},
             ids="buckets",
         ),
         Method(

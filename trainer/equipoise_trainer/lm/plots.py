@@ -28,7 +28,7 @@ COLORS = {
     "relu": "#0072b2",
     "buckets-relu": "#14b8a6",
     "buckets": SERVED,
-    "guarded": "#0e7490",
+    "unguarded": "#0e7490",
     "sources": "#6366f1",
     "oracle": "#2a9d5c",
 }

@@ -72,6 +72,10 @@ class RunPolicy:
         """Sends statistics and waits for the weights of the rows: [B]."""
         return self.client.step(ids, **fields).weights.astype(np.float64)
 
+    def hear(self, guard_loss: float, *, step: int) -> None:
+        """Sends a loss on guard B without statistics of any sequence."""
+        self.client.step(None, guard_loss=guard_loss, step=step, omit_weights=True)
+
     def weights(self, ids: ArrayLike) -> Array:
         """Weights of ids as of now: [B]."""
         return self.client.read(ids).weights.astype(np.float64)

@@ -48,7 +48,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             vocabulary=1000,
             batch_size=32,
             steps=300,
-            learning_rates=(2e-3, 4e-3),
+            learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
         ),
         Preset(
             name="paper",
@@ -59,7 +59,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             vocabulary=5000,
             batch_size=32,
             steps=300,
-            learning_rates=(1e-3, 2e-3),
+            learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
         ),
     )
 }

@@ -26,10 +26,11 @@ from equipoise_trainer.lm.reference import reference_losses
 from equipoise_trainer.lm.served import ExploringSteps, LossSteps, Schedule, ScoredSteps, SelectedSteps
 from equipoise_trainer.lm.steps import Made, PlainSteps, Steps, Surroundings, TrimmedSteps
 
-BUCKETS: Final = 24
-"""Of like perplexity: at 32 sequences a step about one of each bucket in a batch."""
-EXPLORING: Final = Schedule(sparse_every=24, oldest=4, target_batches=1)
-"""Where few ids stand for all sequences a policy is learned from few batches, and changes slowly afterwards."""
+BUCKETS: Final = 12
+"""Of like perplexity: at 32 sequences a step nearly three of each bucket in a batch."""
+EXPLORING: Final = Schedule(until=44, every=2, oldest=2, target_batches=1, momentum=0.6, guard_every=8)
+"""Where few ids stand for all sequences a policy is learned from 12 batches. Part of what sequences do swings with the
+model and is alike for all of a bucket: more steps, and an average of directions, help where more rows do not."""
 SCORING: Final = Schedule()
 """Every batch: where each sequence has an id of its own it is visited too rarely to leave one out."""
 

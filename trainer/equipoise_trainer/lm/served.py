@@ -3,7 +3,8 @@
 Contributions are sent relative to their mean over the batch. What all text shares, such as how frequent tokens are,
 dominates the plain ones; its sign swings with every few steps of the model, and a direction some steps old then calls
 everything harmful or everything useful. Relative ones ask what a policy must know: does a sequence do more for the
-target than the average one?
+target than the usual one? They are sent in units of their spread and cut off, since under Adam's scaling a single rare
+token can outweigh a hundred sequences.
 
 Shape legend: B sequences of a step, N ids of the policy.
 """
@@ -26,6 +27,9 @@ from equipoise_trainer.lm.steps import Made, Steps, Surroundings
 CANDIDATES: Final = 2
 """How many times B are scored for one batch by `SelectedSteps`."""
 NEVER: Final = 10**9
+FARTHEST: Final = 2.0
+"""Where relative contributions are cut off, in spreads."""
+NORMAL_SPREAD: Final = 1.4826
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,24 +38,47 @@ class Schedule:
 
     Attributes:
         start: the first so many steps are plain: contributions say little before frequencies of tokens are learned.
-        dense_until: end of the time in which the policy learns most.
-        dense_every: steps from one that is scored to the next until then.
-        sparse_every: the same afterwards.
+        until: no step is scored from here on; None: there is no end.
+        every: steps from one that is scored to the next.
         oldest: a direction of so many steps ago is refreshed before it is used.
         target_batches: how many batches of target A one refresh takes, in turn; None: all.
+        momentum: what a refresh keeps of the direction: see `TargetDirection`.
+        guard_every: steps between two losses on B after `until`; None: one at each refresh.
     """
 
     start: int = 20
-    dense_until: int = 50
-    dense_every: int = 1
-    sparse_every: int = 1
+    until: int | None = None
+    every: int = 1
     oldest: int = 10
     target_batches: int | None = None
+    momentum: float = 0.0
+    guard_every: int | None = None
 
     def scores(self, step: int) -> bool:
         """Whether the sequences of a step are scored."""
-        every = self.dense_every if step < self.dense_until else self.sparse_every
-        return step >= self.start and (step - self.start) % every == 0
+        learns = step >= self.start and (self.until is None or step < self.until)
+        return learns and (step - self.start) % self.every == 0
+
+    def hears(self, step: int) -> bool:
+        """Whether the loss on B is measured for its own sake before a step."""
+        if self.guard_every is None or self.until is None or step < self.until:
+            return False
+        return (step - self.until) % self.guard_every == 0
+
+
+def relative(values: Array) -> Array:
+    """Distances from the median in units of the spread, cut off at `FARTHEST`, with mean 0: [B].
+
+    The unit is what the median absolute deviation of a normal distribution is multiplied with to give its standard
+    deviation; without any spread all are 0.
+    """
+    distances = values - np.median(values)
+    spread = NORMAL_SPREAD * np.median(np.abs(distances))
+    if not spread > 0:
+        return np.zeros_like(values)
+    cut = np.clip(distances / spread, -FARTHEST, FARTHEST)
+    centred: Array = cut - cut.mean()
+    return centred
 
 
 class LossSteps(Steps):
@@ -103,8 +130,9 @@ class ScoredSteps(Steps):
             targets,
             refresh_every=NEVER,
             preconditioner=learner.optimizer,
-            guard_batches=[torch.from_numpy(task.guard)],
+            guard_batches=None if schedule.guard_every else [torch.from_numpy(task.guard)],
             batches_per_refresh=schedule.target_batches,
+            momentum=schedule.momentum,
         )
         taken = schedule.target_batches or len(targets)
         self._refresh_rows = sum(len(batch) for batch in targets[:taken])
@@ -113,6 +141,9 @@ class ScoredSteps(Steps):
 
     def make(self, step: int) -> Made:
         """The weighted mean loss of a scored batch, or the mean loss of a plain one."""
+        if self._schedule.hears(step):
+            self._policy.hear(self._around.learner.measure(self._around.task.guard), step=step)
+            self._around.meter.forward += len(self._around.task.guard)
         if self._schedule.scores(step):
             return self._scored(step, self._batches.at(step))
         return self._plain(self._unscored(step))
@@ -150,8 +181,7 @@ class ScoredSteps(Steps):
         capture.losses(torch.from_numpy(around.task.train[ids]))
         around.meter.one_pass += len(ids)
         fields = capture.fields()
-        values = np.asarray(fields["contributions"], dtype=np.float64)
-        fields["contributions"] = (values - values.mean()).astype(np.float32)
+        fields["contributions"] = relative(np.asarray(fields["contributions"], dtype=np.float64)).astype(np.float32)
         fields["step"] = step
         return self._policy.step(self._groups[ids], **fields)
 
@@ -161,7 +191,8 @@ class ScoredSteps(Steps):
             self._direction.refresh()
             self._refreshed_at = step
             self._around.meter.plain += self._refresh_rows
-            self._around.meter.forward += len(self._around.task.guard)
+            if not self._schedule.guard_every:
+                self._around.meter.forward += len(self._around.task.guard)
         capture = self._one_pass.capture(self._groups[ids])
         if refreshes:
             capture.note_losses()
@@ -169,9 +200,11 @@ class ScoredSteps(Steps):
 
 
 class ExploringSteps(ScoredSteps):
-    """Now and then a batch of all sequences alike is scored; in between batches are drawn by weight, and not scored.
+    """For a while batches of all sequences alike are scored; all others are drawn by weight, and not scored.
 
     No time is spent on what has no weight, and none on scoring what is known. The sequences of a group come in turn.
+    Scored batches are trained on with equal weights: a model that no longer sees what has lost its weight would find it
+    useful again, for what all text shares.
     """
 
     def __init__(
@@ -190,6 +223,13 @@ class ExploringSteps(ScoredSteps):
         """Goes on where `state` was taken."""
         super().load(state)
         self._turns = state["turns"].copy()
+
+    def _scored(self, step: int, ids: NDArray[np.int64]) -> Made:
+        with self._capture(step, ids) as capture:
+            self._weigh(step, ids, capture)
+            equal = np.ones(len(ids))
+            capture.backward(equal)
+        return Made(ids=ids, weights=equal)
 
     def _unscored(self, step: int) -> NDArray[np.int64]:
         if step < self._schedule.start:

@@ -3,8 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 import structlog
@@ -35,6 +35,10 @@ from equipoise_server.rules import build
 from equipoise_server.store import Fenced, NotFound, OwnedElsewhere, Ownership, RedisStore, StoredPolicy, StoreError
 
 log = structlog.get_logger("equipoise.policy")
+
+TURN_S = 60.0
+TURN_PATIENCE_S = 5.0
+"""Less than a client waits for a call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +125,15 @@ class Engine:
         except StoreError as error:
             raise store_down(str(error)) from error
         return fresh
+
+    @asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[None]:
+        """Surrounds what one server of a store at a time may do; a minute, after which another may begin."""
+        try:
+            async with self._store.turn(name, lasts_s=TURN_S, patience_s=TURN_PATIENCE_S):
+                yield
+        except StoreError as error:
+            raise store_down(str(error)) from error
 
     async def find(self, name: str) -> StoredPolicy:
         """The stored policy. Raises ServiceError (POLICY_NOT_FOUND)."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from equipoise_server.errors import Code, ServiceError
 from equipoise_server.security.tenants import Tenant
@@ -11,15 +11,21 @@ from equipoise_server.security.tenants import Tenant
 class StorageQuotas:
     """Holds tenants to `max_policies` and `max_examples`; for one event loop.
 
-    What is stored is counted in the store when something is to be added, so the count cannot drift. Servers that share
-    a Redis count apart: each may add one policy at the same time as the others.
+    What is stored is counted in the store when something is to be added, so the count cannot drift. Only one of the
+    servers that share a store adds for a tenant at a time.
 
     Args:
         sizes: number of examples of each policy whose name begins with a prefix.
+        turn: surrounds what only one server at a time may do, by name.
     """
 
-    def __init__(self, sizes: Callable[[str], Awaitable[list[int]]]) -> None:
+    def __init__(
+        self,
+        sizes: Callable[[str], Awaitable[list[int]]],
+        turn: Callable[[str], AbstractAsyncContextManager[None]],
+    ) -> None:
         self._sizes = sizes
+        self._turn = turn
         self._locks: dict[str, asyncio.Lock] = {}
 
     @asynccontextmanager
@@ -28,7 +34,7 @@ class StorageQuotas:
         if tenant.max_policies is None and tenant.max_examples is None:
             yield
             return
-        async with self._locks.setdefault(tenant.name, asyncio.Lock()):
+        async with self._locks.setdefault(tenant.name, asyncio.Lock()), self._turn(f"quota:{tenant.name}"):
             _check(tenant, await self._sizes(tenant.prefix), num_examples)
             yield
 

@@ -68,7 +68,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self._engine = engine
         self._limits = limits
         self._telemetry = telemetry
-        self._quotas = StorageQuotas(self._sizes)
+        self._quotas = StorageQuotas(self._sizes, self._engine.turn)
         self.open_streams = 0
         """Exchange streams that are open now."""
 

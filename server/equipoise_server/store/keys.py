@@ -17,6 +17,11 @@ def presence_key(prefix: str, instance: str) -> str:
     return f"{prefix}:server:{instance}"
 
 
+def turn_key(prefix: str, name: str) -> str:
+    """Says whose turn it is; expires. In a slot of its own."""
+    return f"{prefix}:turn:{name}"
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyKeys:
     """The keys of one policy."""

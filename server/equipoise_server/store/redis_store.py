@@ -3,6 +3,7 @@
 import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from equipoise_server.store import scripts
 from equipoise_server.store.commands import Client, Commands
@@ -13,6 +14,7 @@ from equipoise_server.store.observer import Observer
 from equipoise_server.store.pages import PageTable
 from equipoise_server.store.policies import PolicyTable
 from equipoise_server.store.records import LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
+from equipoise_server.store.turns import Turns
 
 
 class RedisStore:
@@ -37,6 +39,7 @@ class RedisStore:
         self._policies = PolicyTable(self._commands, prefix=prefix)
         self._log = PolicyLog(self._commands, prefix=prefix)
         self._pages = PageTable(self._commands, prefix=prefix)
+        self._turns = Turns(self._commands, prefix=prefix)
 
     @classmethod
     def connect(
@@ -68,6 +71,10 @@ class RedisStore:
     async def close(self) -> None:
         """Close all connections; the store cannot be used afterwards."""
         await close_client(self._client)
+
+    def turn(self, name: str, *, lasts_s: float, patience_s: float) -> AbstractAsyncContextManager[None]:
+        """Surrounds what only one server at a time may do, for `lasts_s` at most; waits up to `patience_s` for it."""
+        return self._turns.turn(name, lasts_s=lasts_s, patience_s=patience_s)
 
     async def create(self, policy: StoredPolicy) -> tuple[StoredPolicy, bool]:
         """Store a policy unless its name is taken; the stored one, and whether it is new."""

@@ -85,6 +85,12 @@ if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then redis.call('HDEL', KEYS[
 return {'OK'}
 """)
 
+# KEYS turn; ARGV token.
+END_TURN = Script("""
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return {'OK'}
+""")
+
 # KEYS spec, owner, staging; ARGV uid or ''. Pages and log are unlinked afterwards, as a generation nobody refers to.
 DELETE = Script("""
 local uid = redis.call('HGET', KEYS[1], 'uid')

@@ -4,7 +4,8 @@ from equipoise_server.engine.device import DeviceThread, choose_device, describe
 from equipoise_server.engine.engine import Engine, EngineLimits
 from equipoise_server.engine.policy import Policy
 from equipoise_server.engine.queue import QueueLimits
-from equipoise_server.engine.runner import PolicyRunner, RunnerLimits, Session
+from equipoise_server.engine.runner import PolicyRunner, RunnerLimits
+from equipoise_server.engine.session import Session
 from equipoise_server.engine.spec import Durability, PolicySpec
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
 from equipoise_server.engine.sweep import SweepLimits

@@ -2,18 +2,19 @@
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
 
 from equipoise_server.engine.device import DeviceThread, is_device_fault
+from equipoise_server.engine.durable import DurableSequences
 from equipoise_server.engine.log import LogTail, LogWriter
 from equipoise_server.engine.policy import Policy, PolicyStatus
 from equipoise_server.engine.queue import Pending, QueueLimits, StepQueue
+from equipoise_server.engine.session import Session
 from equipoise_server.engine.snapshot import Snapshot
 from equipoise_server.engine.spec import Durability
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
@@ -52,46 +53,6 @@ class RunnerLimits:
     log_timeout_s: float
     most_backlog_bytes: int
     sweep: SweepLimits
-
-
-@dataclass(slots=True)
-class DurableSequences:
-    """Per trainer: which of its applied steps are in the store."""
-
-    durable: dict[str, int] = field(default_factory=dict)
-    applied: dict[str, deque[tuple[int, int]]] = field(default_factory=dict)
-
-    def add(self, trainer_id: str, *, version: int, sequence: int) -> None:
-        """Notes that a trainer's step became a version."""
-        self.applied.setdefault(trainer_id, deque()).append((version, sequence))
-
-    def get(self, trainer_id: str, *, durable_version: int) -> int:
-        """All steps of the trainer up to this sequence are in the store."""
-        waiting = self.applied.get(trainer_id)
-        while waiting and waiting[0][0] <= durable_version:
-            self.durable[trainer_id] = waiting.popleft()[1]
-        return self.durable.get(trainer_id, 0)
-
-    def forget(self, trainer_id: str) -> None:
-        """The trainer starts anew."""
-        self.durable.pop(trainer_id, None)
-        self.applied.pop(trainer_id, None)
-
-
-class Session:
-    """One open stream of one trainer."""
-
-    def __init__(self, trainer_id: str) -> None:
-        self.trainer_id = trainer_id
-        self.ended: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
-        """Why the stream has to end, once it has to."""
-        self.on_drain: Callable[[], None] = lambda: None
-        """Asks the trainer to reconnect."""
-
-    def end(self, error: ServiceError) -> None:
-        """Tells the stream to end."""
-        if not self.ended.done():
-            self.ended.set_result(error)
 
 
 class PolicyRunner:

@@ -2,7 +2,8 @@
 
     python -m tests.e2e.faults.figures
 
-runs the suite, slow tests included, and writes the table into `tests/e2e/faults/README.md`.
+runs the suite, slow tests included, and writes the table into `tests/e2e/faults/README.md`. Arguments are pytest's:
+`-k "not kills"` leaves the kill run out, which has no row.
 """
 
 import json
@@ -54,7 +55,7 @@ def main() -> int:
     """Runs the suite and writes the table; its exit status."""
     file = Path(os.environ.setdefault(VARIABLE, "/tmp/equipoise-fault-figures.jsonl"))
     file.unlink(missing_ok=True)
-    status = int(pytest.main([str(HERE), "-q", "-m", "slow or not slow"]))
+    status = int(pytest.main([str(HERE), "-q", "-m", "slow or not slow", *sys.argv[1:]]))
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in file.read_text(encoding="utf-8").splitlines():
         found["rows"].append(json.loads(line))

@@ -1,12 +1,31 @@
-"""The times without a server: noted once each, and waited through with backoff."""
+"""The times without a server: noted once each, and waited through with backoff; and what no waiting mends."""
 
 import logging
 from collections.abc import Callable
 
+from equipoise import errors
 from equipoise.errors import EquipoiseError
 from equipoise.options import SessionOptions
 
 logger = logging.getLogger("equipoise")
+
+_PERMANENT = (
+    errors.PolicyNotFoundError,
+    errors.PolicyExistsError,
+    errors.AccessDeniedError,
+    errors.QuotaError,
+    errors.UnsupportedError,
+)
+"""What no retry mends before the first opening; later, in `continue` mode, an operator may mend it."""
+
+
+def is_final(error: EquipoiseError, *, continues: bool, opened_before: bool) -> bool:
+    """Whether an error ends a session for good, and is no outage."""
+    if isinstance(error, errors.TrainerReplacedError | errors.InvalidRequestError):
+        return True
+    if isinstance(error, errors.PolicyChangedError):
+        return not continues
+    return isinstance(error, _PERMANENT) and not (continues and opened_before)
 
 
 class Outage:

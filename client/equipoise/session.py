@@ -24,7 +24,7 @@ from equipoise.checkpoint import Checkpoint
 from equipoise.errors import EquipoiseError
 from equipoise.link import Link, LinkState, Opening
 from equipoise.options import SessionOptions
-from equipoise.outage import Outage
+from equipoise.outage import Outage, is_final
 from equipoise.reconciliation import Memory
 from equipoise.results import OUTCOMES, Outcome, StepResult
 from equipoise.stats import Stats
@@ -33,15 +33,6 @@ from equipoise.view import PolicyView
 from equipoise.window import Ticket, Window
 
 logger = logging.getLogger("equipoise")
-
-_PERMANENT = (
-    errors.PolicyNotFoundError,
-    errors.PolicyExistsError,
-    errors.AccessDeniedError,
-    errors.QuotaError,
-    errors.UnsupportedError,
-)
-"""What no retry mends before the first opening; later, in `continue` mode, an operator may mend it."""
 
 
 class Session:
@@ -262,7 +253,7 @@ class Session:
         self._outbox.clear()
         if error is None:
             self._link.rejoin(now, jitter=self._random())
-        elif self._is_final(error):
+        elif is_final(error, continues=self._continues, opened_before=bool(self._link.opened)):
             self.fail(error, now)
         else:
             self._lose_stream(error, now)
@@ -383,13 +374,6 @@ class Session:
         self._window.release(self._view.durable_sequence)
 
     # Losses.
-
-    def _is_final(self, error: EquipoiseError) -> bool:
-        if isinstance(error, errors.TrainerReplacedError | errors.InvalidRequestError):
-            return True
-        if isinstance(error, errors.PolicyChangedError):
-            return not self._continues
-        return isinstance(error, _PERMANENT) and not (self._continues and self._link.opened)
 
     def _lose_stream(self, error: EquipoiseError, now: float) -> None:
         if isinstance(error, errors.PolicyNotFoundError | errors.PolicyChangedError) and not isinstance(

@@ -255,7 +255,6 @@ class Engine:
                 await self.device.run(lambda i=index, p=page: tables.load_page(policy.state, i, p.columns))  # type: ignore[misc]
                 versions[index] = page.version
         facts.put_into(policy.state, policy.trainers)
-        policy.trainers.forget_idle(self._wall_clock())
         await self.device.run(lambda: policy.load(facts.progress, versions))
         tail: LogTail | None = None
         async for entry in self._store.read_log(owner, after=0):
@@ -263,6 +262,7 @@ class Engine:
                 tail = LogTail(entry.version - 1)
             await self.device.run(lambda e=entry: policy.replay(e))  # type: ignore[misc]
             tail.add(entry)
+        policy.trainers.wake(self._wall_clock())
         return PolicyRunner(
             policy,
             owner,

@@ -143,7 +143,8 @@ class PolicyRunner:
         try:
             await self.verify()
             self._check_open()
-            await self._device.run(lambda: self.policy.trainers.forget_idle(self._wall_clock()))
+            here = self.sessions.keys() - {trainer_id}
+            await self._device.run(lambda: self.policy.trainers.forget_idle(self._wall_clock(), here=here))
             opening = Step(kind=Kind.READ, trainer_id=trainer_id, wants_weights=False)
             answer = await (await self.submit(opening))
             if not answer.last_sequence:

@@ -1,6 +1,7 @@
 """Deduplication: the last applied sequence of each trainer of a policy."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from equipoise_server.errors import sequence_gap
@@ -21,6 +22,8 @@ class Trainers:
     idle_s: float
     """A trainer that is idle for longer is forgotten; its id starts at 1 again."""
     known: dict[str, Trainer] = field(default_factory=dict)
+    _slept_from: float = 0.0
+    _slept_s: float = 0.0
 
     def last_sequence(self, trainer_id: str) -> int:
         """Last applied sequence; 0 for an unknown trainer."""
@@ -38,11 +41,19 @@ class Trainers:
         """Notes that the step was applied (or consumed by a refusal) at `now`."""
         self.known[trainer_id] = Trainer(sequence, now)
 
-    def forget_idle(self, now: float) -> None:
-        """Forgets trainers idle for longer than `idle_s`."""
-        idle = [key for key, trainer in self.known.items() if now - trainer.seen_at > self.idle_s]
-        for key in idle:
-            del self.known[key]
+    def wake(self, now: float) -> None:
+        """The policy was not served since a trainer was last seen: that time makes nobody idle.
+
+        Else an outage longer than `idle_s` would end in trainers who send again what was applied before.
+        """
+        self._slept_from = max((trainer.seen_at for trainer in self.known.values()), default=now)
+        self._slept_s = max(0.0, now - self._slept_from)
+
+    def forget_idle(self, now: float, *, here: Collection[str] = ()) -> None:
+        """Forgets trainers idle for longer than `idle_s`, but for those who are `here`."""
+        for key in [key for key, trainer in self.known.items() if self._idle_for(trainer, now) > self.idle_s]:
+            if key not in here:
+                del self.known[key]
 
     def to_json(self) -> str:
         """As stored."""
@@ -51,3 +62,7 @@ class Trainers:
     def load_json(self, text: str | bytes) -> None:
         """Replaces the known trainers by stored ones."""
         self.known = {key: Trainer(*values) for key, values in json.loads(text).items()}
+
+    def _idle_for(self, trainer: Trainer, now: float) -> float:
+        slept_s = self._slept_s if trainer.seen_at <= self._slept_from else 0.0
+        return now - trainer.seen_at - slept_s

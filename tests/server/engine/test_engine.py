@@ -12,7 +12,7 @@ import pytest
 
 from equipoise_server.engine import Durability, Engine, Outcome, Policy, PolicyRunner, Step, SweepLimits
 from equipoise_server.engine.snapshot import Snapshot
-from equipoise_server.errors import ServiceError
+from equipoise_server.errors import ServiceError, draining
 from equipoise_server.store import EmbeddedRedis, RedisStore
 from tests.server.engine.conftest import Servers
 from tests.server.engine.runs import PAGE, send, spec, steps
@@ -329,6 +329,38 @@ async def test_a_trainer_idle_for_a_day_is_forgotten(servers: Servers) -> None:
     _, opening = await runner.open("trainer")
     assert (opening.last_sequence, runner.durable_sequence("trainer")) == (0, 0)
     assert (await send(runner, next(steps(1000)))).outcome is Outcome.APPLIED
+
+
+async def test_time_in_which_nobody_serves_the_policy_makes_no_trainer_idle(servers: Servers) -> None:
+    now = 1e9
+    first = await servers.make(wall_clock=lambda: now)
+    runner = await runner_of(first)
+    await send(runner, next(steps(1000, trainer_id="gone")))
+    now += 80_000
+    for step in islice(steps(1000), 3):
+        await send(runner, step)
+    assert await runner.log.flush(timeout_s=20)
+    await first.close(draining(), flush_timeout_s=20)
+    now += 10 * 86_400  # ten days without a server
+    second = await servers.make(wall_clock=lambda: now)
+    runner = await second.runner("policy")
+    _, opening = await runner.open("trainer")
+    assert opening.last_sequence == 3  # what it sends again is known
+    assert (await send(runner, next(steps(1000)))).outcome is Outcome.DUPLICATE
+    now += 80_000  # and so is what went before: "gone" has been idle for longer than a day by now
+    await runner.open("somebody")
+    assert set(runner.policy.trainers.known) == {"trainer"}
+
+
+async def test_a_trainer_with_an_open_stream_is_not_forgotten_for_others(servers: Servers) -> None:
+    now = 1e9
+    engine = await servers.make(wall_clock=lambda: now)
+    runner = await runner_of(engine)
+    await runner.open("trainer")
+    await feed(runner, 3)
+    now += 200_000
+    await runner.open("somebody")
+    assert (await send(runner, next(steps(1000, first=4)))).outcome is Outcome.APPLIED
 
 
 async def test_a_clock_that_jumps_changes_nothing(servers: Servers) -> None:

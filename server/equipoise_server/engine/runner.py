@@ -144,7 +144,8 @@ class PolicyRunner:
             await self.verify()
             self._check_open()
             here = self.sessions.keys() - {trainer_id}
-            await self._device.run(lambda: self.policy.trainers.forget_idle(self._wall_clock(), here=here))
+            for idle in await self._device.run(lambda: self.policy.trainers.forget_idle(self._wall_clock(), here=here)):
+                self._sequences.forget(idle)
             opening = Step(kind=Kind.READ, trainer_id=trainer_id, wants_weights=False)
             answer = await (await self.submit(opening))
             if not answer.last_sequence:

@@ -49,11 +49,13 @@ class Trainers:
         self._slept_from = max((trainer.seen_at for trainer in self.known.values()), default=now)
         self._slept_s = max(0.0, now - self._slept_from)
 
-    def forget_idle(self, now: float, *, here: Collection[str] = ()) -> None:
-        """Forgets trainers idle for longer than `idle_s`, but for those who are `here`."""
-        for key in [key for key, trainer in self.known.items() if self._idle_for(trainer, now) > self.idle_s]:
-            if key not in here:
-                del self.known[key]
+    def forget_idle(self, now: float, *, here: Collection[str] = ()) -> list[str]:
+        """Forgets trainers idle for longer than `idle_s`, but for those who are `here`; who was forgotten."""
+        idle = [key for key, trainer in self.known.items() if self._idle_for(trainer, now) > self.idle_s]
+        forgotten = [key for key in idle if key not in here]
+        for key in forgotten:
+            del self.known[key]
+        return forgotten
 
     def to_json(self) -> str:
         """As stored."""

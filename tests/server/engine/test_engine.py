@@ -348,8 +348,10 @@ async def test_time_in_which_nobody_serves_the_policy_makes_no_trainer_idle(serv
     assert opening.last_sequence == 3  # what it sends again is known
     assert (await send(runner, next(steps(1000)))).outcome is Outcome.DUPLICATE
     now += 80_000  # and so is what went before: "gone" has been idle for longer than a day by now
+    assert runner.durable_sequence("gone") == 1
     await runner.open("somebody")
     assert set(runner.policy.trainers.known) == {"trainer"}
+    assert runner.durable_sequence("gone") == 0
 
 
 async def test_a_trainer_with_an_open_stream_is_not_forgotten_for_others(servers: Servers) -> None:

@@ -3,6 +3,10 @@
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +65,24 @@ def test_a_served_run_that_was_stopped_goes_on_and_leaves_no_policy_behind(
     assert main([*wanted[:-4], "--output", str(tmp_path / "alone"), *ALONE]) == 0
     alone = FinishedRun.load(tmp_path / "alone" / "perceptron" / "flips-512" / "seed-0")
     np.testing.assert_allclose(served.final.target_loss, alone.final.target_loss, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_terminated_takes_its_server_along_and_goes_on(tmp_path: Path) -> None:
+    large = ["--steps", "600", "--policy-epochs", "3", "--seeds", "1"]  # long enough to be terminated in time
+    wanted = ["perceptron", *large, "--studies", "flips-512", "--no-online", "--output", str(tmp_path)]
+    first = subprocess.Popen([sys.executable, "-m", "equipoise", "reproduce", *wanted], stdout=subprocess.DEVNULL)
+    folder = tmp_path / "perceptron" / "flips-512" / "seed-0"
+    end = time.monotonic() + 300
+    while not (folder / "rows.json").exists():  # it has fetched the rows of its first policy epoch
+        assert first.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    first.terminate()
+    assert first.wait(120) == 128 + signal.SIGTERM
+    assert not (folder / "run.json").exists()
+    assert main(wanted) == 0
+    assert FinishedRun.load(folder).rows == "on the server"
 
 
 @pytest.mark.parametrize(

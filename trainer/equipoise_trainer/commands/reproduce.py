@@ -1,6 +1,7 @@
 """Repeat the experiments of the Learning Law's paper (arXiv 2402.17759) with a policy server."""
 
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -169,8 +170,9 @@ def _reproduce(
         raise typer.Exit(USAGE_ERROR) from error
     until = time.monotonic() + (60 * minutes if minutes is not None else float("inf"))
     needed = bool(missing) and (online or rows == "served")
+    data_dir = output / f"server-{command}"
     try:
-        with _server(server, needed=needed, data_dir=output / f"server-{command}", console=console) as address:
+        with _ends_in_order(), _server(server, needed=needed, data_dir=data_dir, console=console) as address:
             for job in missing:
                 told = _teller(job, console)
                 job.run(
@@ -187,7 +189,7 @@ def _reproduce(
         print(f"equipoise reproduce {command}: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from error
     if needed and server is None:
-        shutil.rmtree(output / f"server-{command}", ignore_errors=True)
+        shutil.rmtree(data_dir, ignore_errors=True)
     _publish(output, console=console)
 
 
@@ -240,6 +242,20 @@ def _server(server: str | None, *, needed: bool, data_dir: Path, console: Consol
     with serve(data_dir=data_dir.resolve()) as local:
         console.print(f"Local policy server at {local.address}, with a Redis of its own.")
         yield local.address
+
+
+@contextmanager
+def _ends_in_order() -> Iterator[None]:
+    """Lets SIGTERM end the command as Ctrl-C does, its local server with it: the next one needs the same data."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -83,7 +83,7 @@ def test_findings_are_what_the_curves_say() -> None:
     assert found.compression[0] == pytest.approx(math.log(2) / area)
     assert found.area_rises == 1
     slowest = np.mean([1 / (1 + 0.05 * step) for step in range(1, STEPS + 1)])
-    assert found.highest_area == pytest.approx(slowest / area)
+    assert found.largest_rise == pytest.approx(slowest / area - 1)
     assert found.sim_ratio == pytest.approx(3)
     assert found.spearman == pytest.approx(1)
     assert found.effective_share == (pytest.approx(0.5), pytest.approx(0.5))
@@ -113,8 +113,8 @@ def test_verdicts_follow_the_numbers_and_what_was_not_run_says_so() -> None:
     assert claims["The Learning Law"] == "yes"
     (area,) = (claim for claim in perceptron_claims({"paper-4096": [good]}) if "lowers the area" in claim.what)
     assert area.verdict == "partly"  # its second measured epoch is worse than its first
-    assert "rose 1 times, up to 1.51 of the start" in area.ours
-    steady = replace(good, area_rises=0, highest_area=1.0)
+    assert f"rose 1 times, by up to {100 * good.largest_rise:.1f} %" in area.ours
+    steady = replace(good, area_rises=0, largest_rise=0.0)
     (area,) = (claim for claim in perceptron_claims({"paper-4096": [steady]}) if "lowers the area" in claim.what)
     assert (area.verdict, area.ours.split("(")[1]) == ("yes", "never rose)")
     weak = find(run(final_sim=0.5), reference_nats=math.log(2))

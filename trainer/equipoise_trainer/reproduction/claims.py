@@ -170,15 +170,15 @@ def _area(found: Found) -> Claim:
         paper="falls (Eq. 6 is a descent)",
         ours=ours or "–",
         verdict="not run" if not rows else "yes" if lower and steadily else "partly" if lower else "no",
-        why="At the measured policy epochs. The first moves are the largest: at a fixed ε they overshoot, so that in "
-        "some studies the step grows to ε over ten policy epochs (see the settings below).",
+        why="At the measured policy epochs; times: in the worst seed. The first moves are the largest: at full ε they "
+        "overshoot, so that in some studies the step grows to ε over ten policy epochs (see the settings below).",
     )
 
 
 def _rises(runs: Sequence[Findings]) -> str:
     most = max(run.area_rises for run in runs)
-    highest = max(run.highest_area for run in runs)
-    return f"rose {most} times, up to {highest:.2f} of the start" if most else "never rose"
+    largest = max(run.largest_rise for run in runs)
+    return f"rose {most} times, by up to {100 * largest:.1f} %" if most else "never rose"
 
 
 def _compression(found: Found) -> Claim:

@@ -56,7 +56,7 @@ class Findings:
         matched_ends: the same of uniform with the same gradient norms.
         compression: ln|V| / area on target, uniform and final: base-free.
         area_rises: measured policy epochs whose area on target is above that of the one before.
-        highest_area: largest area on target of all measured policy epochs; the uniform policy's is 1.
+        largest_rise: largest of these rises, share of the area before; 0: none.
         sim: mean over steps of SIM_t, uniform and final.
         adjoint_sim: the same with the adjoint.
         spearman: rank correlation of SIM and the compression ratio over policy epochs.
@@ -84,7 +84,7 @@ class Findings:
     matched_ends: tuple[float, float]
     compression: tuple[float, float]
     area_rises: int
-    highest_area: float
+    largest_rise: float
     sim: tuple[float, float]
     adjoint_sim: tuple[float, float]
     spearman: float
@@ -111,6 +111,7 @@ def find(run: FinishedRun, *, reference_nats: float) -> Findings:
     first, final = run.uniform, run.final
     size = len(final.mean_weight)
     effective = final.effective / size
+    rises = [b.area / a.area - 1 for a, b in zip(run.measures, run.measures[1:], strict=False)]
     late = slice(len(final.looked) // 2, None)
     plain = float(final.plain_weight[late].mean())
     return Findings(
@@ -124,8 +125,8 @@ def find(run: FinishedRun, *, reference_nats: float) -> Findings:
         final_ends=(float(final.target_loss[-1]), float(final.test_loss[-1])),
         matched_ends=(float(run.matched.target_loss[-1]), float(run.matched.test_loss[-1])),
         compression=(reference_nats / first.area, reference_nats / final.area),
-        area_rises=sum(b.area > a.area for a, b in zip(run.measures, run.measures[1:], strict=False)),
-        highest_area=max(each.area for each in run.measures) / first.area,
+        area_rises=sum(rise > 0 for rise in rises),
+        largest_rise=max(0.0, *rises),
         sim=(float(np.nanmean(first.sim)), float(np.nanmean(final.sim))),
         adjoint_sim=(float(np.nanmean(first.adjoint_sim)), float(np.nanmean(final.adjoint_sim))),
         spearman=spearman(sims(run), compressions(run, reference_nats=reference_nats)),

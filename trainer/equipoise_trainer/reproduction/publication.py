@@ -26,7 +26,6 @@ from equipoise_trainer.reproduction.tables import (
     settings_of,
     study_rows,
 )
-from equipoise_trainer.reproduction.texts import TEXT_STUDIES
 
 TITLES: Mapping[str, str] = {name: study.title for name, study in STUDIES.items()}
 
@@ -40,8 +39,8 @@ LEAD = (
 
 OVER_SEEDS = (
     "Medians over seeds with the least and the most in brackets; – is never, and counts as the slowest. Losses at the "
-    "end are means with their standard deviation over seeds (n − 1). Highest area: of all measured policy epochs and "
-    "seeds, the uniform policy's is 1; above 1 the search first made it worse. Over its last steps the loss of a "
+    "end are means with their standard deviation over seeds (n − 1). Largest rise: of the area on "
+    "target between two measured policy epochs, over all seeds. Over its last steps the loss of a "
     "near-optimal run bends: what they do counts in few of the losses that the search lowers, so that their rows have "
     "hardly moved."
 )
@@ -73,7 +72,8 @@ def publish(directory: Path) -> Publication:
     """Makes the page of all finished runs in `directory`: `index.html`, `findings.json` and PNGs."""
     runs, texts = load_runs(directory / "perceptron"), load_runs(directory / "lm")
     found, text_found = found_in(runs, reference_nats=LN2), found_in(texts)
-    scaling = _scaling({**load_runs(directory / "scaling"), **texts})
+    named = {f"transformer {name}": seeds for name, seeds in texts.items()}
+    scaling = _scaling({**load_runs(directory / "scaling"), **named})
     claims = [
         *perceptron_claims({name: [each for _, each in seeds] for name, seeds in found.items()}),
         transformer_claim([each for seeds in text_found.values() for _, each in seeds]),
@@ -173,8 +173,7 @@ def _scaling_sections(found: Sequence[ScalingFound], directory: Path) -> list[Se
     if not found:
         return []
     picture = directory / "scaling.png"
-    titles = {each.name: f"Transformer, preset {each.name}" for each in found if each.name in TEXT_STUDIES}
-    save_scaling(found, titles, path=picture)
+    save_scaling(found, path=picture)
     rows = [
         (
             f"{each.name}{'' if fit is each.fit else ', other L0'}",

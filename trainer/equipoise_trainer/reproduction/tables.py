@@ -27,7 +27,7 @@ STUDY_HEADINGS: Row = (
     "matched",
     "policy",
     "area target",
-    "highest area",
+    "its largest rise",
     "SIM, least ratio",
     "Spearman of SIM and CR, least",
 )
@@ -130,7 +130,7 @@ def _study_row(name: str, seeds: Sequence[tuple[FinishedRun, Findings]]) -> Row:
         _deviation(runs, lambda each: each.matched_ends[1]),
         _deviation(runs, lambda each: each.final_ends[1]),
         _change(*(float(np.mean([area[0] for area in pair])) for pair in _areas(runs))),
-        f"{max(each.highest_area for each in runs):.2f}",
+        f"{100 * max(each.largest_rise for each in runs):.1f} %",
         f"×{min(each.sim_ratio for each in runs):.1f}",
         f"{min(each.spearman for each in runs):.3f}",
     )

@@ -18,7 +18,8 @@ Found: TypeAlias = Mapping[str, Sequence[Findings]]
 
 PAPER_PERCEPTRON: Final = 5.50
 PAPER_TRANSFORMER: Final = 2.41
-UNSEEN_GOAL: Final = 1.5
+FEW: Final = 10.0
+"""From here on an acceleration is told with one digit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +289,7 @@ def _flips(found: Found) -> Claim:
     ours = "; ".join(
         f"{name}: zero weights flipped {100 * _mean(found[name], lambda run: run.zero_flipped):.0f} %, clean "
         f"{100 * _mean(found[name], lambda run: run.zero_clean):.0f} %, AUROC of the mean weight "
-        f"{_mean(found[name], lambda run: run.auroc):.3f} ({each(found[name], lambda run: run.auroc, digits=3)})"
+        f"{_mean(found[name], lambda run: run.auroc):.3f} ({', '.join(f'{run.auroc:.3f}' for run in found[name])})"
         for name in names
     )
     good = [
@@ -306,14 +307,13 @@ def _flips(found: Found) -> Claim:
 
 
 def times(value: float | None) -> str:
-    """An acceleration; – where it was never reached."""
-    return "–" if value is None else f"{value:.2f}"
+    """An acceleration; – where it was never reached. A large one is T over few steps and has few digits."""
+    return "–" if value is None else f"{value:.2f}" if value < FEW else f"{value:.1f}"
 
 
-def each(runs: Sequence[Findings], pick: Callable[[Findings], float | None], *, digits: int = 2) -> str:
-    """A number of every seed."""
-    values = [pick(run) for run in runs]
-    return ", ".join("–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}" for value in values)
+def each(runs: Sequence[Findings], pick: Callable[[Findings], float | None]) -> str:
+    """An acceleration of every seed."""
+    return ", ".join(times(pick(run)) for run in runs)
 
 
 def _mean(runs: Sequence[Findings], pick: Callable[[Findings], float]) -> float:

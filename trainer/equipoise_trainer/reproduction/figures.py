@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from equipoise_trainer.offline.measures import BINS, Measures
 from equipoise_trainer.perceptron import Array
 from equipoise_trainer.plots import FLIPPED, GRID, MUTED, SERVED, STYLE
+from equipoise_trainer.reproduction.claims import times
 from equipoise_trainer.reproduction.findings import LOW, compressions, find, median, sims
 from equipoise_trainer.reproduction.runs import FinishedRun
 
@@ -117,7 +118,7 @@ def _draw_curves(axes: Axes, run: FinishedRun) -> None:
         axes.plot(where[1:], losses[1:], color=color, linestyle=dash, linewidth=1.5, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    plain_logarithms(axes.xaxis)
+    plain_logarithms(axes.xaxis, ticks=(1.0, 3.0))
     plain_logarithms(axes.yaxis, every=True)
     axes.set_xlabel("training step")
     axes.set_ylabel(f"loss, nats (seed {run.seed})")
@@ -163,7 +164,7 @@ def _draw_positive(axes: Axes, runs: Runs) -> None:
     axes.set_ylabel("share with weight 0")
     axes.set_xlabel("training step + 1")
     axes.set_xscale("log")
-    plain_logarithms(axes.xaxis)
+    plain_logarithms(axes.xaxis, ticks=(1.0, 3.0))
     for color, seeds in zip(PALETTE * 3, runs.values(), strict=False):
         final = [run.final for run in seeds]
         axes.plot(
@@ -172,7 +173,7 @@ def _draw_positive(axes: Axes, runs: Runs) -> None:
 
 
 def _draw_faulty(axes: Axes, runs: Runs, wrong: str) -> None:
-    axes.set_title(f"Zero weights: {wrong} (thick) and clean (thin)")
+    axes.set_title(f"Zero weights:\n{wrong} (thick), clean (thin)")
     axes.set_ylabel("share with weight 0")
     axes.set_xlabel("training step")
     for color, seeds in zip(PALETTE * 3, runs.values(), strict=False):
@@ -188,7 +189,7 @@ def _over(measures: Sequence[Measures], pick: Callable[[Measures], Array]) -> Ar
 
 
 def _times(value: float | None) -> str:
-    return "never" if value is None else f"×{value:.2f}"
+    return "never" if value is None else f"×{times(value)}"
 
 
 def _seeds(runs: Sequence[FinishedRun]) -> str:
@@ -205,13 +206,13 @@ def _legend(figure: Figure, axes: Axes, *, columns: int) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def plain_logarithms(axis: Axis, *, every: bool = False) -> None:
+def plain_logarithms(axis: Axis, *, every: bool = False, ticks: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
     """1000 and 0.3 in place of powers of ten; `every`: at all ticks, where an axis spans less than a decade."""
     if every:
         axis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
         axis.set_tick_params(which="minor", labelsize=7)
     else:
-        axis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_locator(mpl.ticker.LogLocator(subs=ticks))
         axis.set_minor_formatter(mpl.ticker.NullFormatter())
     axis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
 

@@ -195,8 +195,8 @@ def _scaling_sections(found: Sequence[ScalingFound], directory: Path) -> list[Se
             title="Scaling law",
             text=(
                 "L(t) = L0 + (B/t)^β on unseen examples, mean over seeds, one L0 for both policies, L0 and t0 by the "
-                "highest r². The lines below each fit repeat it with other L0: B and β change, the acceleration does "
-                "not.",
+                "highest r². The lines below each fit repeat it with other L0: B and β change, and the acceleration "
+                "hardly where r² stays high.",
             ),
             headings=("runs", "L0", "t0", "B", "β", "change of B", "change of β", "r²", "× by Eq. 9", "× measured"),
             rows=tuple(rows),

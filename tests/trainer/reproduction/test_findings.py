@@ -113,7 +113,7 @@ def test_verdicts_follow_the_numbers_and_what_was_not_run_says_so() -> None:
     assert claims["The Learning Law"] == "yes"
     (area,) = (claim for claim in perceptron_claims({"paper-4096": [good]}) if "lowers the area" in claim.what)
     assert area.verdict == "partly"  # its second measured epoch is worse than its first
-    assert f"rose 1 times, by up to {100 * good.largest_rise:.1f} %" in area.ours
+    assert f"rises: 1, of up to {100 * good.largest_rise:.1f} %" in area.ours
     steady = replace(good, area_rises=0, largest_rise=0.0)
     (area,) = (claim for claim in perceptron_claims({"paper-4096": [steady]}) if "lowers the area" in claim.what)
     assert (area.verdict, area.ours.split("(")[1]) == ("yes", "never rose)")
@@ -124,7 +124,7 @@ def test_verdicts_follow_the_numbers_and_what_was_not_run_says_so() -> None:
     fast = find(run(rate=0.8), reference_nats=math.log(2))
     by_name = {claim.what: claim for claim in perceptron_claims({"paper-4096": [fast], "noisy-512": [good]})}
     verdicts = [claim.verdict for claim in by_name.values() if "acceleration" in claim.what]
-    assert verdicts == ["not run", "yes", "no"]
+    assert verdicts == ["not run", "yes", "no", "not run"]
     beaten = replace(fast, matched=(9.0, 9.0))
     verdicts = [claim.verdict for claim in perceptron_claims({"paper-4096": [beaten]}) if "acceleration" in claim.what]
-    assert verdicts == ["not run", "partly", "not run"]
+    assert verdicts == ["not run", "partly", "not run", "not run"]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from equipoise_trainer.offline.measures import BINS, Measures
 from equipoise_trainer.perceptron import Array
 from equipoise_trainer.plots import FLIPPED, GRID, MUTED, SERVED, STYLE
-from equipoise_trainer.reproduction.claims import times
+from equipoise_trainer.reproduction.claims import faster
 from equipoise_trainer.reproduction.findings import LOW, compressions, find, median, sims
 from equipoise_trainer.reproduction.runs import FinishedRun
 
@@ -41,7 +41,7 @@ def save_curves(runs: Runs, titles: Titles, *, reference_nats: float, path: Path
             found = [find(run, reference_nats=reference_nats) for run in seeds]
             target, test = (median([each.accelerations[split] for each in found]) for split in (0, 1))
             axes.set_title(
-                f"{titles.get(name, name)}\n{_times(target)} target, {_times(test)} unseen ({_seeds(seeds)})"
+                f"{titles.get(name, name)}\n{faster(target)} target, {faster(test)} unseen ({_seeds(seeds)})"
             )
             _draw_curves(axes, seeds[0])
         for axes in panels[len(runs) :]:
@@ -186,10 +186,6 @@ def _draw_faulty(axes: Axes, runs: Runs, wrong: str) -> None:
 def _over(measures: Sequence[Measures], pick: Callable[[Measures], Array]) -> Array:
     mean: Array = np.mean([pick(each) for each in measures], axis=0)
     return mean
-
-
-def _times(value: float | None) -> str:
-    return "never" if value is None else f"×{times(value)}"
 
 
 def _seeds(runs: Sequence[FinishedRun]) -> str:

@@ -30,6 +30,8 @@ _LOG_TAIL = 2000
 class ServerProcess:
     """One server with its own port and data directory, that can be killed and started again.
 
+    It ends with the process that started it, however that ends; processes forked from that one keep it alive.
+
     Attributes:
         address: `host:port` of the gRPC service; the same after a restart.
         metrics_address: `host:port` of `/metrics` and `/healthz`.
@@ -65,7 +67,8 @@ class ServerProcess:
         """
         self._ready.unlink(missing_ok=True)
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            # Nothing is written to the pipe: that it is open tells the server that this process lives.
+            self._process = subprocess.Popen(self._command(), stdin=subprocess.PIPE, stdout=log, stderr=log)
         end = monotonic() + START_SECONDS
         while not self._ready.exists():
             if self._process.poll() is not None:
@@ -112,6 +115,9 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
+        finally:
+            assert process.stdin is not None, "it was asked for"
+            process.stdin.close()
 
     def _command(self) -> list[str]:
         settings: dict[str, Setting] = {
@@ -122,7 +128,7 @@ class ServerProcess:
             **self._settings,
         }
         flags = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-        return [sys.executable, "-m", "equipoise", "serve", *flags]
+        return [sys.executable, "-m", "equipoise.bound", "serve", *flags]
 
 
 @contextmanager

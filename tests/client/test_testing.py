@@ -1,8 +1,11 @@
 """A real server process, and the client against it."""
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from time import monotonic
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -74,3 +77,31 @@ def test_a_server_that_falls_silent_is_noticed_by_keepalive_alone(process: Serve
 def test_a_server_that_cannot_start_says_why() -> None:
     with pytest.raises(errors.UnavailableError, match=r"no_such_setting|no-such-setting"), serve(no_such_setting=1):
         pass
+
+
+STARTER = """
+import signal
+from equipoise.testing import serve
+with serve() as server:
+    print(server.pid, flush=True)
+    signal.pause()
+"""
+
+
+def test_a_server_ends_with_a_process_that_was_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        server = int(starter.stdout.readline())
+        assert _runs(server)
+        starter.send_signal(signal.SIGKILL)
+        starter.wait()
+    end = monotonic() + 60
+    while _runs(server):
+        assert monotonic() < end, "the server outlives the process that started it"
+        sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process that has not ended (one that nobody has waited for has, too)."""
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return bool(status.stdout.strip()) and not status.stdout.strip().startswith("Z")

@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from equipoise import EquipoiseError
-from equipoise.testing import ServerProcess, serve
+from equipoise.testing import ServerProcess
+from equipoise_trainer.commands.local_server import local_server
 from equipoise_trainer.experiment import ExperimentConfig, OnStep, Run, run_experiment
 from equipoise_trainer.methods import TITLES, Method
 from equipoise_trainer.progress import progress_bar
@@ -102,7 +103,7 @@ def demo(
 def _play(config: ExperimentConfig, *, output: Path, console: Console) -> None:
     console.print("[bold]Equipoise[/bold] tells a training job at every step how much each example counts.\n")
     console.print("Starting a policy server, a process of its own with its own Redis …")
-    with serve() as server:
+    with local_server() as server:
         console.print(f"It serves on {server.address}. Now learning handwritten digits, 20 % of them")
         console.print("with wrong labels: first with all equal, then asking the server at every step.\n")
         accident = Accident(server, at_step=config.steps // 2)

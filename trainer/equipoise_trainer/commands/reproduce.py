@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from equipoise import EquipoiseError
-from equipoise.testing import serve
+from equipoise_trainer.commands.local_server import local_server
 from equipoise_trainer.offline.adjoint import StoppedError
 from equipoise_trainer.offline.copies import RowsLostError
 from equipoise_trainer.reproduction.jobs import Job, perceptron_jobs
@@ -239,7 +239,7 @@ def _server(server: str | None, *, needed: bool, data_dir: Path, console: Consol
         return
     console.print("No --server: starting a local one for this run …")
     data_dir.mkdir(parents=True, exist_ok=True)
-    with serve(data_dir=data_dir.resolve()) as local:
+    with local_server(data_dir=data_dir.resolve()) as local:
         console.print(f"Local policy server at {local.address}, with a Redis of its own.")
         yield local.address
 

@@ -72,7 +72,7 @@ class ServerProcess:
         end = monotonic() + START_SECONDS
         while not self._ready.exists():
             if self._process.poll() is not None:
-                raise UnavailableError(f"the server ended with {self._process.returncode}:\n{self.log[-_LOG_TAIL:]}")
+                raise UnavailableError(f"the server ended with {self.kill()}:\n{self.log[-_LOG_TAIL:]}")
             if monotonic() > end:
                 self.kill()
                 raise UnavailableError(f"not ready after {START_SECONDS} s:\n{self.log[-_LOG_TAIL:]}")
@@ -81,9 +81,9 @@ class ServerProcess:
         self.address = ready["address"]
         self.metrics_address = ready.get("metrics_address") or ""
 
-    def kill(self) -> None:
-        """Ends the server at once (SIGKILL); what it had not written is gone."""
-        self._end(signal.SIGKILL)
+    def kill(self) -> int:
+        """Ends the server at once (SIGKILL), what it had not written is gone; returns its exit status."""
+        return self._end(signal.SIGKILL)
 
     def stop(self) -> int:
         """Ends the server in order (SIGTERM); returns its exit status."""

@@ -27,6 +27,7 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("ema_relu", {"loss_penalty": 0.5, "saturation": 0.5, "rms_decay": 0.0}),
     ("exponentiated_gradient", {}),
     ("exponentiated_gradient", {"learning_rate": 1.0, "decay": 0.0, "floor": 1e-4}),
+    ("exponentiated_gradient", {"learning_rate": 0.2, "unit": 3.0}),
     ("rho", {}),
     ("rho", {"threshold": -0.2, "saturation": 0.3, "floor": 0.05, "ema_decay": 0.7}),
     ("projected_gradient", {}),
@@ -51,7 +52,7 @@ class Definition:
         values = self._signal(statistics)
         squares, decay = float(np.mean(values**2)), self.settings["rms_decay"]
         self.mean_square = decay * self.mean_square + (1 - decay) * squares if self.mean_square else squares
-        signal = values / math.sqrt(self.mean_square) if self.mean_square else values
+        signal = values / (self.settings.get("unit") or math.sqrt(self.mean_square) or 1.0)
         if penalty := self.settings.get("loss_penalty"):
             signal = signal - penalty * self._surprise(statistics)
         first = ~self.seen[ids]

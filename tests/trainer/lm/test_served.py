@@ -1,8 +1,9 @@
 """What a served run sends, and when."""
 
 import numpy as np
+import scipy.stats
 
-from equipoise_trainer.lm.served import FARTHEST, Schedule, relative
+from equipoise_trainer.lm.served import FARTHEST, Schedule, relative, shrunk
 
 
 def test_relative_contributions_have_mean_zero_and_no_unit() -> None:
@@ -34,3 +35,26 @@ def test_a_schedule_learns_for_a_while_and_hears_the_guard_afterwards() -> None:
     endless = Schedule(start=4, every=10)
     assert [step for step in range(30) if endless.scores(step)] == [4, 14, 24]
     assert not any(endless.hears(step) for step in range(30))
+
+
+def test_differences_of_groups_count_by_their_f_statistic() -> None:
+    values = np.random.default_rng(3).normal(size=12) + np.repeat([-1.0, 0.0, 2.0], 4)
+    groups = np.repeat([7, 1, 4], 4)
+    f_statistic = scipy.stats.f_oneway(values[:4], values[4:8], values[8:]).statistic
+    assert f_statistic > 1
+    np.testing.assert_allclose(shrunk(values, groups), values * (1 - 1 / f_statistic))
+
+
+def test_chance_is_sent_small_and_a_difference_nearly_whole() -> None:
+    random = np.random.default_rng(4)
+    groups = np.arange(32) % 12
+    chance = [shrunk(random.normal(size=32), groups) for _ in range(200)]
+    assert np.sqrt(np.mean(np.square(chance))) < 0.5
+    apart = random.normal(size=32) + 20.0 * (groups < 4)
+    assert (shrunk(apart, groups) / apart).min() > 0.9
+
+
+def test_without_repeated_groups_nothing_is_known_of_chance() -> None:
+    values = np.array([1.0, -2.0, 5.0])
+    np.testing.assert_array_equal(shrunk(values, np.array([5, 3, 9])), values)
+    np.testing.assert_array_equal(shrunk(values, np.array([3, 3, 3])), values)

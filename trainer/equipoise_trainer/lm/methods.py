@@ -45,8 +45,8 @@ LOSS_ONLY: Final = ("trim", "lin-upper", "rho")
 """Methods that know losses and no gradient."""
 
 _RELU: Final[Mapping[str, SettingValue]] = {"ema_decay": 0.9, "floor": 0.02, "saturation": 0.3}
-_EG: Final[Mapping[str, SettingValue]] = {"learning_rate": 0.2, "decay": 0.0, "floor": 0.005}
-"""η times the dozen visits of a bucket is what a source that is truly off shall reach; chance reaches its root."""
+_EG: Final[Mapping[str, SettingValue]] = {"learning_rate": 0.4, "decay": 0.0, "floor": 0.005, "unit": 1.0}
+"""Contributions arrive in spreads of their batch, the smaller the less they say."""
 
 METHODS: Final[Mapping[str, Method]] = {
     method.name: method

@@ -4,7 +4,8 @@ Contributions are sent relative to their mean over the batch. What all text shar
 dominates the plain ones; its sign swings with every few steps of the model, and a direction some steps old then calls
 everything harmful or everything useful. Relative ones ask what a policy must know: does a sequence do more for the
 target than the usual one? They are sent in units of their spread and cut off, since under Adam's scaling a single rare
-token can outweigh a hundred sequences.
+token can outweigh a hundred sequences. Where the groups of a batch differ by no more than chance would have it,
+nothing is sent: data without any fault keep their weights.
 
 Shape legend: B sequences of a step, N ids of the policy.
 """
@@ -79,6 +80,21 @@ def relative(values: Array) -> Array:
     cut = np.clip(distances / spread, -FARTHEST, FARTHEST)
     centred: Array = cut - cut.mean()
     return centred
+
+
+def shrunk(values: Array, groups: NDArray[np.int64]) -> Array:
+    """Values made smaller by the share of what parts their groups' means that chance within the groups explains: [B].
+
+    With F the ratio of the mean squares between groups and within them, the factor is 1 - 1/F, and 0 where F is below
+    1 (positive-part James-Stein). Rows that are all of one group, or each of their own, say nothing of chance and stay.
+    """
+    found, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    if not 1 < len(found) < len(values):
+        return values
+    means = np.bincount(place, weights=values) / counts
+    between = float((counts * np.square(means - values.mean())).sum()) / (len(found) - 1)
+    within = float(np.square(values - means[place]).sum()) / (len(values) - len(found))
+    return values * (max(0.0, 1.0 - within / between) if between > 0 else 0.0)
 
 
 class LossSteps(Steps):
@@ -181,9 +197,11 @@ class ScoredSteps(Steps):
         capture.losses(torch.from_numpy(around.task.train[ids]))
         around.meter.one_pass += len(ids)
         fields = capture.fields()
-        fields["contributions"] = relative(np.asarray(fields["contributions"], dtype=np.float64)).astype(np.float32)
+        groups = self._groups[ids]
+        values = relative(np.asarray(fields["contributions"], dtype=np.float64))
+        fields["contributions"] = shrunk(values, groups).astype(np.float32)
         fields["step"] = step
-        return self._policy.step(self._groups[ids], **fields)
+        return self._policy.step(groups, **fields)
 
     def _capture(self, step: int, ids: NDArray[np.int64]) -> OnePassCapture:
         refreshes = step - self._refreshed_at >= self._schedule.oldest

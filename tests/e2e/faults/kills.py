@@ -131,7 +131,7 @@ class KillRun:
         for fault in schedule:
             self._land(fault)
             ended = monotonic()
-            self._wait_for_answers()
+            self._wait_for_answers(after=f"{fault.value}, round {sum(self.report.landed.values()) + 1}")
             self.report.recovery_s.append(monotonic() - ended)
             self.report.landed[fault] += 1
         for trainer in self.trainers:
@@ -327,14 +327,14 @@ class KillRun:
     def _in_flight(self) -> int:
         return sum(trainer.in_flight for trainer in self.trainers)
 
-    def _wait_for_answers(self) -> None:
+    def _wait_for_answers(self, *, after: str = "the start") -> None:
         """Every fault ends in answers of the server to every trainer."""
         before = {trainer.trainer_id: self._served(trainer) for trainer in self.trainers}
         for trainer in self.trainers:
             until(
                 lambda trainer=trainer: trainer.failure or self._served(trainer) > before[trainer.trainer_id],  # type: ignore[misc]
                 within_s=60,
-                what=f"{trainer.trainer_id} is answered",
+                what=f"{trainer.trainer_id} is answered after {after}",
             )
 
     def _served(self, trainer: Trainer) -> int:

@@ -33,14 +33,12 @@ class RedisServer:
 
     Attributes:
         port: its port; the same after a restart.
-        append_only_file: every command it has applied.
     """
 
     def __init__(self, directory: Path, *arguments: str, **settings: str) -> None:
         directory.mkdir(exist_ok=True, parents=True)
         self.directory = directory
         self.port = free_port()
-        self.append_only_file = directory / "appendonly.aof"
         self._arguments = arguments
         self._settings = {
             "bind": "127.0.0.1",
@@ -58,6 +56,12 @@ class RedisServer:
     def url(self) -> str:
         """Where it is reached."""
         return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def append_only_file(self) -> Path:
+        """Every command it has applied: one file, since it is never rewritten; in a folder of its own since Redis 7."""
+        later = list((self.directory / "appendonlydir").glob("*.incr.aof"))
+        return later[0] if later else self.directory / "appendonly.aof"
 
     @property
     def pid(self) -> int:

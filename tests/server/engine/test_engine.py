@@ -148,7 +148,8 @@ async def test_a_redis_that_lost_a_sweep_loses_nothing_at_the_next(
     await feed(runner, 10)
     await runner.sweep()
     await feed(runner, 5, first=11)
-    appended = tmp_path / "redis" / "appendonly.aof"
+    folder = tmp_path / "redis"
+    (appended,) = (*folder.glob("appendonly.aof"), *folder.glob("appendonlydir/*.incr.aof"))  # until and since Redis 7
     before = appended.read_bytes()
     await runner.sweep()
     assert redis.pid is not None

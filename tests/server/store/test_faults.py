@@ -85,8 +85,9 @@ async def test_unable_to_persist(store: RedisStore, admin: Redis, short_dir: Pat
     """A Redis that cannot write its snapshot refuses writes."""
     await admin.config_set("save", "3600 1")
     await admin.set("some", "change")
-    (short_dir / "not-a-dir").mkdir(exist_ok=True)
-    await admin.config_set("dbfilename", "not-a-dir")
+    in_the_way = short_dir / "dump.rdb"
+    in_the_way.unlink(missing_ok=True)
+    in_the_way.mkdir()
     try:
         await admin.bgsave()
 
@@ -95,7 +96,7 @@ async def test_unable_to_persist(store: RedisStore, admin: Redis, short_dir: Pat
                 await asyncio.sleep(0.01)
         assert await kind_of_failure(store) == "misconf"
     finally:
-        await admin.config_set("dbfilename", "dump.rdb")
+        in_the_way.rmdir()
         await admin.config_set("save", "")
         await admin.save()
     await store.create(policy())

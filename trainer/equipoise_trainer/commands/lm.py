@@ -11,7 +11,7 @@ from equipoise import EquipoiseError
 from equipoise_trainer.commands.local_server import server_address
 from equipoise_trainer.commands.options import FAILED, USAGE_ERROR, parse_rates
 from equipoise_trainer.lm.experiment import ExperimentConfig, run_experiment
-from equipoise_trainer.lm.methods import METHODS, parse_methods
+from equipoise_trainer.lm.methods import COMPARED, METHODS, parse_methods
 from equipoise_trainer.lm.presets import PRESETS
 from equipoise_trainer.lm.recipes import RECIPES
 from equipoise_trainer.lm.report import print_report, save_report
@@ -29,7 +29,7 @@ def lm(
         Path | None,
         typer.Option(metavar="PATH", help="Text file, or Hugging Face data set on disk. Default: Python's topics."),
     ] = None,
-    methods: Annotated[str, typer.Option(help=f"What is compared: {','.join(METHODS)}.")] = ",".join(METHODS),
+    methods: Annotated[str, typer.Option(help=f"What is compared: {','.join(METHODS)}.")] = ",".join(COMPARED),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 5,
     first_seed: Annotated[int, typer.Option(min=0, help="The first seed; the others follow.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps of a run. Default: the preset's.")] = None,

@@ -98,6 +98,20 @@ METHODS: Final[Mapping[str, Method]] = {
 }
 """By name, in the order of the table."""
 
+COMPARED: Final = (
+    "uniform",
+    MATCHED,
+    "target",
+    "mixture",
+    "trim",
+    "lin-upper",
+    "rho",
+    "boltzmann",
+    HEADLINE,
+    "oracle",
+)
+"""The methods of a table unless told otherwise: the headline, what it must beat, and what it cannot reach."""
+
 
 def parse_methods(text: str) -> tuple[str, ...]:
     """Methods from a comma-separated list, in the order of the table.

@@ -333,7 +333,7 @@ class KillRun:
         for trainer in self.trainers:
             until(
                 lambda trainer=trainer: trainer.failure or self._served(trainer) > before[trainer.trainer_id],  # type: ignore[misc]
-                within_s=60,
+                within_s=120,
                 what=f"{trainer.trainer_id} is answered after {after}",
             )
 

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipoise import archive, calls, errors
-from equipoise.aio_stream import PROBE_SECONDS, Stream
+from equipoise.aio_stream import Stream
 from equipoise.calls import Call, Field
 from equipoise.channel import Server
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
 from equipoise.results import StepResult
 from equipoise.route import Route
 from equipoise.security import Security, Stamp
+from equipoise.session import PROBE_SECONDS
 from equipoise.trainer import Trainer
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise.wire import StepFields

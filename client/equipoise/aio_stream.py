@@ -13,15 +13,12 @@ from equipoise import errors
 from equipoise.link import Opening
 from equipoise.results import StepResult
 from equipoise.route import Route
-from equipoise.session import Session
+from equipoise.session import PROBE_SECONDS, Session
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise.window import Ticket
 
 logger = logging.getLogger("equipoise")
-
-PROBE_SECONDS = 0.02
-"""How often a flush asks whether the steps are durable, seconds."""
 
 
 class _Signal:

@@ -34,6 +34,9 @@ from equipoise.window import Ticket, Window
 
 logger = logging.getLogger("equipoise")
 
+PROBE_SECONDS = 0.02
+"""How often a flush asks whether the steps are durable, seconds."""
+
 
 class Session:
     """See the module.

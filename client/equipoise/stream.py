@@ -11,7 +11,7 @@ import grpc
 from equipoise import errors
 from equipoise.link import Opening
 from equipoise.route import Route
-from equipoise.session import Session
+from equipoise.session import PROBE_SECONDS, Session
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise.window import Ticket
@@ -56,8 +56,8 @@ class Stream:
             if durable and now >= probe_at:
                 self._session.probe(now)
                 self._work.notify_all()
-                probe_at = now + _PROBE_SECONDS
-            self._answers.wait(min(rest, _PROBE_SECONDS))
+                probe_at = now + PROBE_SECONDS
+            self._answers.wait(min(rest, PROBE_SECONDS))
         return self._session.flushed(durable=durable)
 
     def close(self, timeout: float) -> None:
@@ -160,7 +160,3 @@ class Stream:
             self._session.ended(error, monotonic())
             self._work.notify_all()
             self._answers.notify_all()
-
-
-_PROBE_SECONDS = 0.02
-"""How often a flush asks whether the steps are durable, seconds."""

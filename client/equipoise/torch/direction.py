@@ -87,7 +87,7 @@ class TargetDirection:
         if batches_per_refresh is not None:
             _check_positive("batches_per_refresh", batches_per_refresh)
         if not 0.0 <= momentum < 1.0:
-            raise DirectionError(f"momentum: {momentum}, must be in [0, 1)")
+            raise DirectionError(f"momentum = {momentum}: must be in [0, 1)")
         self.model = model
         self.loss_fn = loss_fn
         self.vectors: dict[nn.Parameter, Tensor] = {}

@@ -196,5 +196,5 @@ def test_momentum_keeps_a_share_of_the_directions_before_and_comes_back_from_a_c
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
 def test_momentum_outside_its_range_is_refused(momentum: float) -> None:
-    with pytest.raises(DirectionError, match=r"momentum: .*, must be in \[0, 1\)"):
+    with pytest.raises(DirectionError, match=r"momentum = .*: must be in \[0, 1\)"):
         TargetDirection(classifier(), class_losses, [batch(4)], momentum=momentum)

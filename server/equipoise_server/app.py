@@ -48,7 +48,7 @@ FLUSH_TIMEOUT_S = 10.0
 START_FAILED = 1
 STREAM_WINDOW_BYTES = 1 << 20
 """What a client may send ahead of being read, for each of its streams."""
-MOST_PING_STRIKES = 30
+MAX_PING_STRIKES = 30
 """Pings faster than `min_ping_interval_s`, while nothing is sent, after which a client is disconnected."""
 
 
@@ -182,14 +182,14 @@ class Server:
         await self._engine.close(draining(), flush_timeout_s=FLUSH_TIMEOUT_S)
         if self._instance:
             with contextlib.suppress(StoreError):
-                await self._store.end_presence(self._instance)
+                await self._store.end_heartbeat(self._instance)
         log.info("stopped")
 
     async def _watch_redis(self) -> None:
         while True:
             try:
                 await self._store.ping()
-                await self._tell_presence()
+                await self._send_heartbeat()
             except StoreError as error:
                 if self._redis_up is not False:
                     log.warning("redis does not answer", error=str(error))
@@ -201,12 +201,12 @@ class Server:
                 await self._health.reached("redis")
             await asyncio.sleep(min(REDIS_CHECK_S, self._settings.owner_timeout_s / 4))
 
-    async def _tell_presence(self) -> None:
+    async def _send_heartbeat(self) -> None:
         if not self._instance:
             return
         ttl_s = self._settings.owner_timeout_s
         try:
-            lived = await self._store.renew_presence(self._instance, address=self._engine.address, ttl_s=ttl_s)
+            lived = await self._store.heartbeat(self._instance, address=self._engine.address, ttl_s=ttl_s)
         except Unavailable as error:
             if error.kind not in ("oom", "readonly", "misconf"):  # with these it answers, and takes nothing
                 raise
@@ -311,7 +311,7 @@ def _engine_limits(settings: Settings) -> EngineLimits:
         runner=RunnerLimits(
             queue=QueueLimits(steps=settings.max_queued_steps, size=settings.max_queued_bytes),
             log_timeout_s=settings.log_timeout_s,
-            most_backlog_bytes=4 * settings.sweep_min_bytes,
+            max_backlog_bytes=4 * settings.sweep_min_bytes,
             sweep=SweepLimits(min_bytes=settings.sweep_min_bytes, bytes_per_s=settings.sweep_bytes_per_s),
         ),
     )
@@ -338,7 +338,7 @@ def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
         ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1000)),
         # A client that reads slowly measures its bandwidth with a ping a second: that is no abuse yet.
-        ("grpc.http2.max_ping_strikes", MOST_PING_STRIKES),
+        ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),

@@ -9,7 +9,7 @@ from equipoise_server.engine.session import Session
 from equipoise_server.engine.spec import Durability, PolicySpec
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
 from equipoise_server.engine.sweep import SweepLimits
-from equipoise_server.engine.telemetry import Silent, Telemetry
+from equipoise_server.engine.telemetry import NoTelemetry, Telemetry
 
 __all__ = [
     "Answer",
@@ -18,6 +18,7 @@ __all__ = [
     "Engine",
     "EngineLimits",
     "Kind",
+    "NoTelemetry",
     "Outcome",
     "Policy",
     "PolicyRunner",
@@ -25,7 +26,6 @@ __all__ = [
     "QueueLimits",
     "RunnerLimits",
     "Session",
-    "Silent",
     "Step",
     "SweepLimits",
     "Telemetry",

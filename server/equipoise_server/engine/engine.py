@@ -36,8 +36,8 @@ from equipoise_server.store import Fenced, NotFound, OwnedElsewhere, Ownership, 
 
 log = structlog.get_logger("equipoise.policy")
 
-TURN_S = 60.0
-TURN_PATIENCE_S = 5.0
+LOCK_LEASE_S = 60.0
+LOCK_WAIT_S = 5.0
 """Less than a client waits for a call."""
 
 
@@ -76,7 +76,7 @@ class Engine:
             address: where this server can be reached; may change until it serves.
             limits: bounds.
             telemetry: hears what happens.
-            instance: this server's name in the store, if it tells its presence there.
+            instance: this server's name in the store, if it sends heartbeats there.
             wall_clock: seconds since 1970.
         """
         self.device = device
@@ -127,10 +127,10 @@ class Engine:
         return fresh
 
     @asynccontextmanager
-    async def turn(self, name: str) -> AsyncIterator[None]:
+    async def lock(self, name: str) -> AsyncIterator[None]:
         """Surrounds what one server of a store at a time may do; a minute, after which another may begin."""
         try:
-            async with self._store.turn(name, lasts_s=TURN_S, patience_s=TURN_PATIENCE_S):
+            async with self._store.lock(name, lease_s=LOCK_LEASE_S, wait_s=LOCK_WAIT_S):
                 yield
         except StoreError as error:
             raise store_down(str(error)) from error

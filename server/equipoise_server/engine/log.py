@@ -18,8 +18,8 @@ from equipoise_server.store import (
     entry_bytes,
 )
 
-BACKOFF_FIRST_S = 0.05
-BACKOFF_MOST_S = 1.0
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 1.0
 
 
 @dataclass(slots=True)
@@ -55,14 +55,14 @@ class LogTail:
         self._entries.append((entry, entry_bytes(entry)))
         self.size += self._entries[-1][1]
 
-    def after(self, version: int, *, most_bytes: int) -> list[LogEntry]:
-        """The entries behind `version`, at least one if there is one, together at most `most_bytes`."""
+    def after(self, version: int, *, max_bytes: int) -> list[LogEntry]:
+        """The entries behind `version`, at least one if there is one, together at most `max_bytes`."""
         taken: list[LogEntry] = []
         size = 0
         for index in range(version - self.base, len(self._entries)):
             entry, entry_size = self._entries[index]
             size += entry_size
-            if taken and size > most_bytes:
+            if taken and size > max_bytes:
                 break
             taken.append(entry)
         return taken
@@ -89,7 +89,7 @@ class LogWriter:
         *,
         tail: LogTail,
         log_timeout_s: float,
-        most_backlog_bytes: int,
+        max_backlog_bytes: int,
         telemetry: Telemetry,
         republish: Callable[[], Awaitable[tuple[Ownership, int]]],
         on_rollback: Callable[[], None],
@@ -107,7 +107,7 @@ class LogWriter:
         """How often the store was found to have lost entries."""
         self._store = store
         self._log_timeout_s = log_timeout_s
-        self.most_backlog_bytes = most_backlog_bytes
+        self.max_backlog_bytes = max_backlog_bytes
         self._telemetry = telemetry
         self._republish = republish
         self._on_rollback = on_rollback
@@ -157,11 +157,11 @@ class LogWriter:
 
     async def run(self) -> None:
         """Writes until cancelled. Raises Fenced when another server owns the policy."""
-        backoff_s = BACKOFF_FIRST_S
+        backoff_s = FIRST_BACKOFF_S
         while True:
             try:
                 await self._write_backlog()
-                backoff_s = BACKOFF_FIRST_S
+                backoff_s = FIRST_BACKOFF_S
                 self._wake.clear()
                 if not self.backlog:
                     await self._wake.wait()
@@ -174,7 +174,7 @@ class LogWriter:
                 self.failing = True
                 self._check_overrun()
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
-                backoff_s = min(2 * backoff_s, BACKOFF_MOST_S)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     async def flush(self, *, timeout_s: float) -> bool:
         """Waits until everything is in the store; False when the time is up before."""
@@ -197,7 +197,7 @@ class LogWriter:
             self.appended_bytes = 0
             self._overrun = False
             self._advance(version)
-        while batch := self.tail.after(self.durable_version, most_bytes=MAX_APPEND_BYTES):
+        while batch := self.tail.after(self.durable_version, max_bytes=MAX_APPEND_BYTES):
             await self._store.append(self.owner, batch)
             self.failing = False
             self.appended_bytes += sum(map(entry_bytes, batch))
@@ -228,9 +228,9 @@ class LogWriter:
 
     def _check_overrun(self) -> None:
         """Bounds the memory of a long outage: first by what the store has, then by what the tables hold too."""
-        if self.tail.size > self.most_backlog_bytes:
+        if self.tail.size > self.max_backlog_bytes:
             self.tail.forget(self.durable_version)
-        if self.tail.size > self.most_backlog_bytes:
+        if self.tail.size > self.max_backlog_bytes:
             self._overrun = True
             self.tail.forget(self.tail.last_version)
 

@@ -45,13 +45,13 @@ class RunnerLimits:
     Attributes:
         queue: what may wait.
         log_timeout_s: how long an answer waits for the log.
-        most_backlog_bytes: log kept in memory before the tables themselves are written again.
+        max_backlog_bytes: log kept in memory before the tables themselves are written again.
         sweep: when to sweep and how fast.
     """
 
     queue: QueueLimits
     log_timeout_s: float
-    most_backlog_bytes: int
+    max_backlog_bytes: int
     sweep: SweepLimits
 
 
@@ -89,12 +89,12 @@ class PolicyRunner:
             owner,
             tail=tail,
             log_timeout_s=limits.log_timeout_s,
-            most_backlog_bytes=limits.most_backlog_bytes,
+            max_backlog_bytes=limits.max_backlog_bytes,
             telemetry=telemetry,
             republish=self._republish,
             on_rollback=self._distrust_pages,
         )
-        self._most_log_bytes = policy.rule.most_log_bytes(policy.state)
+        self._max_log_bytes = policy.rule.max_log_bytes(policy.state)
         self._sweeping = False
         self._page_written = asyncio.Event()
         self._sequences = DurableSequences(
@@ -258,7 +258,7 @@ class PolicyRunner:
 
     async def _room_in_log(self) -> None:
         """Waits while a sweep shortens a log that is too long for its rule, but only as long as it gets on."""
-        most = self._most_log_bytes
+        most = self._max_log_bytes
         while most and self.log.tail.size > LOG_ROOM * most and self._sweeping and not self.log.failing:
             self._page_written.clear()
             try:
@@ -334,7 +334,7 @@ class PolicyRunner:
         await self.close(fenced(self.spec_name))
 
     async def _sweep_when_due(self) -> None:
-        most = self._most_log_bytes or max(self._limits.sweep.min_bytes, self.status.table_bytes)
+        most = self._max_log_bytes or max(self._limits.sweep.min_bytes, self.status.table_bytes)
         while True:
             await self.log.wait_longer_than(most)
             try:

@@ -31,7 +31,7 @@ class Telemetry(Protocol):
         ...
 
 
-class Silent:
+class NoTelemetry:
     """Telemetry that nobody hears."""
 
     def step(self, *, policy: str, outcome: str, rows: int) -> None:

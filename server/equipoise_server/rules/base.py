@@ -158,7 +158,7 @@ class Rule(Protocol):
         """Which pages a step may change, as an index into arrays [P]."""
         ...
 
-    def most_log_bytes(self, state: TableState) -> int | None:
+    def max_log_bytes(self, state: TableState) -> int | None:
         """Bytes of log above which writing the pages is worth it for the rule; None: when the log outgrows the tables.
 
         A rule whose steps dirty few pages asks for less: a sweep then writes no more bytes than a later one would.

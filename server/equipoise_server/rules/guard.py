@@ -22,7 +22,7 @@ GIVEN_UP = 0.5
 """A trial of uniform ends early when the loss has risen by this share of what it fell by in the stretch before."""
 LEAST_OF_TRIAL = 8
 """... but not within the first part of the trial, this one."""
-MOST_GROWTH = 8
+MAX_GROWTH = 8
 """A trial that was lost is repeated after 4, then 8 times as many guard losses as so far; one that was won, after 2."""
 RECOVERY = 2
 """Until there are so many times as many guard losses, a rise of the loss is put down to the trial that was lost."""
@@ -130,7 +130,7 @@ class Guard:
             uniform=self.uniform != won,
             trial=False,
             lost=lost,
-            next_trial=self.count * min(2 ** (lost + 1), MOST_GROWTH),
+            next_trial=self.count * min(2 ** (lost + 1), MAX_GROWTH),
         )._next_stretch(stretch)
         recovered = max(self.count * RECOVERY, decided.end + 1)
         return replace(decided, next_alarm=self.count if won else recovered)

@@ -21,7 +21,7 @@ class OnlineRule:
             return slice(None)
         return statistics.ids // PAGE_EXAMPLES
 
-    def most_log_bytes(self, state: TableState) -> int | None:
+    def max_log_bytes(self, state: TableState) -> int | None:
         """None: a step dirties pages all over the tables."""
         return None
 

@@ -12,7 +12,7 @@ MAX_EXAMPLES = 1 << 20
 """Longest row: above it the fixed-point unit would be coarser than float32 weights are."""
 
 _SUM_BITS = 62
-_MOST_UNIT_BITS = 40
+_MAX_UNIT_BITS = 40
 
 
 def project_simplex(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -22,7 +22,7 @@ def project_simplex(values: NDArray[np.float64]) -> NDArray[np.float64]:
         values: float64 [n], finite, 1 <= n <= `MAX_EXAMPLES`.
     """
     size = len(values)
-    unit = 1 << min(_MOST_UNIT_BITS, _SUM_BITS - 2 * (size - 1).bit_length())
+    unit = 1 << min(_MAX_UNIT_BITS, _SUM_BITS - 2 * (size - 1).bit_length())
     total = size * unit
     # The largest w is at most n, so that τ >= max - n: what lies n below the largest value is 0 and may be cut off.
     below = np.maximum(values - values.max(), -float(size))

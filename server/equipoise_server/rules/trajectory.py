@@ -95,7 +95,7 @@ class Trajectory:
         """The one page that holds the step's row."""
         return slice(0, 0) if not statistics.size else np.array([self._row(statistics) // state.page_rows])
 
-    def most_log_bytes(self, state: TableState) -> int:
+    def max_log_bytes(self, state: TableState) -> int:
         """A quarter of a policy epoch: with what arrives during a sweep the log stays below one."""
         return max(state.nbytes // 4, LEAST_LOG_BYTES)
 

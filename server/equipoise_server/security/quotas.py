@@ -16,16 +16,16 @@ class StorageQuotas:
 
     Args:
         sizes: number of examples of each policy whose name begins with a prefix.
-        turn: surrounds what only one server at a time may do, by name.
+        lock: surrounds what only one server at a time may do, by name.
     """
 
     def __init__(
         self,
         sizes: Callable[[str], Awaitable[list[int]]],
-        turn: Callable[[str], AbstractAsyncContextManager[None]],
+        lock: Callable[[str], AbstractAsyncContextManager[None]],
     ) -> None:
         self._sizes = sizes
-        self._turn = turn
+        self._lock = lock
         self._locks: dict[str, asyncio.Lock] = {}
 
     @asynccontextmanager
@@ -34,7 +34,7 @@ class StorageQuotas:
         if tenant.max_policies is None and tenant.max_examples is None:
             yield
             return
-        async with self._locks.setdefault(tenant.name, asyncio.Lock()), self._turn(f"quota:{tenant.name}"):
+        async with self._locks.setdefault(tenant.name, asyncio.Lock()), self._lock(f"quota:{tenant.name}"):
             _check(tenant, await self._sizes(tenant.prefix), num_examples)
             yield
 

@@ -14,15 +14,15 @@ from equipoise_server.interceptors import Malformed
 from equipoise_server.security import caller
 from equipoise_server.servicer.convert import StepLimits, convert_step, is_step, to_refused, to_response
 
-MOST_IN_FLIGHT = 1024
+MAX_IN_FLIGHT = 1024
 """Answers that may wait in one stream before it is read no further."""
-MOST_UNREAD_BYTES = 2 << 20
+MAX_UNREAD_BYTES = 2 << 20
 """Weights of such answers, bytes: a client that does not read must not fill the memory. One answer always fits."""
 RECONNECT_WITHIN_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InFlight:
     """A request under way: when (loop time, seconds) it came, where its answer will be, and its weights' bytes."""
 
     since: float
@@ -30,7 +30,7 @@ class Asked:
     size: int
 
 
-Outgoing: TypeAlias = Asked | ServiceError | pb.ReconnectRequest | None
+Outgoing: TypeAlias = InFlight | ServiceError | pb.ReconnectRequest | None
 
 
 class Context(Protocol):
@@ -62,7 +62,7 @@ class Exchange:
         self._limits = limits
         self._first_message_timeout_s = first_message_timeout_s
         self._telemetry = telemetry
-        self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue(MOST_IN_FLIGHT)
+        self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue(MAX_IN_FLIGHT)
         self._unread = 0
         self._written = asyncio.Event()
 
@@ -126,14 +126,14 @@ class Exchange:
                 self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - since)
                 size = _answer_bytes(step, num_examples=runner.policy.spec.num_examples)
                 await self._room_for(size)
-                await self._outgoing.put(Asked(since, await runner.submit(step), size))
+                await self._outgoing.put(InFlight(since, await runner.submit(step), size))
         except ServiceError as error:
             await self._outgoing.put(error)
         else:
             await self._outgoing.put(None)
 
     async def _room_for(self, size: int) -> None:
-        while self._unread and self._unread + size > MOST_UNREAD_BYTES:
+        while self._unread and self._unread + size > MAX_UNREAD_BYTES:
             self._written.clear()
             await self._written.wait()
         self._unread += size

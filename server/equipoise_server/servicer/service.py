@@ -23,10 +23,10 @@ from equipoise_server.servicer.exchange import Exchange
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 POLICY_HEADER = "x-equipoise-policy"
-PAGE_SIZE_DEFAULT = 100
-PAGE_SIZE_MOST = 1000
-WATCH_INTERVAL_DEFAULT_MS = 1000
-WATCH_INTERVAL_LEAST_MS = 100
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+DEFAULT_WATCH_INTERVAL_MS = 1000
+MIN_WATCH_INTERVAL_MS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self._engine = engine
         self._limits = limits
         self._telemetry = telemetry
-        self._quotas = StorageQuotas(self._sizes, self._engine.turn)
+        self._quotas = StorageQuotas(self._sizes, self._engine.lock)
         self.open_streams = 0
         """Exchange streams that are open now."""
 
@@ -100,7 +100,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             except ServiceError as error:
                 description = f"{request.page_token!r} is no token of this server"
                 raise invalid("INVALID_PAGE_TOKEN", "page_token", description) from error
-        size = min(request.page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MOST)
+        size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
         prefix = caller().visible_prefix(request.prefix)
         if prefix is None:
             return pb.ListPoliciesResponse()
@@ -180,7 +180,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[pb.WatchPolicyResponse]:
         """See the contract."""
         runner = await self._runner(request.policy, context)
-        interval_ms = max(request.min_interval_ms or WATCH_INTERVAL_DEFAULT_MS, WATCH_INTERVAL_LEAST_MS)
+        interval_ms = max(request.min_interval_ms or DEFAULT_WATCH_INTERVAL_MS, MIN_WATCH_INTERVAL_MS)
         changed = asyncio.Event()
         runner.changed.add(changed)
         try:
@@ -233,7 +233,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     async def _sizes(self, prefix: str) -> list[int]:
         sizes: list[int] = []
         after = ""
-        while page := await self._engine.list(after=after, prefix=prefix, limit=PAGE_SIZE_MOST):
+        while page := await self._engine.list(after=after, prefix=prefix, limit=MAX_PAGE_SIZE):
             sizes.extend(specs.num_weights(PolicySpec.from_json(stored.spec)) for stored in page)
             after = page[-1].name
         return sizes

@@ -11,7 +11,7 @@ from equipoise_server.errors import invalid
 from equipoise_server.rules import sketched_contributions
 
 SKETCHES, TARGET = "gradient_sketches", "target_sketch"
-MOST_VALUES = 65_536
+MAX_VALUES = 65_536
 """k is at most this."""
 
 _TYPES: dict[int, np.dtype[Any]] = {
@@ -50,8 +50,8 @@ def _parse_target(request: pb.StepRequest) -> NDArray[np.floating[Any]]:
     if size % kind.itemsize:
         description = f"{size} bytes are no whole number of {kind.name} values ({kind.itemsize} bytes each)"
         raise invalid("SHAPE_MISMATCH", TARGET, description)
-    if size > MOST_VALUES * kind.itemsize:
-        raise invalid("OUT_OF_RANGE_VALUE", TARGET, f"{size // kind.itemsize} values, must be at most {MOST_VALUES}")
+    if size > MAX_VALUES * kind.itemsize:
+        raise invalid("OUT_OF_RANGE_VALUE", TARGET, f"{size // kind.itemsize} values, must be at most {MAX_VALUES}")
     target: NDArray[np.floating[Any]] = np.frombuffer(request.target_sketch, kind)
     bad = ~np.isfinite(target)
     if bad.any():

@@ -12,14 +12,14 @@ def index_key(prefix: str) -> str:
     return f"{prefix}:index"
 
 
-def presence_key(prefix: str, instance: str) -> str:
+def heartbeat_key(prefix: str, instance: str) -> str:
     """Says that a server lives, with its address; expires unless it is renewed. In a slot of its own."""
     return f"{prefix}:server:{instance}"
 
 
-def turn_key(prefix: str, name: str) -> str:
-    """Says whose turn it is; expires. In a slot of its own."""
-    return f"{prefix}:turn:{name}"
+def lock_key(prefix: str, name: str) -> str:
+    """Says who holds a lock; expires. In a slot of its own."""
+    return f"{prefix}:lock:{name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 from equipoise_server.store import scripts
 from equipoise_server.store.commands import Commands
 from equipoise_server.store.errors import NotFound, OwnedElsewhere
-from equipoise_server.store.keys import PolicyKeys, index_key, presence_key
+from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key
 from equipoise_server.store.records import Owner, Ownership, StoredPolicy
 
 _UNLINK_BATCH = 256
@@ -123,15 +123,15 @@ class PolicyTable:
         token, epoch = await self._commands.run("owner", "HMGET", self._keys(owner.policy).owner, "token", "epoch")
         return epoch is None or int(epoch) < owner.epoch or (token is not None and token.decode() == owner.token)
 
-    async def renew_presence(self, instance: str, *, address: str, ttl_s: float) -> bool:
+    async def heartbeat(self, instance: str, *, address: str, ttl_s: float) -> bool:
         """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive."""
-        key = presence_key(self._prefix, instance)
+        key = heartbeat_key(self._prefix, instance)
         milliseconds = round(ttl_s * 1000)
-        return await self._commands.run("presence", "SET", key, address, "PX", milliseconds, "GET") is not None
+        return await self._commands.run("heartbeat", "SET", key, address, "PX", milliseconds, "GET") is not None
 
-    async def end_presence(self, instance: str) -> None:
+    async def end_heartbeat(self, instance: str) -> None:
         """Say that a server is gone."""
-        await self._commands.run("presence", "UNLINK", presence_key(self._prefix, instance))
+        await self._commands.run("heartbeat", "UNLINK", heartbeat_key(self._prefix, instance))
 
     async def owner(self, name: str) -> Owner | None:
         """Who acquired the policy last; None where nobody has, or it was deleted."""
@@ -197,7 +197,7 @@ class PolicyTable:
         held = await self._commands.run("owner", "HMGET", self._keys(name).owner, "epoch", "address", "instance")
         epoch, owner_address, owner_instance = (value.decode() if value else "" for value in held)
         is_other = owner_instance not in ("", instance) and owner_address != address
-        if is_other and await self._commands.run("presence", "EXISTS", presence_key(self._prefix, owner_instance)):
+        if is_other and await self._commands.run("heartbeat", "EXISTS", heartbeat_key(self._prefix, owner_instance)):
             raise OwnedElsewhere(name, address=owner_address)
         return int(epoch or 0)
 

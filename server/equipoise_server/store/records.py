@@ -32,7 +32,7 @@ class Ownership:
         epoch: grows with each acquisition, across deletion and re-creation too.
         generation: which set of log and page keys holds the policy's data; `republish` starts a new one.
         address: where the owner can be reached.
-        instance: the server that owns it, see `RedisStore.renew_presence`; empty: one whose presence nobody tells.
+        instance: the server that owns it, see `RedisStore.heartbeat`; empty: one that sends none.
     """
 
     policy: str

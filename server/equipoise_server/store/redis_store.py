@@ -9,12 +9,12 @@ from equipoise_server.store import scripts
 from equipoise_server.store.commands import Client, Commands
 from equipoise_server.store.connect import COMMAND_TIMEOUT_S, client_for, close_client
 from equipoise_server.store.keys import PolicyKeys
+from equipoise_server.store.locks import Locks
 from equipoise_server.store.log import PolicyLog
 from equipoise_server.store.observer import Observer
 from equipoise_server.store.pages import PageTable
 from equipoise_server.store.policies import PolicyTable
 from equipoise_server.store.records import LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
-from equipoise_server.store.turns import Turns
 
 
 class RedisStore:
@@ -39,7 +39,7 @@ class RedisStore:
         self._policies = PolicyTable(self._commands, prefix=prefix)
         self._log = PolicyLog(self._commands, prefix=prefix)
         self._pages = PageTable(self._commands, prefix=prefix)
-        self._turns = Turns(self._commands, prefix=prefix)
+        self._locks = Locks(self._commands, prefix=prefix)
 
     @classmethod
     def connect(
@@ -72,9 +72,9 @@ class RedisStore:
         """Close all connections; the store cannot be used afterwards."""
         await close_client(self._client)
 
-    def turn(self, name: str, *, lasts_s: float, patience_s: float) -> AbstractAsyncContextManager[None]:
-        """Surrounds what only one server at a time may do, for `lasts_s` at most; waits up to `patience_s` for it."""
-        return self._turns.turn(name, lasts_s=lasts_s, patience_s=patience_s)
+    def lock(self, name: str, *, lease_s: float, wait_s: float) -> AbstractAsyncContextManager[None]:
+        """Surrounds what only one server at a time may do, for `lease_s` at most; waits up to `wait_s` for it."""
+        return self._locks.lock(name, lease_s=lease_s, wait_s=wait_s)
 
     async def create(self, policy: StoredPolicy) -> tuple[StoredPolicy, bool]:
         """Store a policy unless its name is taken; the stored one, and whether it is new."""
@@ -102,7 +102,7 @@ class RedisStore:
         Args:
             name: of the policy.
             address: where this server can be reached; an owner of the same address is a former self.
-            instance: this server, if it tells its presence.
+            instance: this server, if it sends heartbeats.
 
         Raises:
             NotFound: no such policy.
@@ -118,17 +118,17 @@ class RedisStore:
         """Whether nobody has acquired the policy since; what Redis has forgotten counts as held."""
         return await self._policies.holds(owner)
 
-    async def renew_presence(self, instance: str, *, address: str, ttl_s: float) -> bool:
+    async def heartbeat(self, instance: str, *, address: str, ttl_s: float) -> bool:
         """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive.
 
         While it does, its policies are its own; afterwards they are whose who acquires them. Nothing safe hangs on it:
         writes are fenced by tokens.
         """
-        return await self._policies.renew_presence(instance, address=address, ttl_s=ttl_s)
+        return await self._policies.heartbeat(instance, address=address, ttl_s=ttl_s)
 
-    async def end_presence(self, instance: str) -> None:
+    async def end_heartbeat(self, instance: str) -> None:
         """Say that a server is gone: what it still owns may be acquired."""
-        await self._policies.end_presence(instance)
+        await self._policies.end_heartbeat(instance)
 
     async def owner(self, name: str) -> Owner | None:
         """Who acquired the policy last; None where nobody has, or it was deleted."""

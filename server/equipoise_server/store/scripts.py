@@ -22,8 +22,8 @@ class Script:
 
 
 # A token that differs under a *lower* epoch than ours is no rival: Redis was rolled back behind our acquisition.
-_STANDING = """
-local function standing(owner, token, epoch)
+_FENCE_CHECK = """
+local function fence_check(owner, token, epoch)
   local held = redis.call('HMGET', owner, 'token', 'epoch', 'deleted')
   if held[1] and held[1] == token then return nil end
   if not held[2] or tonumber(held[2]) < tonumber(epoch) then return {'LOST', -1} end
@@ -85,8 +85,8 @@ if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then redis.call('HDEL', KEYS[
 return {'OK'}
 """)
 
-# KEYS turn; ARGV token.
-END_TURN = Script("""
+# KEYS lock; ARGV token.
+UNLOCK = Script("""
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 return {'OK'}
 """)
@@ -125,10 +125,10 @@ return found
 # KEYS owner, log; ARGV token, epoch, version of the first entry, then per entry: number of strings, the strings.
 # Entries the log has already are skipped: the same token means the same writer, hence the same entries.
 APPEND = Script(
-    _STANDING
+    _FENCE_CHECK
     + _LAST_VERSION
     + """
-local refusal = standing(KEYS[1], ARGV[1], ARGV[2])
+local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2])
 if refusal then return refusal end
 local last = last_version(KEYS[2])
 if not last then return {'LOST', -1} end
@@ -149,9 +149,9 @@ return {'OK'}
 
 # KEYS owner, log; ARGV token, epoch, first version to keep.
 TRIM = Script(
-    _STANDING
+    _FENCE_CHECK
     + """
-local refusal = standing(KEYS[1], ARGV[1], ARGV[2])
+local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2])
 if refusal then return refusal end
 return {'OK', redis.call('XTRIM', KEYS[2], 'MINID', ARGV[3] .. '-0')}
 """
@@ -171,9 +171,9 @@ return {'OK', last, redis.call('XLEN', KEYS[1]), redis.call('MEMORY', 'USAGE', K
 # counts the pages, pages (at least), then fields and values. A late command of an abandoned attempt finds another
 # attempt's name in the staging key and changes nothing, so pages are never mixed.
 STAGE = Script(
-    _STANDING
+    _FENCE_CHECK
     + """
-local refusal = standing(KEYS[1], ARGV[1], ARGV[2])
+local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2])
 if refusal then return refusal end
 if ARGV[4] == '1' then
   redis.call('UNLINK', KEYS[2])
@@ -223,10 +223,10 @@ return {'OK'}
 
 # KEYS spec, owner, log of the new generation; ARGV uid, token, epoch, create_time, spec, new generation.
 REPUBLISH_END = Script(
-    _STANDING
+    _FENCE_CHECK
     + _RIVAL
     + """
-local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]) or standing(KEYS[2], ARGV[2], ARGV[3])
+local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]) or fence_check(KEYS[2], ARGV[2], ARGV[3])
 if refusal then return refusal end
 if redis.call('EXISTS', KEYS[3]) == 0 then return {'LOST', -1} end
 redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[4], 'spec', ARGV[5], 'generation', ARGV[6])

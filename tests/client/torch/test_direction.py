@@ -67,7 +67,7 @@ def test_it_follows_the_model() -> None:
     assert not torch.allclose(before[0], next(iter(direction.vectors.values())))
 
 
-def test_batches_take_turns() -> None:
+def test_batches_take_locks() -> None:
     model, seen = classifier(), []
 
     def losses_of(model: nn.Module, batch: tuple[int, Tensor]) -> Tensor:

@@ -72,7 +72,7 @@ def test_the_policy_moves_when_its_server_dies(house: House, second: tuple[Forke
 
 
 def test_the_policy_moves_when_its_server_stops(house: House) -> None:
-    """At once: its presence in Redis would not run out before this test."""
+    """At once: its heartbeat in Redis would not run out before this test."""
     (first, before), (_, other) = (house.serve(owner_timeout_s=10 * MOVED_WITHIN_S) for _ in range(2))
     with Training(f"{before.address},{other.address}") as training:
         stopped = monotonic()

@@ -17,7 +17,7 @@ BACKOFF = Backoff(first=0.02, longest=0.25)
 PATIENT = Timeout(wait=120.0, connect=5.0, close=1.0)
 HASTY = Timeout(step=0.05, connect=5.0, close=1.0)
 FEW_ROWS, MANY_ROWS = 48, 4096
-MOST_UNDURABLE = 150
+MAX_UNDURABLE = 150
 """Steps by which a trainer runs ahead of what is durable: within its window, so that none has to be let go."""
 LAST_FLUSH_SECONDS = 60.0
 
@@ -134,7 +134,7 @@ class Trainer(ABC):
         self._history.sent[self.trainer_id].pop()
 
     def _wait_for_room(self) -> None:
-        while self._client.stats.undurable > MOST_UNDURABLE and not self._stopping.is_set():
+        while self._client.stats.undurable > MAX_UNDURABLE and not self._stopping.is_set():
             sleep(0.005)
             self._probe()
 
@@ -266,7 +266,7 @@ class Async(Trainer):
             self._client = client
             while not self._stopping.is_set():
                 await asyncio.gather(*(self._step(client) for _ in range(4)))
-                while client.stats.undurable > MOST_UNDURABLE and not self._stopping.is_set():
+                while client.stats.undurable > MAX_UNDURABLE and not self._stopping.is_set():
                     with suppress(StepRefusedError):
                         await client.flush(0.02, durable=True)
                 await asyncio.sleep(self._rest())

@@ -12,9 +12,9 @@ from equipoise_server.engine import (
     DeviceThread,
     Engine,
     EngineLimits,
+    NoTelemetry,
     QueueLimits,
     RunnerLimits,
-    Silent,
     SweepLimits,
 )
 from equipoise_server.errors import draining
@@ -25,7 +25,7 @@ LIMITS = EngineLimits(
     runner=RunnerLimits(
         queue=QueueLimits(steps=64, size=1 << 24),
         log_timeout_s=0.25,
-        most_backlog_bytes=1 << 28,
+        max_backlog_bytes=1 << 28,
         sweep=SweepLimits(min_bytes=1 << 40, bytes_per_s=1e12),
     ),
 )
@@ -66,7 +66,7 @@ async def servers(redis: EmbeddedRedis) -> AsyncIterator[Servers]:
             device,
             address=address,
             limits=limits,
-            telemetry=Silent(),
+            telemetry=NoTelemetry(),
             instance=instance,
             wall_clock=wall_clock,
         )

@@ -188,7 +188,7 @@ async def test_a_redis_that_comes_back_after_a_long_outage_gets_the_tables_inste
     engine = await servers.make()
     runner = await runner_of(engine)
     await feed(runner, 3)
-    runner.log.most_backlog_bytes = 1  # the memory kept for the log is used up at once
+    runner.log.max_backlog_bytes = 1  # the memory kept for the log is used up at once
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
@@ -208,7 +208,7 @@ async def test_a_short_outage_does_not_write_the_tables_again_for_what_redis_has
     engine = await servers.make()
     runner = await runner_of(engine)
     await feed(runner, 20)
-    runner.log.most_backlog_bytes = runner.log.tail.size  # the log since the last sweep has used it up
+    runner.log.max_backlog_bytes = runner.log.tail.size  # the log since the last sweep has used it up
     generation = runner.log.owner.generation
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)

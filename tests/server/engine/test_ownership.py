@@ -27,7 +27,7 @@ async def store(redis: EmbeddedRedis) -> AsyncIterator[RedisStore]:
 async def first(servers: Servers, store: RedisStore) -> Engine:
     """Owns the policy and says that it lives."""
     engine = await servers.make(FIRST, instance="first")
-    await store.renew_presence("first", address=FIRST, ttl_s=60)
+    await store.heartbeat("first", address=FIRST, ttl_s=60)
     await engine.create(spec())
     runner = await engine.runner("policy")
     for step, _ in zip(steps(1000), range(5), strict=False):
@@ -55,7 +55,7 @@ async def test_a_server_that_does_not_own_the_policy_names_the_one_that_does(fir
 async def test_a_dead_server_s_policies_move_once_its_time_is_up(
     first: Engine, second: Engine, store: RedisStore
 ) -> None:
-    await store.renew_presence("first", address=FIRST, ttl_s=0.3)
+    await store.heartbeat("first", address=FIRST, ttl_s=0.3)
     assert (await refusal(second)).reason == "NOT_OWNER"
     async with asyncio.timeout(20):
         while True:
@@ -72,7 +72,7 @@ async def test_a_server_that_has_no_room_leaves_the_policy_to_one_that_has(
     first: Engine, second: Engine, store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await first.close(draining(), flush_timeout_s=20)
-    await store.renew_presence("second", address=SECOND, ttl_s=60)
+    await store.heartbeat("second", address=SECOND, ttl_s=60)
     with monkeypatch.context() as full:
         full.setattr(memory, "ALWAYS_FITS", 0)
         full.setattr(memory, "free_bytes", lambda device: 0)
@@ -115,13 +115,13 @@ async def test_a_server_that_was_taken_for_dead_turns_trainers_away_at_their_nex
 ) -> None:
     before = await first.runner("policy")
     session, _ = await before.open("trainer")
-    await store.end_presence("first")
+    await store.end_heartbeat("first")
     await second.runner("policy")
     with pytest.raises(ServiceError) as caught:
         await before.open("other")
     assert caught.value.reason == "FENCED"
     assert session.ended.result().reason == "FENCED"  # and nobody reads old weights from it
-    await store.renew_presence("second", address=SECOND, ttl_s=60)
+    await store.heartbeat("second", address=SECOND, ttl_s=60)
     assert (await refusal(first)).metadata == {"owner": SECOND}
 
 
@@ -129,12 +129,12 @@ async def test_a_server_that_was_taken_for_dead_verifies_what_it_owns(
     first: Engine, second: Engine, store: RedisStore
 ) -> None:
     before = await first.runner("policy")
-    assert await store.renew_presence("first", address=FIRST, ttl_s=60)
-    await store.end_presence("first")
-    assert not await store.renew_presence("first", address=FIRST, ttl_s=60)
+    assert await store.heartbeat("first", address=FIRST, ttl_s=60)
+    await store.end_heartbeat("first")
+    assert not await store.heartbeat("first", address=FIRST, ttl_s=60)
     await first.verify()
     assert before.closed is None  # nobody was asked for it meanwhile
-    await store.end_presence("first")
+    await store.end_heartbeat("first")
     await second.runner("policy")
     await first.verify()
     assert before.closed is not None
@@ -155,10 +155,10 @@ async def test_openings_do_not_wait_for_a_redis_that_is_stalled(first: Engine, r
 async def test_two_servers_that_find_the_owner_gone_do_not_both_replace_it(
     first: Engine, servers: Servers, store: RedisStore
 ) -> None:
-    await store.end_presence("first")
+    await store.end_heartbeat("first")
     others = []
     for number in range(4):
-        await store.renew_presence(f"other {number}", address=f"10.0.1.{number}:1", ttl_s=60)
+        await store.heartbeat(f"other {number}", address=f"10.0.1.{number}:1", ttl_s=60)
         others.append(await servers.make(f"10.0.1.{number}:1", instance=f"other {number}"))
     found = await asyncio.gather(*(engine.runner("policy") for engine in others), return_exceptions=True)
     refused = [error for error in found if isinstance(error, ServiceError)]

@@ -19,7 +19,7 @@ def quotas(store: RedisStore, stored: list[int]) -> StorageQuotas:
         assert prefix == "red-"
         return list(stored)
 
-    return StorageQuotas(sizes, lambda name: store.turn(name, lasts_s=60, patience_s=60))
+    return StorageQuotas(sizes, lambda name: store.lock(name, lease_s=60, wait_s=60))
 
 
 async def test_servers_of_one_store_add_for_a_tenant_one_after_the_other(tmp_path: Path) -> None:

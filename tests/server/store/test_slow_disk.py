@@ -17,7 +17,7 @@ SEIZE, INTERRUPT = 0x4206, 0x4207
 OF_ALL_KINDS = 0x40000000  # for waitpid: threads, too
 SLOW_S = 2.0
 """A sync begins once a second."""
-AT_MOST_S = 60.0
+MAX_S = 60.0
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def test_only_redis_own_everysec_loses_what_it_answered(short_dir: Path, appendf
     directory.mkdir()
     settings = ("--appendonly", "yes", "--appendfsync", appendfsync)
     with running_redis(directory, *settings) as process, no_sync_ends(process.process.pid):
-        answered = fill(process.socket, for_s=SLOW_S if keeps else AT_MOST_S)
+        answered = fill(process.socket, for_s=SLOW_S if keeps else MAX_S)
         process.process.kill()
     with running_redis(directory, *settings) as process, redis.Redis(unix_socket_path=str(process.socket)) as client:
         assert (client.xlen("log") == answered) is keeps

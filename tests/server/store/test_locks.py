@@ -14,7 +14,7 @@ async def test_one_server_at_a_time(shared_redis: RedisProcess, store: RedisStor
     async def enter(server: RedisStore) -> None:
         nonlocal inside, most, entered
         for _ in range(5):
-            async with server.turn("quota:red", lasts_s=60, patience_s=60):
+            async with server.lock("quota:red", lease_s=60, wait_s=60):
                 inside += 1
                 most = max(most, inside)
                 await server.ping()
@@ -28,32 +28,32 @@ async def test_one_server_at_a_time(shared_redis: RedisProcess, store: RedisStor
 
 
 async def test_turns_of_other_names_are_not_waited_for_and_none_is_left_behind(store: RedisStore, admin: Redis) -> None:
-    async with store.turn("a", lasts_s=60, patience_s=0), store.turn("b", lasts_s=60, patience_s=0):
-        assert await admin.exists("equipoise:turn:a", "equipoise:turn:b") == 2
+    async with store.lock("a", lease_s=60, wait_s=0), store.lock("b", lease_s=60, wait_s=0):
+        assert await admin.exists("equipoise:lock:a", "equipoise:lock:b") == 2
     with pytest.raises(ZeroDivisionError):
-        async with store.turn("a", lasts_s=60, patience_s=0):
+        async with store.lock("a", lease_s=60, wait_s=0):
             raise ZeroDivisionError
-    assert await admin.keys("equipoise:turn:*") == []
+    assert await admin.keys("equipoise:lock:*") == []
 
 
 async def test_a_turn_that_is_not_given_back_ends_by_itself(store: RedisStore) -> None:
-    dead = store.turn("a", lasts_s=1.0, patience_s=0)
+    dead = store.lock("a", lease_s=1.0, wait_s=0)
     await dead.__aenter__()
     with pytest.raises(Unavailable, match="'a': other servers were busy with it for 0 s") as caught:
-        async with store.turn("a", lasts_s=60, patience_s=0):
+        async with store.lock("a", lease_s=60, wait_s=0):
             pass
     assert caught.value.kind == "busy"
-    async with store.turn("a", lasts_s=60, patience_s=60):
+    async with store.lock("a", lease_s=60, wait_s=60):
         await dead.__aexit__(None, None, None)  # it is late, and another's turn is not its own
         with pytest.raises(Unavailable):
-            async with store.turn("a", lasts_s=60, patience_s=0):
+            async with store.lock("a", lease_s=60, wait_s=0):
                 pass
 
 
 async def test_without_redis_it_is_nobodys_turn(shared_redis: RedisProcess, admin: Redis) -> None:
     store = RedisStore.connect(shared_redis.url, command_timeout_s=0.2)
     with shared_redis.paused(), pytest.raises(Unavailable) as caught:
-        async with store.turn("a", lasts_s=60, patience_s=60):
+        async with store.lock("a", lease_s=60, wait_s=60):
             pass
     assert caught.value.kind == "timeout"
     await store.close()

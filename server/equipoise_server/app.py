@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -24,19 +25,15 @@ from equipoise_server.engine import (
     DeviceThread,
     Engine,
     EngineLimits,
-    PolicyRunner,
-    QueueLimits,
-    RunnerLimits,
-    SweepLimits,
     choose_device,
     describe_device,
 )
 from equipoise_server.errors import draining
 from equipoise_server.health import Health
 from equipoise_server.interceptors import EdgeInterceptor
-from equipoise_server.metrics import Endpoint, Metrics, PolicyFacts, Snapshot, measure_lag
+from equipoise_server.metrics import Endpoint, Metrics, ServerStatus, measure_lag
 from equipoise_server.security import Access, CertificateError, CertificateFiles, Certificates, TokenFileError
-from equipoise_server.servicer import PolicyServicer, ServiceLimits, StepLimits
+from equipoise_server.servicer import PolicyServicer, ServiceLimits
 from equipoise_server.settings import Settings, SettingsError, host_and_port
 from equipoise_server.store import EmbeddedRedis, RedisStore, StoreError, Unavailable
 
@@ -104,6 +101,9 @@ class Server:
         self._spawn(self._watch_access())
         self._stack.push_async_callback(self._end_tasks)
         _announce(settings.ready_file, address=self.address, metrics_address=metrics_address)
+        # What is here now stays: a full collection that looks at all of it again would stop the event loop for 0.1 s.
+        gc.collect()
+        gc.freeze()
         log.info("serving", address=self.address, metrics=metrics_address, device=describe_device(self._device.device))
 
     async def _connect_store(self) -> RedisStore:
@@ -115,7 +115,12 @@ class Server:
             self._stack.push_async_callback(embedded.stop)
             self._spawn(embedded.supervise(on_exit=lambda status: log.error("redis ended", status=status)))
             url = embedded.url
-        store = RedisStore.connect(url, command_timeout_s=settings.redis_timeout_s, observer=self._metrics.store)
+        store = RedisStore.connect(
+            url,
+            command_timeout_s=settings.redis_timeout_s,
+            observer=self._metrics.store,
+            confirms_writes=settings.redis is None and settings.fsync != "always",
+        )
         self._stack.push_async_callback(store.close)
         return store
 
@@ -162,7 +167,7 @@ class Server:
     async def _start_metrics(self) -> str:
         if not self._settings.metrics_listen:
             return ""
-        endpoint = Endpoint(self._metrics, snapshot=self._snapshot, problems=self._health.problems)
+        endpoint = Endpoint(self._metrics, status=self._status, problems=self._health.problems)
         try:
             address = await endpoint.start(self._settings.metrics_listen)
         except OSError as error:
@@ -177,7 +182,7 @@ class Server:
         await asyncio.sleep(self._settings.drain_delay_s)
         handing_over = asyncio.ensure_future(self._engine.hand_over(draining(), flush_timeout_s=FLUSH_TIMEOUT_S))
         await self._grpc.stop(self._settings.drain_grace_s)
-        handing_over.cancel()
+        handing_over.cancel()  # what waits for streams that have ended by now; policies that stop go on doing so
         await asyncio.wait([handing_over])
         await self._engine.close(draining(), flush_timeout_s=FLUSH_TIMEOUT_S)
         if self._instance:
@@ -190,6 +195,7 @@ class Server:
             try:
                 await self._store.ping()
                 await self._send_heartbeat()
+                await self._engine.check_fences()
             except StoreError as error:
                 if self._redis_up is not False:
                     log.warning("redis does not answer", error=str(error))
@@ -206,13 +212,10 @@ class Server:
             return
         ttl_s = self._settings.owner_timeout_s
         try:
-            lived = await self._store.heartbeat(self._instance, address=self._engine.address, ttl_s=ttl_s)
+            await self._store.heartbeat(self._instance, address=self._engine.address, ttl_s=ttl_s)
         except Unavailable as error:
             if error.kind not in ("oom", "readonly", "misconf"):  # with these it answers, and takes nothing
                 raise
-        else:
-            if not lived:
-                await self._engine.verify()
 
     async def _watch_access(self) -> None:
         while True:
@@ -240,10 +243,11 @@ class Server:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _snapshot(self) -> Snapshot:
+    def _status(self) -> ServerStatus:
         runners = self._engine.runners
-        return Snapshot(
-            policies=tuple(map(_facts, runners)),
+        return ServerStatus(
+            policies=tuple(runner.status for runner in runners),
+            loading=len(self._engine.loadings),
             queued_steps=sum(len(runner.queue) for runner in runners),
             inflight_bytes=sum(runner.queue.size for runner in runners),
             active_streams=self._servicer.open_streams,
@@ -308,18 +312,18 @@ def _build_facts() -> dict[str, str]:
 def _engine_limits(settings: Settings) -> EngineLimits:
     return EngineLimits(
         trainer_idle_s=settings.trainer_idle_s,
-        runner=RunnerLimits(
-            queue=QueueLimits(steps=settings.max_queued_steps, size=settings.max_queued_bytes),
-            log_timeout_s=settings.log_timeout_s,
-            max_backlog_bytes=4 * settings.sweep_min_bytes,
-            sweep=SweepLimits(min_bytes=settings.sweep_min_bytes, bytes_per_s=settings.sweep_bytes_per_s),
-        ),
+        max_queued_steps=settings.max_queued_steps,
+        max_queued_bytes=settings.max_queued_bytes,
+        log_timeout_s=settings.log_timeout_s,
+        max_backlog_bytes=4 * settings.sweep_min_bytes,
+        sweep_min_bytes=settings.sweep_min_bytes,
+        sweep_bytes_per_s=settings.sweep_bytes_per_s,
     )
 
 
 def _service_limits(settings: Settings, device: str) -> ServiceLimits:
     return ServiceLimits(
-        step=StepLimits(max_batch_examples=settings.max_batch_examples),
+        max_batch_examples=settings.max_batch_examples,
         max_examples=settings.max_examples,
         max_message_bytes=settings.max_message_bytes,
         max_streams=settings.max_streams,
@@ -344,21 +348,3 @@ def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
         ("grpc.http2.ping_timeout_ms", round(settings.keepalive_timeout_s * 1000)),
     ]
-
-
-def _facts(runner: PolicyRunner) -> PolicyFacts:
-    status, spec = runner.status, runner.policy.spec
-    progress = status.progress
-    return PolicyFacts(
-        name=spec.name,
-        version=progress.version,
-        effective_ratio=status.effective_examples / spec.num_examples,
-        scored_ratio=status.scored_examples / spec.num_examples,
-        guard_strength=status.guard_strength,
-        largest_weight=progress.largest_weight,
-        sim=progress.sim,
-        positive_share=progress.positive_share,
-        target_loss=progress.target_loss,
-        guard_loss=progress.guard_loss,
-        compression_ratio=progress.compression_ratio(spec.reference_nats),
-    )

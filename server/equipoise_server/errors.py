@@ -137,6 +137,19 @@ def device_lost(detail: str) -> ServiceError:
     return ServiceError(Code.UNAVAILABLE, "DEVICE_LOST", f"the device failed: {detail}", retry_after_s=1.0)
 
 
+def loading(name: str, *, replayed: int, entries: int) -> ServiceError:
+    """UNAVAILABLE: the policy is on its way into memory."""
+    message = f"policy {name!r} is being loaded: {replayed} of {entries} log entries are replayed; try again"
+    metadata = {"replayed": str(replayed), "entries": str(entries)}
+    return ServiceError(Code.UNAVAILABLE, "LOADING", message, metadata=metadata, retry_after_s=0.5)
+
+
+def internal(error_id: str) -> ServiceError:
+    """INTERNAL: a bug; what happened is in the server's log under the id."""
+    message = f"internal error {error_id}; please report it with the server's log"
+    return ServiceError(Code.INTERNAL, "BUG", message, metadata={"error_id": error_id})
+
+
 def draining() -> ServiceError:
     """UNAVAILABLE: the server is about to stop."""
     return ServiceError(Code.UNAVAILABLE, "DRAINING", "this server is stopping; reconnect", retry_after_s=0.5)

@@ -13,7 +13,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from equipoise_server import logs
-from equipoise_server.errors import Code, ServiceError, invalid
+from equipoise_server.errors import Code, ServiceError, internal, invalid
 from equipoise_server.security import Access, Caller
 from equipoise_server.status import grpc_code, trailing_metadata
 
@@ -209,5 +209,4 @@ def _bug(call: Call) -> ServiceError:
     """INTERNAL with an opaque id; what happened is in the log under it."""
     error_id = logs.new_id()
     log.exception("unexpected error", method=call.method, error_id=error_id)
-    message = f"internal error {error_id}; please report it with the server's log"
-    return ServiceError(Code.INTERNAL, "BUG", message, metadata={"error_id": error_id})
+    return internal(error_id)

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from equipoise_server.metrics import Endpoint, Metrics, PolicyFacts, Snapshot, measure_lag
+from equipoise_server.engine import PolicyStatus
+from equipoise_server.engine.progress import Progress
+from equipoise_server.metrics import Endpoint, Metrics, ServerStatus, measure_lag
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -25,8 +27,8 @@ def series_of(text: str) -> Series:
     }
 
 
-def scraped(metrics: Metrics, snapshot: Snapshot | None = None) -> Series:
-    metrics.scrape(lambda: snapshot or Snapshot())
+def scraped(metrics: Metrics, status: ServerStatus | None = None) -> Series:
+    metrics.scrape(lambda: status or ServerStatus())
     return series_of(metrics.exposition()[0].decode())
 
 
@@ -34,8 +36,17 @@ def value(series: Series, name: str, **labels: str) -> float | None:
     return series.get((name, tuple(sorted(labels.items()))))
 
 
-def facts(name: str, version: int = 1) -> PolicyFacts:
-    return PolicyFacts(name=name, version=version, effective_ratio=0.5, scored_ratio=0.25, guard_strength=0.0)
+def facts(name: str, version: int = 1) -> PolicyStatus:
+    return PolicyStatus(
+        name=name,
+        num_examples=8,
+        reference_nats=None,
+        progress=Progress(version=version),
+        scored_examples=2,
+        effective_examples=4.0,
+        guard_strength=0.0,
+        table_bytes=0,
+    )
 
 
 @pytest.fixture
@@ -96,7 +107,7 @@ def test_the_names_of_the_service_are_as_promised(metrics: Metrics) -> None:
     metrics.store.command("append", 0.0005)
     metrics.store.error("timeout")
     metrics.store.syncs(failing=True)
-    snapshot = Snapshot(
+    status = ServerStatus(
         policies=(facts("p"),),
         queued_steps=4,
         inflight_bytes=5,
@@ -106,7 +117,7 @@ def test_the_names_of_the_service_are_as_promised(metrics: Metrics) -> None:
         redis_up=True,
         draining=True,
     )
-    series, own = scraped(metrics, snapshot), "equipoise_server_"
+    series, own = scraped(metrics, status), "equipoise_server_"
     assert value(series, f"{own}updates_total", policy="p", result="applied") == 1
     assert value(series, f"{own}examples_total", policy="p", result="applied") == 64
     assert value(series, f"{own}batch_examples_sum") == 64
@@ -132,20 +143,26 @@ def test_the_names_of_the_service_are_as_promised(metrics: Metrics) -> None:
 
 def test_a_policy_shows_what_it_knows_and_only_that(metrics: Metrics) -> None:
     young = facts("young")
-    grown = PolicyFacts(
+    grown = PolicyStatus(
         name="grown",
-        version=9,
-        effective_ratio=0.5,
-        scored_ratio=0.75,
+        num_examples=8,
+        reference_nats=6.0,
+        progress=Progress(
+            version=9,
+            largest_weight=4.0,
+            sim=2.0,
+            positive_share=0.625,
+            target_loss=1.5,
+            target_loss_sum=6.0,
+            target_loss_count=3,
+            guard_loss=1.75,
+        ),
+        scored_examples=6,
+        effective_examples=4.0,
         guard_strength=0.125,
-        largest_weight=4.0,
-        sim=2.0,
-        positive_share=0.625,
-        target_loss=1.5,
-        guard_loss=1.75,
-        compression_ratio=3.0,
+        table_bytes=0,
     )
-    series = scraped(metrics, Snapshot(policies=(young, grown)))
+    series = scraped(metrics, ServerStatus(policies=(young, grown)))
     expected = {
         "policy_version": 9,
         "weight_effective_examples_ratio": 0.5,
@@ -167,7 +184,7 @@ def test_the_first_policies_are_shown_and_the_others_counted_together(metrics: M
     names = ("a", "b", "c", "d")
     for name in names:
         metrics.step(policy=name, outcome="applied", rows=1)
-    series = scraped(metrics, Snapshot(policies=tuple(facts(name) for name in names)))
+    series = scraped(metrics, ServerStatus(policies=tuple(facts(name) for name in names)))
     shown = {dict(labels)["policy"] for (name, labels) in series if name == "equipoise_server_policy_version"}
     assert shown == {"a", "b"}
     assert value(series, "equipoise_server_updates_total", policy="other", result="applied") == 2
@@ -178,8 +195,8 @@ def test_the_first_policies_are_shown_and_the_others_counted_together(metrics: M
 def test_a_vanished_policy_loses_its_series_and_leaves_its_place(metrics: Metrics) -> None:
     for name in ("a", "b", "c"):
         metrics.step(policy=name, outcome="applied", rows=1)
-    scraped(metrics, Snapshot(policies=(facts("a"), facts("b"), facts("c"))))
-    series = scraped(metrics, Snapshot(policies=(facts("b"), facts("c"))))
+    scraped(metrics, ServerStatus(policies=(facts("a"), facts("b"), facts("c"))))
+    series = scraped(metrics, ServerStatus(policies=(facts("b"), facts("c"))))
     assert value(series, "equipoise_server_updates_total", policy="a", result="applied") is None
     assert value(series, "equipoise_server_policy_version", policy="a") is None
     assert value(series, "equipoise_server_policy_version", policy="c") == 1
@@ -189,14 +206,14 @@ def test_a_vanished_policy_loses_its_series_and_leaves_its_place(metrics: Metric
 
 def test_steps_of_a_policy_named_other_do_not_vanish_with_it(metrics: Metrics) -> None:
     metrics.step(policy="other", outcome="applied", rows=1)
-    series = scraped(metrics, Snapshot())
+    series = scraped(metrics, ServerStatus())
     assert value(series, "equipoise_server_updates_total", policy="other", result="applied") == 1
 
 
-def test_a_policy_loaded_while_the_snapshot_is_taken_is_not_taken_for_gone(metrics: Metrics) -> None:
-    def take() -> Snapshot:
+def test_a_policy_loaded_while_the_status_is_taken_is_not_taken_for_gone(metrics: Metrics) -> None:
+    def take() -> ServerStatus:
         metrics.step(policy="new", outcome="applied", rows=1)
-        return Snapshot()
+        return ServerStatus()
 
     metrics.scrape(take)
     series = series_of(metrics.exposition()[0].decode())
@@ -230,7 +247,7 @@ def test_a_full_house_stays_small() -> None:
     for name in names:
         for outcome in ("applied", "duplicate", "refused", "read"):
             metrics.step(policy=name, outcome=outcome, rows=1)
-    assert len(scraped(metrics, Snapshot(policies=tuple(map(facts, names))))) < 3000
+    assert len(scraped(metrics, ServerStatus(policies=tuple(map(facts, names))))) < 3000
 
 
 async def test_the_event_loops_lag_is_measured() -> None:
@@ -248,10 +265,10 @@ async def test_the_event_loops_lag_is_measured() -> None:
 async def serving(
     metrics: Metrics,
     *,
-    snapshot: Callable[[], Snapshot] = Snapshot,
+    status: Callable[[], ServerStatus] = ServerStatus,
     problems: Callable[[], Sequence[str]] = tuple,
 ) -> AsyncIterator[str]:
-    endpoint = Endpoint(metrics, snapshot=snapshot, problems=problems)
+    endpoint = Endpoint(metrics, status=status, problems=problems)
     address = await endpoint.start("127.0.0.1:0")
     try:
         yield address
@@ -278,7 +295,7 @@ async def got(address: str, path: str) -> tuple[int, str, str]:
 
 async def test_metrics_are_served_as_of_now(metrics: Metrics) -> None:
     versions = iter((1, 2))
-    async with serving(metrics, snapshot=lambda: Snapshot(policies=(facts("p", next(versions)),))) as address:
+    async with serving(metrics, status=lambda: ServerStatus(policies=(facts("p", next(versions)),))) as address:
         for version in (1, 2):
             status, head, body = await got(address, "/metrics")
             assert status == 200
@@ -312,11 +329,11 @@ async def test_whatever_is_sent_is_answered(metrics: Metrics, request_bytes: byt
         assert (await got(address, "/healthz"))[0] == 200
 
 
-async def test_a_snapshot_that_fails_is_an_answer_too(metrics: Metrics) -> None:
-    def fail() -> Snapshot:
+async def test_a_status_that_fails_is_an_answer_too(metrics: Metrics) -> None:
+    def fail() -> ServerStatus:
         raise RuntimeError("secret")
 
-    async with serving(metrics, snapshot=fail) as address:
+    async with serving(metrics, status=fail) as address:
         status, _, body = await got(address, "/metrics")
     assert status == 500
     assert "secret" not in body
@@ -325,4 +342,4 @@ async def test_a_snapshot_that_fails_is_an_answer_too(metrics: Metrics) -> None:
 async def test_a_second_endpoint_on_the_address_fails(metrics: Metrics) -> None:
     async with serving(metrics) as address:
         with pytest.raises(OSError, match="in use"):
-            await Endpoint(metrics, snapshot=Snapshot, problems=tuple).start(address)
+            await Endpoint(metrics, status=ServerStatus, problems=tuple).start(address)

@@ -1,14 +1,16 @@
 """The engine: owns the policies, applies steps to them one after another, and keeps them in the store."""
 
 from equipoise_server.engine.device import DeviceThread, choose_device, describe_device
-from equipoise_server.engine.engine import Engine, EngineLimits
+from equipoise_server.engine.engine import Engine
+from equipoise_server.engine.header import Header
+from equipoise_server.engine.limits import EngineLimits
 from equipoise_server.engine.policy import Policy
-from equipoise_server.engine.queue import QueueLimits
-from equipoise_server.engine.runner import PolicyRunner, RunnerLimits
+from equipoise_server.engine.runner import PolicyRunner, State
 from equipoise_server.engine.session import Session
+from equipoise_server.engine.snapshot import Snapshot
 from equipoise_server.engine.spec import Durability, PolicySpec
+from equipoise_server.engine.status import PolicyStatus
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
-from equipoise_server.engine.sweep import SweepLimits
 from equipoise_server.engine.telemetry import NoTelemetry, Telemetry
 
 __all__ = [
@@ -17,17 +19,18 @@ __all__ = [
     "Durability",
     "Engine",
     "EngineLimits",
+    "Header",
     "Kind",
     "NoTelemetry",
     "Outcome",
     "Policy",
     "PolicyRunner",
     "PolicySpec",
-    "QueueLimits",
-    "RunnerLimits",
+    "PolicyStatus",
     "Session",
+    "Snapshot",
+    "State",
     "Step",
-    "SweepLimits",
     "Telemetry",
     "choose_device",
     "describe_device",

@@ -3,13 +3,19 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from time import perf_counter
 from typing import TypeVar
 
 import torch
 
 from equipoise_server.errors import device_lost
+from equipoise_server.rules import Slices
 
 T = TypeVar("T")
+
+SLICE_S = 0.005
+"""How long one piece of long work holds the device, seconds, unless it is indivisible."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,7 +52,7 @@ class DeviceThread:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
-        self._under_way = 0
+        self._pending = 0
 
     async def run(self, call: Callable[[], T], *, short: bool = False) -> T:
         """The call's result. Called on one event loop only.
@@ -60,17 +66,39 @@ class DeviceThread:
                 raise device_lost(str(error).partition("\n")[0]) from error
             raise
 
+    async def run_slices(self, slices: Slices[T]) -> T:
+        """The result of long work, of which other calls wait for one piece at most. Errors as for `run`."""
+        try:
+            while True:
+                results = await self.run(lambda: _advance(slices))
+                if results:
+                    return results[0]
+        finally:  # behind the piece that a cancelled caller has left
+            with suppress(RuntimeError):  # the thread has ended
+                self._executor.submit(slices.close)
+
     def close(self) -> None:
         """Ends the thread after the calls that were already given."""
         self._executor.shutdown(wait=True)
 
     async def _run(self, call: Callable[[], T], *, short: bool) -> T:
-        if short and self._under_way == 0 and self.device.type == "cpu":
+        if short and self._pending == 0 and self.device.type == "cpu":
             return call()
-        self._under_way += 1
+        self._pending += 1
         running = asyncio.get_running_loop().run_in_executor(self._executor, call)
         running.add_done_callback(self._ended)
         return await asyncio.shield(running)  # a caller that is cancelled does not end the call
 
     def _ended(self, _: object) -> None:
-        self._under_way -= 1
+        self._pending -= 1
+
+
+def _advance(slices: Slices[T]) -> tuple[T, ...]:
+    """Works for one piece; the result once there is one, else nothing."""
+    end = perf_counter() + SLICE_S
+    while perf_counter() < end:
+        try:
+            next(slices)
+        except StopIteration as ended:
+            return (ended.value,)
+    return ()

@@ -3,55 +3,51 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TypeAlias
 
 import structlog
 
+from equipoise_server import logs
 from equipoise_server.engine import tables
 from equipoise_server.engine.device import DeviceThread
-from equipoise_server.engine.log import LogTail
+from equipoise_server.engine.header import Header
+from equipoise_server.engine.limits import EngineLimits
+from equipoise_server.engine.loading import Loading
 from equipoise_server.engine.memory import check_room
-from equipoise_server.engine.policy import Policy
-from equipoise_server.engine.progress import Progress
-from equipoise_server.engine.runner import PolicyRunner, RunnerLimits
-from equipoise_server.engine.snapshot import Facts, Snapshot
+from equipoise_server.engine.runner import PolicyRunner
 from equipoise_server.engine.spec import PolicySpec
 from equipoise_server.engine.telemetry import Telemetry
 from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import (
     ServiceError,
     draining,
+    internal,
     invalid,
-    not_owner,
+    policy_deleted,
     policy_exists,
     policy_not_found,
     store_down,
     uid_mismatch,
     unloaded,
 )
-from equipoise_server.rules import build
-from equipoise_server.store import Fenced, NotFound, OwnedElsewhere, Ownership, RedisStore, StoredPolicy, StoreError
+from equipoise_server.rules import Slices, build
+from equipoise_server.store import Fenced, NotFound, Page, RedisStore, StoredPolicy, StoreError
 
 log = structlog.get_logger("equipoise.policy")
 
 LOCK_LEASE_S = 60.0
 LOCK_WAIT_S = 5.0
 """Less than a client waits for a call."""
+UNLOAD_FLUSH_S = 5.0
+"""How long a policy that leaves memory may write its pages."""
 
+FENCE_CHECKS = 256
+"""Policies asked for in one round trip."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
-    """Bounds of the engine.
-
-    Attributes:
-        trainer_idle_s: a trainer idle for longer is forgotten.
-        runner: of each policy.
-    """
-
-    trainer_idle_s: float
-    runner: RunnerLimits
+NumberedPages: TypeAlias = Iterable[tuple[int, Page]] | AsyncIterable[tuple[int, Page]]
 
 
 class Engine:
@@ -88,12 +84,17 @@ class Engine:
         self._telemetry = telemetry
         self._wall_clock = wall_clock
         self._runners: dict[str, PolicyRunner] = {}
-        self._loading: dict[str, asyncio.Lock] = {}
+        self._loads: dict[str, tuple[Loading, asyncio.Task[PolicyRunner]]] = {}
 
     @property
     def runners(self) -> list[PolicyRunner]:
-        """The policies that are loaded now."""
+        """The policies that are in memory now."""
         return list(self._runners.values())
+
+    @property
+    def loadings(self) -> list[Loading]:
+        """The policies that are on their way into memory."""
+        return [loading for loading, _ in self._loads.values()]
 
     async def create(self, spec: PolicySpec) -> tuple[StoredPolicy, bool]:
         """Stores a policy, uniform at version 0, unless one of this name exists; which one, and whether it is new."""
@@ -104,27 +105,30 @@ class Engine:
         except StoreError as error:
             raise store_down(str(error)) from error
 
-    async def create_from(self, spec: PolicySpec, snapshot: Snapshot) -> StoredPolicy:
-        """Stores a policy with the tables of a snapshot; it appears only when all of it is there.
+    async def create_from(self, spec: PolicySpec, header: Header, pages: NumberedPages) -> StoredPolicy:
+        """Stores a policy with the tables of another one, as pages of version 0; it appears only when all is there.
 
-        Raises ServiceError: POLICY_EXISTS when the name is taken, INVALID_STATE when the rule can never have made
-        such tables.
+        Raises ServiceError (POLICY_EXISTS) when the name is taken.
         """
-        await self.device.run(lambda: self._check_tables(spec, snapshot))
         fresh = self._fresh(spec)
-        facts = replace(snapshot.facts, progress=replace(snapshot.facts.progress, version=0), trainers="{}")
-        snapshot = replace(snapshot, facts=facts)
+        header = replace(header, progress=replace(header.progress, version=0), trainers="{}")
         try:
             if existing := await self._store.get(spec.name):
                 raise policy_exists(spec.name, "policy.name", existing.name, spec.name)
-            await self._store.publish(
-                fresh, address=self.address, pages=snapshot.pages(), progress=snapshot.facts.to_fields()
-            )
+            await self._store.publish(fresh, address=self.address, pages=pages, header=header.to_fields())
         except Fenced as error:  # somebody was faster
             raise policy_exists(spec.name, "policy.name", spec.name, spec.name) from error
         except StoreError as error:
             raise store_down(str(error)) from error
         return fresh
+
+    async def check_tables(self, spec: PolicySpec, header: Header, pages: Iterable[tuple[int, Page]]) -> None:
+        """Raises ServiceError: INVALID_STATE when the rule can never have made such tables, DEVICE_FULL."""
+        check_room(spec, self.device.device)
+        try:
+            await self.device.run_slices(self._check_tables(spec, header, pages))
+        except ValueError as error:  # a RuleError among them
+            raise invalid("INVALID_STATE", "chunk.data", str(error)) from error
 
     @asynccontextmanager
     async def lock(self, name: str) -> AsyncIterator[None]:
@@ -137,8 +141,6 @@ class Engine:
 
     async def find(self, name: str) -> StoredPolicy:
         """The stored policy. Raises ServiceError (POLICY_NOT_FOUND)."""
-        if runner := self._runners.get(name):
-            return runner.stored
         try:
             stored = await self._store.get(name)
         except StoreError as error:
@@ -147,23 +149,27 @@ class Engine:
             raise policy_not_found(name)
         return stored
 
-    async def list(self, *, after: str, prefix: str, limit: int) -> list[StoredPolicy]:
+    async def list_policies(self, *, after: str, prefix: str, limit: int) -> list[StoredPolicy]:
         """Stored policies in the order of their names, behind `after`."""
         try:
-            return await self._store.list(after=after, prefix=prefix, limit=limit)
+            return await self._store.list_policies(after=after, prefix=prefix, limit=limit)
         except StoreError as error:
             raise store_down(str(error)) from error
 
-    async def runner(self, name: str, *, uid: str = "") -> PolicyRunner:
-        """The policy in service, loaded if need be.
+    async def runner(self, name: str, *, uid: str = "", wait_s: float | None = None) -> PolicyRunner:
+        """The policy in service, loaded if need be; loading goes on when the caller leaves.
 
-        Raises ServiceError: POLICY_NOT_FOUND, UID_MISMATCH, NOT_OWNER, DRAINING.
+        Args:
+            name: of the policy.
+            uid: raise UID_MISMATCH when it is another incarnation; empty: any.
+            wait_s: how long the caller can wait, seconds; None: as long as the opening of a stream does.
+
+        Raises ServiceError: POLICY_NOT_FOUND, UID_MISMATCH, NOT_OWNER, DRAINING; LOADING after `wait_s`.
         """
-        runner = self._runners.get(name)
-        if runner is None:
-            async with self._loading.setdefault(name, asyncio.Lock()):
-                runner = self._runners.get(name) or await self._load(name)
-            self._loading.pop(name, None)
+        wait_s = self.limits.load_wait_s if wait_s is None else wait_s
+        if (leaving := self._runners.get(name)) and leaving.closed is not None:
+            await leaving.wait_closed(timeout_s=wait_s)
+        runner = self._runners.get(name) or await self._load_or_wait(name, wait_s)
         if uid and uid != runner.policy.uid:
             raise uid_mismatch(name, runner.policy.uid, uid)
         return runner
@@ -179,24 +185,31 @@ class Engine:
             raise policy_not_found(name) from error
         except StoreError as error:
             raise store_down(str(error)) from error
-        if runner := self._runners.pop(name, None):
-            await runner.deleted()
+        await self._end_load(name)
+        if (runner := self._runners.get(name)) and runner.policy.uid == deleted:
+            await runner.stop(policy_deleted(name))
         return deleted
 
     async def unload_idle(self, *, idle_s: float) -> None:
         """Lets go of policies that nobody has used for `idle_s` and that are wholly in the store."""
         for runner in self.runners:
-            if runner.idle_for() > idle_s and not runner.log.backlog:
-                await runner.close(unloaded(runner.spec_name))
-                await runner.release()
+            if runner.is_idle(idle_s):
+                await runner.stop(unloaded(runner.spec_name), flush_timeout_s=UNLOAD_FLUSH_S)
 
-    async def verify(self) -> None:
-        """Lets go of policies that another server has acquired; call after the store took this server for gone."""
-        await asyncio.gather(*(runner.verify() for runner in self.runners))
+    async def check_fences(self) -> None:
+        """Lets go of policies that another server has acquired, or that were deleted. Raises StoreError."""
+        runners = self.runners
+        for start in range(0, len(runners), FENCE_CHECKS):
+            some = runners[start : start + FENCE_CHECKS]
+            found = await self._store.check_fences([runner.owner for runner in some])
+            for runner, fence in zip(some, found, strict=True):
+                runner.fence(fence)
 
     async def hand_over(self, error: ServiceError, *, flush_timeout_s: float) -> None:
         """Asks every stream to reconnect elsewhere, and gives each policy up once its last stream has ended."""
         self._draining = True
+        for name in list(self._loads):
+            await self._end_load(name)
         runners = self.runners
         for runner in runners:
             runner.drain()
@@ -204,88 +217,84 @@ class Engine:
 
     async def close(self, error: ServiceError, *, flush_timeout_s: float) -> None:
         """Writes what is not in the store yet, then stops every policy."""
-        runners = self.runners
-        await asyncio.gather(*(runner.give_up(error, flush_timeout_s=flush_timeout_s) for runner in runners))
+        self._draining = True
+        for name in list(self._loads):
+            await self._end_load(name)
+        await asyncio.gather(*(runner.stop(error, flush_timeout_s=flush_timeout_s) for runner in self.runners))
+
+    async def _load_or_wait(self, name: str, wait_s: float) -> PolicyRunner:
+        if self._draining:
+            raise draining()
+        if name not in self._loads:
+            self._loads[name] = self._start_load(name)
+        loading, task = self._loads[name]
+        done, _ = await asyncio.wait([task], timeout=wait_s)
+        if not done:
+            raise loading.not_yet()
+        if task.cancelled():
+            raise policy_not_found(name) if not self._draining else draining()
+        return task.result()
+
+    def _start_load(self, name: str) -> "tuple[Loading, asyncio.Task[PolicyRunner]]":
+        loading = Loading(
+            name,
+            store=self._store,
+            device=self.device,
+            address=self.address,
+            instance=self._instance,
+            trainer_idle_s=self.limits.trainer_idle_s,
+            max_backlog_bytes=self.limits.max_backlog_bytes,
+            wall_clock=self._wall_clock,
+        )
+        task = asyncio.get_running_loop().create_task(self._load(loading))
+        task.add_done_callback(lambda task: None if task.cancelled() else task.exception())  # told to who waits
+        return loading, task
+
+    async def _load(self, loading: Loading) -> PolicyRunner:
+        started = time.monotonic()
+        try:
+            loaded = await loading.run()
+            runner = PolicyRunner(
+                loaded,
+                store=self._store,
+                device=self.device,
+                limits=self.limits,
+                telemetry=self._telemetry,
+                on_closed=self._forget,
+                wall_clock=self._wall_clock,
+            )
+        except (ServiceError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            error_id = logs.new_id()
+            log.exception("a policy cannot be loaded", policy=loading.name, error_id=error_id)
+            raise internal(error_id) from error
+        finally:
+            self._loads.pop(loading.name, None)
+        self._runners[loading.name] = runner
+        self._telemetry.loaded(seconds=time.monotonic() - started)
+        return runner
+
+    async def _end_load(self, name: str) -> None:
+        if name in self._loads:
+            _, task = self._loads[name]
+            task.cancel()
+            await asyncio.wait([task])
+
+    def _forget(self, runner: PolicyRunner) -> None:
+        if self._runners.get(runner.spec_name) is runner:
+            del self._runners[runner.spec_name]
 
     def _fresh(self, spec: PolicySpec) -> StoredPolicy:
         return StoredPolicy(
             name=spec.name, uid=secrets.token_hex(16), create_time=self._wall_clock(), spec=spec.to_json()
         )
 
-    async def _load(self, name: str) -> PolicyRunner:
-        if self._draining:
-            raise draining()
-        try:
-            runner = await self._restore(name)
-        except OwnedElsewhere as error:
-            raise not_owner(name, error.address) from error
-        except NotFound as error:
-            raise policy_not_found(name) from error
-        except StoreError as error:
-            raise store_down(str(error)) from error
-        self._runners[name] = runner
-        log.info("loaded", policy=name, version=runner.policy.version, epoch=runner.epoch)
-        runner.on_closed(lambda: self._forget(runner))
-        return runner
-
-    def _forget(self, runner: PolicyRunner) -> None:
-        if self._runners.get(runner.spec_name) is runner:
-            del self._runners[runner.spec_name]
-
-    async def _restore(self, name: str) -> PolicyRunner:
-        """Takes the policy over, then loads its pages and replays its log; from here on older owners are fenced."""
-        owner = await self._store.acquire(name, address=self.address, instance=self._instance)
-        try:
-            return await self._read(owner, name)
-        except BaseException:  # such as no room on the device: another server may have some
-            with suppress(StoreError):
-                await self._store.release(owner)
-            raise
-
-    async def _read(self, owner: Ownership, name: str) -> PolicyRunner:
-        stored = await self._store.get(name)
-        if stored is None:
-            raise NotFound(name)
-        spec = PolicySpec.from_json(stored.spec)
-        facts = Facts.from_fields(await self._store.read_progress(owner))
-        policy = await self.device.run(lambda: self._empty(spec, stored.uid))
-        versions: dict[int, int] = {}
-        for index in range(await self._store.num_pages(owner)):
-            if page := await self._store.read_page(owner, index):
-                await self.device.run(lambda i=index, p=page: tables.load_page(policy.state, i, p.columns))  # type: ignore[misc]
-                versions[index] = page.version
-        facts.put_into(policy.state, policy.trainers)
-        await self.device.run(lambda: policy.load(facts.progress, versions))
-        tail: LogTail | None = None
-        async for entry in self._store.read_log(owner, after=0):
-            if tail is None:
-                tail = LogTail(entry.version - 1)
-            await self.device.run(lambda e=entry: policy.replay(e))  # type: ignore[misc]
-            tail.add(entry)
-        policy.trainers.wake(self._wall_clock())
-        return PolicyRunner(
-            policy,
-            owner,
-            stored,
-            tail=tail or LogTail(policy.version),
-            store=self._store,
-            device=self.device,
-            limits=self.limits.runner,
-            telemetry=self._telemetry,
-            wall_clock=self._wall_clock,
-        )
-
-    def _check_tables(self, spec: PolicySpec, snapshot: Snapshot) -> None:
-        policy = self._empty(spec, "")
-        try:
-            for index, page in snapshot.pages():
-                tables.load_page(policy.state, index, page.columns)
-            policy.load(Progress(), {})
-        except ValueError as error:  # a RuleError among them
-            raise invalid("INVALID_STATE", "chunk.data", str(error)) from error
-
-    def _empty(self, spec: PolicySpec, uid: str) -> Policy:
-        check_room(spec, self.device.device)
+    def _check_tables(self, spec: PolicySpec, header: Header, pages: Iterable[tuple[int, Page]]) -> Slices[None]:
         rule = build(spec.rule, spec.settings)
-        state = rule.init(spec.num_examples, device=self.device.device)
-        return Policy(spec, uid, rule=rule, state=state, trainers=Trainers(self.limits.trainer_idle_s))
+        state = yield from rule.init_slices(spec.num_examples, device=self.device.device)
+        header.put_into(state, Trainers(self.limits.trainer_idle_s))
+        for index, page in pages:
+            tables.load_page(state, index, page.columns)
+            yield
+        yield from rule.restore_slices(state)

@@ -1,10 +1,12 @@
-"""The log writer: brings a policy's steps into the store in order, and tells when they are there."""
+"""The log of a policy in service: what is in the store, what is kept to write it again, and the writer between them."""
 
 import asyncio
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+
+import structlog
 
 from equipoise_server.engine.telemetry import Telemetry
 from equipoise_server.store import (
@@ -18,8 +20,108 @@ from equipoise_server.store import (
     entry_bytes,
 )
 
+log = structlog.get_logger("equipoise.policy")
+
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
+ENTRY_MEMORY_BYTES = 1024
+"""What an entry takes in memory beside its bytes: an object for itself and for each of its fields."""
+
+
+@dataclass(slots=True)
+class StoreRecord:
+    """What the store holds of one policy, as its owner knows: the one record that writer, sweep and tail share.
+
+    Attributes:
+        owner: the right to write; its generation is the set of keys that is written.
+        base: pages and header hold every version up to it.
+        durable_version: the log holds the versions from there to this one.
+        log_bytes: bytes of these entries.
+        log_replay_s: about how long their replay takes, seconds.
+        changes: grows whenever the store turns out to hold less than was thought, and when everything is written anew.
+            Whoever relies on what he wrote compares it before and after.
+        republishing: whether everything is being written anew.
+    """
+
+    owner: Ownership
+    base: int
+    durable_version: int
+    log_bytes: int = 0
+    log_replay_s: float = 0.0
+    changes: int = 0
+    republishing: bool = False
+
+    def appended(self, version: int, *, size: int, replay_s: float) -> None:
+        """The log was continued up to a version."""
+        self.durable_version = version
+        self.log_bytes += size
+        self.log_replay_s += replay_s
+
+    def trimmed(self, version: int) -> None:
+        """Pages and header hold every version up to this one, and the log what comes after it."""
+        entries = max(self.durable_version - self.base, 1)
+        left = max(self.durable_version - version, 0) / entries  # of what lies in between, about the same share
+        self.log_bytes = round(self.log_bytes * left)
+        self.log_replay_s *= left
+        self.base = version
+
+    def went_back(self, version: int) -> None:
+        """The store has lost what was above a version."""
+        self.changes += 1
+        self.durable_version = version
+
+    def republished(self, owner: Ownership, version: int) -> None:
+        """All was written anew, as of a version; the log is empty."""
+        self.changes += 1
+        self.owner = owner
+        self.base = self.durable_version = version
+        self.log_bytes, self.log_replay_s = 0, 0.0
+
+
+class LogTail:
+    """The newest log entries, so that what the store lacks can be written, also again.
+
+    Attributes:
+        base: version before the first entry.
+        size: bytes of memory that the entries take.
+    """
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.size = 0
+        self._entries: deque[tuple[LogEntry, int, float]] = deque()
+
+    @property
+    def last_version(self) -> int:
+        """Version of the newest entry, or the base."""
+        return self.base + len(self._entries)
+
+    def add(self, entry: LogEntry, *, replay_s: float) -> None:
+        """Adds the entry of the next version, and about how long its replay takes, seconds."""
+        assert entry.version == self.last_version + 1
+        size = entry_bytes(entry)
+        self._entries.append((entry, size, replay_s))
+        self.size += size + ENTRY_MEMORY_BYTES
+
+    def after(self, version: int, *, max_bytes: int) -> tuple[list[LogEntry], int, float]:
+        """Entries behind `version`, together at most `max_bytes` unless it is one; their bytes and replay seconds."""
+        taken: list[LogEntry] = []
+        total, seconds = 0, 0.0
+        for index in range(version - self.base, len(self._entries)):
+            entry, size, replay_s = self._entries[index]
+            if taken and total + size > max_bytes:
+                break
+            taken.append(entry)
+            total += size
+            seconds += replay_s
+        return taken, total, seconds
+
+    def forget(self, through_version: int) -> None:
+        """Drops the entries up to a version."""
+        while self._entries and self.base < through_version:
+            self.size -= self._entries.popleft()[1] + ENTRY_MEMORY_BYTES
+            self.base += 1
+        self.base = max(self.base, through_version)
 
 
 @dataclass(slots=True)
@@ -31,132 +133,123 @@ class Waiter:
     release: Callable[[], None]
 
 
-class LogTail:
-    """Log entries since the last sweep, so that a store that fell behind can be brought up again.
-
-    Attributes:
-        base: version before the first entry.
-        size: bytes of the entries.
-    """
-
-    def __init__(self, base: int) -> None:
-        self.base = base
-        self.size = 0
-        self._entries: deque[tuple[LogEntry, int]] = deque()
-
-    @property
-    def last_version(self) -> int:
-        """Version of the newest entry, or the base."""
-        return self.base + len(self._entries)
-
-    def add(self, entry: LogEntry) -> None:
-        """Adds the entry of the next version."""
-        assert entry.version == self.last_version + 1
-        self._entries.append((entry, entry_bytes(entry)))
-        self.size += self._entries[-1][1]
-
-    def after(self, version: int, *, max_bytes: int) -> list[LogEntry]:
-        """The entries behind `version`, at least one if there is one, together at most `max_bytes`."""
-        taken: list[LogEntry] = []
-        size = 0
-        for index in range(version - self.base, len(self._entries)):
-            entry, entry_size = self._entries[index]
-            size += entry_size
-            if taken and size > max_bytes:
-                break
-            taken.append(entry)
-        return taken
-
-    def forget(self, through_version: int) -> None:
-        """Drops the entries up to a version."""
-        while self._entries and self.base < through_version:
-            self.size -= self._entries.popleft()[1]
-            self.base += 1
-        self.base = max(self.base, through_version)
-
-
 class LogWriter:
     """Appends entries to the store's log, one append in flight, whatever has gathered in each.
 
     A store that does not answer delays each waiting answer by `log_timeout_s` at most, and only until the first of
-    them has run out: from then on answers are not held up until the store has caught up.
+    them has run out: from then on answers are not held up until the version of that moment is durable.
+
+    The tail never takes more than `max_backlog_bytes` and what one call on the device adds: what is durable is let go
+    first; a store that is slow slows the steps (`room`); what a store lacks that fails is let go too, and the tables
+    are written anew once it works.
     """
 
     def __init__(
         self,
         store: RedisStore,
-        owner: Ownership,
+        record: StoreRecord,
         *,
         tail: LogTail,
         log_timeout_s: float,
         max_backlog_bytes: int,
         telemetry: Telemetry,
-        republish: Callable[[], Awaitable[tuple[Ownership, int]]],
+        republish: Callable[[Callable[[], None]], Awaitable[tuple[Ownership, int]]],
         on_rollback: Callable[[], None],
+        is_long: Callable[[], bool],
     ) -> None:
-        self.owner = owner
-        """The right to write; renewed when everything had to be written again."""
+        self.record = record
         self.tail = tail
-        self.durable_version = tail.last_version
-        """Newest version that is in the store."""
-        self.appended_bytes = tail.size
-        """Bytes in the store's log since the last trim."""
         self.failing = False
-        """Whether the store did not take the last append."""
-        self.rollbacks = 0
-        """How often the store was found to have lost entries."""
+        """Whether the store did not take what was written last."""
+        self.max_backlog_bytes = max_backlog_bytes
         self._store = store
         self._log_timeout_s = log_timeout_s
-        self.max_backlog_bytes = max_backlog_bytes
         self._telemetry = telemetry
         self._republish = republish
         self._on_rollback = on_rollback
-        self._waiters: deque[Waiter] = deque()
-        self._watchers: list[tuple[int, asyncio.Future[None]]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._is_long = is_long
+        self.long = asyncio.Event()
+        """Set when the log has become so long that it is to be shortened."""
         self._loop = asyncio.get_running_loop()
+        self._waiters: deque[Waiter] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
-        self._longer_than = 0
-        self._long = asyncio.Event()
-        self._lagging = False
+        self._watchers: list[asyncio.Future[None]] = []
+        self._lagging_until: int | None = None
         self._overrun = False
+        self._failing_since = 0.0
+        self._ended = False
 
     @property
     def backlog(self) -> int:
         """Versions that are not in the store yet."""
-        return self.tail.last_version - self.durable_version
+        return self.tail.last_version - self.record.durable_version
 
-    def add(self, entries: list[LogEntry]) -> None:
-        """Queues entries for the log."""
-        for entry in entries:
-            self.tail.add(entry)
+    @property
+    def is_behind(self) -> bool:
+        """Whether the store lacks anything."""
+        return self.backlog > 0 or self._overrun or self.record.republishing
+
+    @property
+    def is_full(self) -> bool:
+        """Whether steps have to wait: the store is slow, and the memory for what it lacks is used up."""
+        return self.tail.size > self.max_backlog_bytes and not self.failing and not self._ended
+
+    def add(self, entry: LogEntry, *, replay_s: float) -> None:
+        """Queues an entry for the log."""
+        self.tail.add(entry, replay_s=replay_s)
+        self._let_go()
         self._wake.set()
 
     def when_durable(self, version: int, release: Callable[[], None]) -> None:
         """Calls `release` once the version is in the store, or its time is up."""
-        if version <= self.durable_version or self._lagging:
+        if version <= self.record.durable_version or self._lagging_until is not None:
             release()
             return
         self._waiters.append(Waiter(version, self._loop.time() + self._log_timeout_s, release))
         if self._timer is None:
             self._timer = self._loop.call_at(self._waiters[0].deadline, self._expire)
 
-    async def wait_durable(self, version: int) -> None:
-        """Returns once the version is in the store, however long it takes."""
-        while self.durable_version < version:
-            reached: asyncio.Future[None] = self._loop.create_future()
-            self._watchers.append((version, reached))
-            await reached
+    async def wait_durable(self, version: int, *, changes: int | None = None) -> None:
+        """Returns once the version is in the store, or the writer has ended; with `changes`, once these differ."""
+        record = self.record
+        while not self._ended and changes in (None, record.changes):
+            if record.durable_version >= version and not (self._overrun or record.republishing):
+                return
+            await self._change()
 
-    async def wait_longer_than(self, size: int) -> None:
-        """Returns once the store's log has more than `size` bytes since the last trim; for one caller at a time."""
-        self._longer_than = size
-        while self.appended_bytes <= size:
-            self._long.clear()
-            await self._long.wait()
+    async def room(self) -> None:
+        """Returns when a step may be applied: soon, unless the store is slow."""
+        self._let_go()
+        while self.is_full:
+            await self._change()
+
+    async def flush(self, *, timeout_s: float) -> bool:
+        """Waits until everything is in the store; False when the time is up before, or the writer has ended."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.wait_durable(self.tail.last_version)
+        except TimeoutError:
+            pass
+        return not self.is_behind
+
+    def trimmed(self, version: int) -> None:
+        """A sweep has written everything up to a version, and trimmed the store's log to what follows."""
+        self.record.trimmed(version)
+        self.tail.forget(version)
+        self.long.clear()
+        if self._is_long():
+            self.long.set()
+
+    def end(self) -> None:
+        """Nothing is written any more: nobody waits longer."""
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._note_change()
 
     async def run(self) -> None:
-        """Writes until cancelled. Raises Fenced when another server owns the policy."""
+        """Writes until cancelled. Raises Fenced when another server owns the policy, or it was deleted."""
         backoff_s = FIRST_BACKOFF_S
         while True:
             try:
@@ -170,77 +263,112 @@ class LogWriter:
             except Fenced:
                 self._telemetry.fenced()
                 raise
-            except StoreError:
-                self.failing = True
-                self._check_overrun()
+            except StoreError as error:
+                self._fail(error)
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    async def flush(self, *, timeout_s: float) -> bool:
-        """Waits until everything is in the store; False when the time is up before."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.wait_durable(self.tail.last_version)
-        except TimeoutError:
-            return False
-        return True
-
-    def trimmed(self, version: int) -> None:
-        """The store's log was trimmed through a version."""
-        self.tail.forget(version)
-        self.appended_bytes = self.tail.size
-
     async def _write_backlog(self) -> None:
         if self._overrun:
-            self.owner, version = await self._republish()
-            self.tail.forget(version)
-            self.appended_bytes = 0
-            self._overrun = False
-            self._advance(version)
-        while batch := self.tail.after(self.durable_version, max_bytes=MAX_APPEND_BYTES):
-            await self._store.append(self.owner, batch)
-            self.failing = False
-            self.appended_bytes += sum(map(entry_bytes, batch))
-            if self.appended_bytes > self._longer_than:
-                self._long.set()
-            self._advance(batch[-1].version)
+            await self._write_anew()
+        record = self.record
+        while not self._overrun:
+            batch, size, replay_s = self.tail.after(record.durable_version, max_bytes=MAX_APPEND_BYTES)
+            if not batch:
+                return
+            await self._store.append(record.owner, batch)
+            self._recover()
+            record.appended(batch[-1].version, size=size, replay_s=replay_s)
+            self._advance()
             self._telemetry.persisted()
 
-    def _advance(self, version: int) -> None:
-        self.durable_version = version
-        if self._lagging and not self.backlog:
-            self._lagging = False
+    async def _write_anew(self) -> None:
+        record = self.record
+        record.republishing = True
+        record.changes += 1
+        self._overrun = False
+        try:
+            owner, version = await self._republish(self._recover)
+        except BaseException:
+            self._overrun = True
+            raise
+        finally:
+            record.republishing = False
+        self.tail.forget(version)
+        self._overrun = self.tail.base > version  # what came meanwhile did not fit: once more
+        record.republished(owner, version)
+        self._advance()
+
+    def _advance(self) -> None:
+        version = self.record.durable_version
+        if self._lagging_until is not None and version >= self._lagging_until:
+            self._lagging_until = None
         while self._waiters and self._waiters[0].version <= version:
             self._waiters.popleft().release()
-        for watcher in [watcher for watcher in self._watchers if watcher[0] <= version]:
-            self._watchers.remove(watcher)
-            if not watcher[1].done():
-                watcher[1].set_result(None)
+        self._let_go()
+        if self._is_long():
+            self.long.set()
+        self._note_change()
 
     def _rewind(self, last_version: int | None) -> None:
         """The store has lost the newest entries: write them again from the tail, or everything from the tables."""
-        self.rollbacks += 1
+        log.warning("redis went back: it lacks what was acknowledged", policy=self._policy, last_version=last_version)
         self._on_rollback()
         if last_version is None or last_version < self.tail.base:
+            self.record.changes += 1
             self._overrun = True
         else:
-            self.durable_version = last_version
+            self.record.went_back(last_version)
+        self._note_change()
 
-    def _check_overrun(self) -> None:
-        """Bounds the memory of a long outage: first by what the store has, then by what the tables hold too."""
+    def _let_go(self) -> None:
+        """Bounds the tail: first by what the store has, then, while the store fails, by what the tables hold too."""
         if self.tail.size > self.max_backlog_bytes:
-            self.tail.forget(self.durable_version)
-        if self.tail.size > self.max_backlog_bytes:
+            self.tail.forget(self.record.durable_version)
+        if self.failing and self.tail.size > self.max_backlog_bytes:
+            if not self._overrun:
+                log.warning("the log in memory is full: redis gets the tables once it works", policy=self._policy)
             self._overrun = True
             self.tail.forget(self.tail.last_version)
+
+    def _fail(self, error: StoreError) -> None:
+        if not self.failing:
+            log.warning("redis does not take the log", policy=self._policy, error=str(error), backlog=self.backlog)
+            self._failing_since = self._loop.time()
+        self.failing = True
+        self._let_go()
+        self._note_change()
+
+    def _recover(self) -> None:
+        """The store has taken something."""
+        if self.failing:
+            seconds = round(self._loop.time() - self._failing_since, 3)
+            log.info("redis takes the log again", policy=self._policy, seconds=seconds, backlog=self.backlog)
+        self.failing = False
 
     def _expire(self) -> None:
         self._timer = None
         if not self._waiters:
             return
         if self._waiters[0].deadline <= self._loop.time():
-            self._lagging = True
+            self._lagging_until = self.tail.last_version
             while self._waiters:
                 self._waiters.popleft().release()
         else:
             self._timer = self._loop.call_at(self._waiters[0].deadline, self._expire)
+
+    @property
+    def _policy(self) -> str:
+        return self.record.owner.policy
+
+    def _note_change(self) -> None:
+        watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
+            if not watcher.done():
+                watcher.set_result(None)
+
+    async def _change(self) -> None:
+        """Returns at the next change of the record, of `failing` or of the end."""
+        watcher: asyncio.Future[None] = self._loop.create_future()
+        self._watchers.append(watcher)
+        await watcher

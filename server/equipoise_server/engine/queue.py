@@ -1,4 +1,4 @@
-"""A policy's queue: steps wait here, bounded in number and bytes, and are taken together."""
+"""A policy's queue: steps wait here, bounded in number and bytes, and every one that was taken is answered once."""
 
 import asyncio
 from collections import deque
@@ -9,7 +9,7 @@ from equipoise_server.engine.step import Answer, Step
 from equipoise_server.errors import Code, ServiceError
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
     """A step on its way: where its answer goes, and since when (loop time, seconds) it waits."""
 
@@ -18,71 +18,102 @@ class Pending:
     since: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueLimits:
-    """How much may wait: steps, and bytes. One step always fits into an empty queue."""
-
-    steps: int
-    size: int
-
-
 class StepQueue:
-    """First in, first out; for one event loop."""
+    """First in, first out; for one event loop.
 
-    def __init__(self, limits: QueueLimits, *, clock: Callable[[], float]) -> None:
-        self._limits = limits
+    It knows every step from its arrival to its answer, wherever it is in between: when it closes, all are answered.
+
+    Args:
+        policy: name, for messages.
+        max_steps: most steps that wait.
+        max_bytes: most bytes that wait; one step always fits into an empty queue.
+        clock: loop time, seconds.
+    """
+
+    def __init__(self, policy: str, *, max_steps: int, max_bytes: int, clock: Callable[[], float]) -> None:
+        self._policy = policy
+        self._max_steps = max_steps
+        self._max_bytes = max_bytes
         self._clock = clock
         self._waiting: deque[Pending] = deque()
+        self._unanswered: set[Pending] = set()
         self._filled = asyncio.Event()
         self._drained = asyncio.Event()
+        self.closed: ServiceError | None = None
+        """Why nothing is taken any more."""
         self.size = 0
         """Bytes that wait."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has no answer yet."""
+        return bool(self._unanswered)
+
     async def put(self, step: Step) -> asyncio.Future[Answer]:
-        """Queues a step as soon as there is room; its answer comes through the future."""
-        while self._is_full(step):
+        """Queues a step as soon as there is room; its answer comes through the future. Raises what closed the queue."""
+        while self.closed is None and self._is_full(step):
             self._drained.clear()
             await self._drained.wait()
         return self._append(step)
 
-    def put_now(self, step: Step, *, policy: str) -> asyncio.Future[Answer]:
-        """Queues a step. Raises ServiceError (QUEUE_FULL) when there is no room."""
-        if self._is_full(step):
-            message = f"policy {policy!r} has {len(self)} steps waiting; retry later or use a stream"
+    def put_now(self, step: Step) -> asyncio.Future[Answer]:
+        """Queues a step. Raises ServiceError: QUEUE_FULL when there is no room, or what closed the queue."""
+        if self.closed is None and self._is_full(step):
+            message = f"policy {self._policy!r} has {len(self)} steps waiting; retry later or use a stream"
             raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_after_s=0.1)
         return self._append(step)
 
-    async def take(self) -> list[Pending]:
-        """All that waits, at least one."""
-        while not self._waiting:
+    async def take(self, count: int) -> list[Pending]:
+        """The oldest that wait, at least one and at most `count`; empty when the queue has closed."""
+        while not self._waiting and self.closed is None:
             self._filled.clear()
             await self._filled.wait()
-        taken = list(self._waiting)
-        self._waiting.clear()
-        self.size = 0
+        taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        self.size -= sum(pending.step.size for pending in taken)
         self._drained.set()
         return taken
 
-    def fail(self, error: Exception) -> None:
-        """Answers all that waits with an error."""
-        while self._waiting:
-            pending = self._waiting.popleft()
-            if not pending.answer.done():
-                pending.answer.set_exception(error)
-        self.size = 0
+    def settle(self, pending: Pending, result: Answer | Exception) -> None:
+        """Answers a step, unless it was answered or its caller has gone."""
+        self._unanswered.discard(pending)
+        if pending.answer.done():
+            return
+        if isinstance(result, Exception):
+            pending.answer.set_exception(result)
+            pending.answer.exception()  # told: that the caller may have gone is no error of its own
+        else:
+            pending.answer.set_result(result)
+
+    def refuse(self, error: ServiceError) -> None:
+        """Takes nothing any more: what waits, and whoever waits for room, is answered with the error."""
+        self.closed = self.closed or error
+        waiting, self._waiting, self.size = self._waiting, deque(), 0
+        for pending in waiting:
+            self.settle(pending, error)
+        self._filled.set()
         self._drained.set()
+
+    def close(self, error: ServiceError) -> None:
+        """Answers every step that was ever taken and has no answer yet."""
+        self.refuse(error)
+        for pending in list(self._unanswered):
+            self.settle(pending, error)
 
     def _is_full(self, step: Step) -> bool:
         return bool(self._waiting) and (
-            len(self._waiting) >= self._limits.steps or self.size + step.size > self._limits.size
+            len(self._waiting) >= self._max_steps or self.size + step.size > self._max_bytes
         )
 
     def _append(self, step: Step) -> asyncio.Future[Answer]:
+        if self.closed is not None:
+            raise self.closed
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Pending(step, answer, self._clock()))
+        pending = Pending(step, answer, self._clock())
+        self._waiting.append(pending)
+        self._unanswered.add(pending)
         self.size += step.size
         self._filled.set()
         return answer

@@ -1,111 +1,79 @@
-"""A whole policy at one version, apart from the tables in use: what forks, exports and re-publications need."""
+"""A policy at one version, read page by page while steps go on: for forks, exports, samples and republications."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from equipoise_server.engine import tables
-from equipoise_server.engine.policy import Policy
-from equipoise_server.engine.progress import Progress
-from equipoise_server.engine.trainers import Trainers
-from equipoise_server.rules import Guard, Scalars, TableState
+from equipoise_server.engine.header import Header
+from equipoise_server.rules import PAGE_EXAMPLES, Rule, Slices, TableState
 from equipoise_server.store import Page
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What a policy keeps beside its tables, as of one version.
-
-    Attributes:
-        progress: version, losses, evidence.
-        trainers: deduplication table, as JSON.
-        scalars: of the last step.
-        guard: what g follows from.
-    """
-
-    progress: Progress
-    trainers: str
-    scalars: Scalars
-    guard: Guard
-
-    @classmethod
-    def of(cls, policy: Policy) -> "Facts":
-        """The facts of now."""
-        return cls(
-            progress=policy.progress,
-            trainers=policy.trainers.to_json(),
-            scalars=dict(policy.state.scalars),
-            guard=policy.state.guard,
-        )
-
-    def put_into(self, state: TableState, trainers: Trainers) -> None:
-        """Gives the facts back to a state and a deduplication table."""
-        state.scalars = dict(self.scalars)
-        state.guard, state.guard_strength = self.guard, self.guard.strength
-        trainers.load_json(self.trainers)
-
-    def to_fields(self) -> dict[str, bytes]:
-        """As stored."""
-        return {
-            "progress": self.progress.to_json().encode(),
-            "trainers": self.trainers.encode(),
-            "scalars": json.dumps(self.scalars).encode(),
-            "guard": json.dumps(self.guard.to_scalars()).encode(),
-        }
-
-    @classmethod
-    def from_fields(cls, fields: dict[str, bytes]) -> "Facts":
-        """As they were stored; a policy that was never swept has none."""
-        return cls(
-            progress=Progress.from_json(fields.get("progress", b"{}")),
-            trainers=fields.get("trainers", b"{}").decode(),
-            scalars=json.loads(fields.get("scalars", b"{}")),
-            guard=Guard.from_scalars(json.loads(fields["guard"])) if "guard" in fields else Guard(),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Facts and a copy of every table.
+    """A policy as it was at one version. A page that a step is about to change is copied first, and no other.
+
+    Made by `Policy.snapshot`, read on the device's thread, and closed by `Policy.close_snapshot`: until then it may
+    come to hold a copy of every page that has not been released.
 
     Attributes:
-        facts: see `Facts`.
-        columns: little-endian bytes of each table, by name.
-        row_bytes: bytes per row of each table.
-        num_rows: rows of every table.
-        page_rows: rows per page.
+        header: what belongs to no page.
+        num_pages: P.
     """
 
-    facts: Facts
-    columns: dict[str, bytes]
-    row_bytes: dict[str, int]
-    num_rows: int
-    page_rows: int
+    def __init__(self, rule: Rule, state: TableState, header: Header) -> None:
+        self.header = header
+        self.num_pages = state.num_pages
+        self._rule = rule
+        self._state = replace(state)  # the sums of now; the tables are the ones in use
+        self._copies: dict[int, Mapping[str, torch.Tensor]] = {}
+        self._settled = np.zeros(state.num_pages, dtype=np.bool_)  # copied, or not needed any more
+        self._means: NDArray[np.float32] | None = None
 
-    @classmethod
-    def of(cls, policy: Policy) -> "Snapshot":
-        """A copy of now."""
-        state = policy.state
-        columns = {name: tables.slice_bytes(column, 0, state.num_rows) for name, column in state.columns.items()}
-        return cls.shaped(state, facts=Facts.of(policy), columns=columns)
+    def lacks(self, pages: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        """Which of these pages, [any number], it would have to copy before they change; sorted, distinct."""
+        touched = np.zeros(self.num_pages, dtype=np.bool_)
+        touched[pages] = True
+        return np.flatnonzero(touched & ~self._settled)
 
-    @classmethod
-    def shaped(cls, state: TableState, *, facts: Facts, columns: dict[str, bytes]) -> "Snapshot":
-        """A snapshot whose tables have the shapes of a state's; `columns` holds their bytes."""
-        return cls(
-            facts=facts,
-            columns=columns,
-            row_bytes={name: tables.row_bytes(column) for name, column in state.columns.items()},
-            num_rows=state.num_rows,
-            page_rows=state.page_rows,
-        )
+    def keep(self, index: int, columns: Mapping[str, torch.Tensor]) -> None:
+        """Takes a copy of a page that it lacks."""
+        self._copies[index] = columns
+        self._settled[index] = True
 
-    def pages(self) -> Iterator[tuple[int, Page]]:
-        """Every page, as the store takes them; none of a policy without tables."""
-        for index, start in enumerate(range(0, self.num_rows, self.page_rows)):
-            stop = min(start + self.page_rows, self.num_rows)
-            columns = {
-                name: data[start * self.row_bytes[name] : stop * self.row_bytes[name]]
-                for name, data in self.columns.items()
-            }
-            yield index, Page(version=self.facts.progress.version, columns=columns)
+    def release(self, index: int) -> None:
+        """Lets go of a page: it will not be read again."""
+        self._copies.pop(index, None)
+        self._settled[index] = True
+
+    def columns(self, index: int) -> Mapping[str, torch.Tensor]:
+        """A page's tables: the copy, or those in use, which nobody changes before the call on the device ends."""
+        return self._copies.get(index) or tables.page_columns(self._state, index)
+
+    def page(self, index: int, *, version: int) -> Page:
+        """A page as the store takes it, said to be of a version."""
+        return Page(version=version, columns={n: tables.to_bytes(c) for n, c in self.columns(index).items()})
+
+    def prepare_weights(self) -> Slices[None]:
+        """What must be done once before `weights`: the mean over the rows of a trajectory."""
+        if not self._rule.trajectory_rows:
+            return
+        total = np.zeros(self._state.num_examples)
+        for index in range(self.num_pages):
+            view = replace(self._state, columns=dict(self.columns(index)))
+            total += self._rule.weights(view, None).astype(np.float64) * view.num_rows
+            yield
+        self._means = (total / self._state.num_rows).astype(np.float32)
+
+    def weights(self, start: int) -> NDArray[np.float32]:
+        """Served weights of the examples from `start` on, a multiple of PAGE_EXAMPLES: float32, at most so many."""
+        stop = min(start + PAGE_EXAMPLES, self._state.num_examples)
+        if self._means is not None:
+            return self._means[start:stop]
+        if not self.num_pages:  # a rule that keeps nothing serves 1 to all
+            return np.ones(stop - start, np.float32)
+        view = replace(self._state, columns=dict(self.columns(start // PAGE_EXAMPLES)))
+        return self._rule.weights(view, np.arange(stop - start))

@@ -45,6 +45,7 @@ class Step:
         wants_weights: whether the answer carries weights.
         weights_for: int64 ids whose weights are asked for; None: all N examples in order.
         error: why it is refused.
+        in_stream: whether a refusal is an answer that consumes the sequence; else it is raised and consumes nothing.
         num_rows: rows of the request, for the record.
         size: bytes it occupies while it waits.
     """
@@ -59,6 +60,7 @@ class Step:
     wants_weights: bool = True
     weights_for: NDArray[np.int64] | None = None
     error: ServiceError | None = None
+    in_stream: bool = True
     num_rows: int = 0
     size: int = 0
 

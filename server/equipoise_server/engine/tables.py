@@ -19,15 +19,20 @@ def row_bytes(column: torch.Tensor) -> int:
     return column.element_size() * math.prod(column.shape[1:])
 
 
-def slice_bytes(column: torch.Tensor, start: int, stop: int) -> bytes:
-    """Little-endian values of a column's rows, copied."""
-    return bytes(column[start:stop].cpu().numpy().tobytes())
+def page_columns(state: TableState, index: int) -> dict[str, torch.Tensor]:
+    """Views of one page, by column."""
+    start, stop = page_bounds(state, index)
+    return {name: column[start:stop] for name, column in state.columns.items()}
+
+
+def to_bytes(values: torch.Tensor) -> bytes:
+    """Little-endian values, copied."""
+    return bytes(values.cpu().numpy().tobytes())
 
 
 def capture_page(state: TableState, index: int) -> dict[str, bytes]:
     """A copy of one page, by column."""
-    start, stop = page_bounds(state, index)
-    return {name: slice_bytes(column, start, stop) for name, column in state.columns.items()}
+    return {name: to_bytes(values) for name, values in page_columns(state, index).items()}
 
 
 def load_page(state: TableState, index: int, columns: Mapping[str, bytes]) -> None:

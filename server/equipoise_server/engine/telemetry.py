@@ -30,6 +30,14 @@ class Telemetry(Protocol):
         """A write of a policy's log reached the store."""
         ...
 
+    def swept(self, *, ok: bool) -> None:
+        """A sweep has ended, well or not."""
+        ...
+
+    def loaded(self, *, seconds: float) -> None:
+        """A policy came into memory."""
+        ...
+
 
 class NoTelemetry:
     """Telemetry that nobody hears."""
@@ -50,4 +58,10 @@ class NoTelemetry:
         """Ignored."""
 
     def persisted(self) -> None:
+        """Ignored."""
+
+    def swept(self, *, ok: bool) -> None:
+        """Ignored."""
+
+    def loaded(self, *, seconds: float) -> None:
         """Ignored."""

@@ -1,18 +1,28 @@
 """Deduplication: the last applied sequence of each trainer of a policy."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from equipoise_server.errors import sequence_gap
 
+MAX_REFUSED = 256
+"""Refused steps that are remembered of a trainer: more than it sends again at once, unless most of them are wrong."""
+
 
 @dataclass(slots=True)
 class Trainer:
-    """Last applied sequence of a trainer, and when (the server's clock, seconds since 1970) it was last seen."""
+    """What is known of a trainer.
 
-    last_sequence: int
-    seen_at: float
+    Attributes:
+        last_sequence: of its last step that was applied or refused.
+        seen_at: when that was, seconds since 1970 by the server's clock.
+        refused: reasons of the newest steps that were refused, by sequence.
+    """
+
+    last_sequence: int = 0
+    seen_at: float = 0.0
+    refused: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -37,9 +47,21 @@ class Trainers:
             raise sequence_gap(sequence, last + 1)
         return sequence <= last
 
-    def record(self, trainer_id: str, sequence: int, now: float) -> None:
-        """Notes that the step was applied (or consumed by a refusal) at `now`."""
-        self.known[trainer_id] = Trainer(sequence, now)
+    def refusal(self, trainer_id: str, sequence: int) -> str | None:
+        """Why an earlier step was refused; None: it was not, or that was long ago."""
+        trainer = self.known.get(trainer_id)
+        return trainer.refused.get(sequence) if trainer else None
+
+    def record(self, trainer_id: str, sequence: int, now: float, *, refused: str | None = None) -> None:
+        """Notes that the step was applied at `now`, or consumed because it was `refused` for a reason."""
+        trainer = self.known.get(trainer_id)
+        if trainer is None:
+            trainer = self.known[trainer_id] = Trainer()
+        trainer.last_sequence, trainer.seen_at = sequence, now
+        if refused is not None:
+            trainer.refused[sequence] = refused
+            while len(trainer.refused) > MAX_REFUSED:
+                del trainer.refused[next(iter(trainer.refused))]
 
     def wake(self, now: float) -> None:
         """The policy was not served since a trainer was last seen: that time makes nobody idle.
@@ -58,13 +80,22 @@ class Trainers:
         return forgotten
 
     def to_json(self) -> str:
-        """As stored."""
-        return json.dumps({key: [trainer.last_sequence, trainer.seen_at] for key, trainer in self.known.items()})
+        """As stored: last sequence, when seen, and the refused steps where there are any."""
+        return json.dumps(
+            {
+                key: [trainer.last_sequence, trainer.seen_at, *([trainer.refused] if trainer.refused else [])]
+                for key, trainer in self.known.items()
+            }
+        )
 
     def load_json(self, text: str | bytes) -> None:
         """Replaces the known trainers by stored ones."""
-        self.known = {key: Trainer(*values) for key, values in json.loads(text).items()}
+        self.known = {key: _trainer(*values) for key, values in json.loads(text).items()}
 
     def _idle_for(self, trainer: Trainer, now: float) -> float:
         slept_s = self._slept_s if trainer.seen_at <= self._slept_from else 0.0
         return now - trainer.seen_at - slept_s
+
+
+def _trainer(last_sequence: int, seen_at: float, refused: Mapping[str, str] | None = None) -> Trainer:
+    return Trainer(last_sequence, seen_at, {int(sequence): reason for sequence, reason in (refused or {}).items()})

@@ -2,10 +2,9 @@
 
 from equipoise_server.metrics.endpoint import Endpoint
 from equipoise_server.metrics.event_loop import measure_lag
-from equipoise_server.metrics.policies import PolicyFacts
 from equipoise_server.metrics.rpc import RpcMetrics
 from equipoise_server.metrics.server import Metrics
-from equipoise_server.metrics.snapshot import Snapshot
+from equipoise_server.metrics.status import ServerStatus
 from equipoise_server.metrics.store import StoreMetrics
 
-__all__ = ["Endpoint", "Metrics", "PolicyFacts", "RpcMetrics", "Snapshot", "StoreMetrics", "measure_lag"]
+__all__ = ["Endpoint", "Metrics", "RpcMetrics", "ServerStatus", "StoreMetrics", "measure_lag"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
 from equipoise_server.metrics.server import Metrics
-from equipoise_server.metrics.snapshot import Snapshot
+from equipoise_server.metrics.status import ServerStatus
 from equipoise_server.settings import host_and_port
 
 REQUEST_TIMEOUT_S = 5.0
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 class Endpoint:
     """Answers one GET per connection, on the event loop that owns what is measured.
 
-    The snapshot is taken on the loop, where nothing moves meanwhile; the text is made in a thread.
+    The status is taken on the loop, where nothing moves meanwhile; the text is made in a thread.
     """
 
     def __init__(
-        self, metrics: Metrics, *, snapshot: Callable[[], Snapshot], problems: Callable[[], Sequence[str]]
+        self, metrics: Metrics, *, status: Callable[[], ServerStatus], problems: Callable[[], Sequence[str]]
     ) -> None:
         self._metrics = metrics
-        self._snapshot = snapshot
+        self._status = status
         self._problems = problems
         self._server: asyncio.Server | None = None
 
@@ -81,7 +81,7 @@ class Endpoint:
         fields = (line.partition(":") for line in head.split("\r\n")[1:])
         accept = ",".join(value.strip() for name, _, value in fields if name.lower() == "accept")
         try:
-            self._metrics.scrape(self._snapshot)
+            self._metrics.scrape(self._status)
             body, content_type = await asyncio.to_thread(self._metrics.exposition, accept)
         except Exception:
             logger.exception("the metrics could not be read")

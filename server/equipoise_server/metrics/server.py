@@ -18,7 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from equipoise_server.metrics.names import COUNT_BUCKETS, PREFIX, SECONDS_BUCKETS
 from equipoise_server.metrics.policies import PolicyCollector, PolicyLabels
 from equipoise_server.metrics.rpc import RpcMetrics
-from equipoise_server.metrics.snapshot import Snapshot, SnapshotCollector
+from equipoise_server.metrics.status import ServerStatus, StatusCollector
 from equipoise_server.metrics.store import StoreMetrics
 
 
@@ -46,7 +46,7 @@ class Metrics:
         self._clock = clock
         self._labels = PolicyLabels(max_policies)
         self._policies = PolicyCollector(self._labels)
-        self._now = SnapshotCollector()
+        self._now = StatusCollector()
         for collector in (self._policies, self._now):
             registry.register(collector)
         ProcessCollector(registry=registry)
@@ -79,6 +79,15 @@ class Metrics:
         )
         self._last_persist = Gauge(
             f"{PREFIX}last_persist_timestamp_seconds", "When a policy's log last reached Redis.", registry=registry
+        )
+        self._sweeps = Counter(f"{PREFIX}sweeps", "Sweeps that have ended, by result.", ("result",), registry=registry)
+        for result in ("ok", "failed"):
+            self._sweeps.labels(result)
+        self._load_seconds = Histogram(
+            f"{PREFIX}load_duration_seconds",
+            "Time from the first touch of a policy until it was in memory.",
+            registry=registry,
+            buckets=SECONDS_BUCKETS,
         )
         self._counted: dict[tuple[str, str], tuple[Counter, Counter]] = {}
 
@@ -113,25 +122,33 @@ class Metrics:
         """A write of a policy's log reached the store."""
         self._last_persist.set(self._clock())
 
+    def swept(self, *, ok: bool) -> None:
+        """A sweep has ended, well or not."""
+        self._sweeps.labels("ok" if ok else "failed").inc()
+
+    def loaded(self, *, seconds: float) -> None:
+        """A policy came into memory."""
+        self._load_seconds.observe(seconds)
+
     def event_loop_lag(self, seconds: float) -> None:
         """The event loop woke this much later than asked."""
         self._lag_seconds.observe(seconds)
 
-    def scrape(self, take: Callable[[], Snapshot]) -> None:
-        """Takes a snapshot for the next exposition; policies that are gone lose their series.
+    def scrape(self, take: Callable[[], ServerStatus]) -> None:
+        """Takes the status for the next exposition; policies that are gone lose their series.
 
         Called where `take` may be called: on the event loop.
         """
-        known = self._labels.shown()  # before the snapshot: a policy that is loaded meanwhile is not taken for gone
-        snapshot = take()
-        gone = known - {facts.name for facts in snapshot.policies}
+        known = self._labels.shown()  # before the status: a policy that is loaded meanwhile is not taken for gone
+        status = take()
+        gone = known - {policy.name for policy in status.policies}
         for policy, result in [key for key in list(self._counted) if key[0] in gone]:
             del self._counted[policy, result]
             self._updates.remove(policy, result)
             self._examples.remove(policy, result)
         self._labels.release(gone)
-        self._now.show(snapshot)
-        self._policies.show(snapshot.policies)
+        self._now.show(status)
+        self._policies.show(status.policies)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """All series in the format that an HTTP `Accept` header asks for, and its content type. Any thread may call."""

@@ -3,6 +3,7 @@
 from equipoise_server.rules.aggregate import aggregate
 from equipoise_server.rules.base import (
     PAGE_EXAMPLES,
+    LoggedStatistics,
     Rule,
     RuleError,
     Scalars,
@@ -16,20 +17,24 @@ from equipoise_server.rules.projection import project
 from equipoise_server.rules.registry import build, names
 from equipoise_server.rules.simplex import project_simplex
 from equipoise_server.rules.sketch import sketched_contributions
+from equipoise_server.rules.slices import Slices, exhaust
 
 __all__ = [
     "PAGE_EXAMPLES",
     "Evidence",
     "Guard",
+    "LoggedStatistics",
     "Rule",
     "RuleError",
     "Scalars",
     "SettingValues",
+    "Slices",
     "Statistics",
     "TableState",
     "aggregate",
     "build",
     "evidence",
+    "exhaust",
     "names",
     "project",
     "project_simplex",

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import Statistics
+from equipoise_server.rules.order import group_starts, stable_order
 
 
 def aggregate(
@@ -40,15 +41,40 @@ def aggregate(
         reference_losses=reference_losses,
         trajectory_row=trajectory_row,
     )
+    if ids is not None:
+        order = stable_order(ids)
+        ordered = ids[order]
+        starts = group_starts(ordered)
+        if len(starts) < len(ids):
+            return _averaged(rows, scored, order, ordered, starts)
     if scored is not None and not scored.all():
         kept = np.flatnonzero(scored) if ids is None else ids[scored]
         rows = replace(_mapped(rows, lambda values: values[scored]), ids=kept)
-    if ids is None or rows.ids is None or not _has_repeats(ids):
-        return rows
-    distinct, entry = np.unique(rows.ids, return_inverse=True)
-    scored_rows = np.bincount(entry)
-    means = _mapped(rows, lambda values: (np.bincount(entry, weights=values) / scored_rows).astype(np.float32))
-    return replace(means, ids=distinct, counts=_occurrences(distinct, ids))
+    return rows
+
+
+def _averaged(
+    rows: Statistics,
+    scored: NDArray[np.bool_] | None,
+    order: NDArray[np.int64],
+    ordered: NDArray[np.int64],
+    starts: NDArray[np.int64],
+) -> Statistics:
+    """One entry per distinct id with a scored row; rows of an id are added up in the order of the request."""
+    counts = np.diff(starts, append=len(ordered))
+    entry = np.repeat(np.arange(len(starts)), counts)
+    if scored is not None and not scored.all():
+        in_order = scored[order]
+        order, entry = order[in_order], entry[in_order]
+    scored_rows = np.bincount(entry, minlength=len(starts))
+    kept = np.flatnonzero(scored_rows)
+    scored_rows = scored_rows[kept]
+
+    def mean(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        sums = np.bincount(entry, weights=values[order], minlength=len(starts))[kept]
+        return (sums / scored_rows).astype(np.float32)
+
+    return replace(_mapped(rows, mean), ids=ordered[starts[kept]], counts=counts[kept])
 
 
 def _mapped(rows: Statistics, call: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Statistics:
@@ -58,14 +84,3 @@ def _mapped(rows: Statistics, call: Callable[[NDArray[np.float32]], NDArray[np.f
         losses=None if rows.losses is None else call(rows.losses),
         reference_losses=None if rows.reference_losses is None else call(rows.reference_losses),
     )
-
-
-def _has_repeats(ids: NDArray[np.int64]) -> bool:
-    ordered = np.sort(ids)
-    return bool((ordered[1:] == ordered[:-1]).any())
-
-
-def _occurrences(distinct: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    ordered = np.sort(ids)
-    ends, starts = (np.searchsorted(ordered, distinct, side=side) for side in ("right", "left"))
-    return ends - starts

@@ -4,7 +4,7 @@ Shape legend: N examples of the policy, B distinct scored ids of one step, R row
 T rows of a trajectory), P pages of `page_rows` rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.guard import Guard
+from equipoise_server.rules.slices import Slices
 
 PAGE_EXAMPLES = 65_536
 """Examples per page: the unit in which tables are stored and replayed. A page of a trajectory has about as many
@@ -58,6 +59,22 @@ class Statistics:
         """B, the number of distinct scored ids (0: the step carries no rows)."""
         given = (self.contributions, self.losses, self.reference_losses)
         return next((len(values) for values in given if values is not None), 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedStatistics:
+    """A step as the log keeps it for a rule.
+
+    Attributes:
+        statistics: the step.
+        scalars: its scalars, as `prepare` gave them.
+        pages: bool [P]; rows of pages that are False are left as they are, since they hold the step already. None: all
+            pages.
+    """
+
+    statistics: Statistics
+    scalars: Scalars
+    pages: NDArray[np.bool_] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -154,6 +171,10 @@ class Rule(Protocol):
         """The uniform policy. On device `meta` its tables have shapes but no memory."""
         ...
 
+    def init_slices(self, num_examples: int, *, device: torch.device) -> Slices[TableState]:
+        """`init` in slices of about a million values; it raises when its first slice is asked for."""
+        ...
+
     def touched_pages(self, state: TableState, statistics: Statistics) -> NDArray[np.int64] | slice:
         """Which pages a step may change, as an index into arrays [P]."""
         ...
@@ -192,11 +213,22 @@ class Rule(Protocol):
         """The next policy: `apply` with `prepare`'s scalars."""
         ...
 
+    def replay(self, state: TableState, steps: Sequence[LoggedStatistics]) -> TableState:
+        """`apply` of all steps one after another, to the last bit, but faster where steps can be fused.
+
+        Raises what the `apply` that fails would raise; the state is not to be used then.
+        """
+        ...
+
     def restore(self, state: TableState) -> TableState:
         """Recomputes scored, raw_sum and raw_square_sum after tables were loaded. Exact.
 
         Raises RuleError when a table holds what the rule can never write (out of range, not finite).
         """
+        ...
+
+    def restore_slices(self, state: TableState) -> Slices[TableState]:
+        """`restore` in slices; nobody else uses the state until the last one."""
         ...
 
     def weights(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from equipoise_server.rules.exponential import exponential
 from equipoise_server.rules.online import OnlineRule
 from equipoise_server.rules.settings import SettingsT, resolved
 from equipoise_server.rules.signals import check_length, check_signals
+from equipoise_server.rules.slices import Slices
 
 ROWS = "batch_rows"
 """Scalar: R, rows of the last step whose examples were scored; 0 or absent: no step yet."""
@@ -53,11 +54,15 @@ class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
         """The rule's own scalars of a step with this signal, [B] (0: the step has no rows)."""
 
     @abstractmethod
-    def logits(self, signal: NDArray[np.float32], scalars: Scalars) -> NDArray[np.float64]:
-        """ln w up to a constant, [B], B >= 1. Raises RuleError when the scalars do not belong to this step."""
+    def logits(self, signal: NDArray[np.float32], scalars: Scalars, *, clip: bool = False) -> NDArray[np.float64]:
+        """ln w up to a constant, [B], B >= 1.
 
-    def init(self, num_examples: int, *, device: torch.device) -> TableState:
+        Raises RuleError when the scalars do not belong to this step; where `clip`, it takes them all the same.
+        """
+
+    def init_slices(self, num_examples: int, *, device: torch.device) -> Slices[TableState]:
         """No tables."""
+        yield from ()
         return TableState(num_examples=num_examples, columns={})
 
     def check(self, statistics: Statistics) -> None:
@@ -87,13 +92,9 @@ class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
         state.scalars = dict(scalars)
         return state
 
-    def update(self, state: TableState, statistics: Statistics) -> TableState:
-        """The next policy."""
-        self.check(statistics)
-        return self.apply(state, statistics, self.prepare(state, statistics))
-
-    def restore(self, state: TableState) -> TableState:
+    def restore_slices(self, state: TableState) -> Slices[TableState]:
         """Checks the scalars."""
+        yield from ()
         self._check_scalars(state.scalars)
         return state
 
@@ -109,7 +110,8 @@ class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
         if statistics is None or not statistics.size:
             return served
         signal = self._signal(state, statistics)
-        weights = self._weights(signal, _counts(statistics, len(signal)), state.scalars)
+        # The scalars may be those of a later step: a step that was accepted is answered however small they are.
+        weights = self._weights(signal, _counts(statistics, len(signal)), state.scalars, clip=True)
         if state.guard_strength:
             weights = weights * (1.0 - state.guard_strength) + state.guard_strength
         if statistics.ids is None:
@@ -144,10 +146,10 @@ class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
         return min(max(effective, 1.0), float(state.num_examples))
 
     def _weights(
-        self, signal: NDArray[np.float32], counts: NDArray[np.float64], scalars: Scalars
+        self, signal: NDArray[np.float32], counts: NDArray[np.float64], scalars: Scalars, *, clip: bool = False
     ) -> NDArray[np.float64]:
         """w [B], with Σ counts·w = Σ counts."""
-        logits = self.logits(signal, scalars)
+        logits = self.logits(signal, scalars, clip=clip)
         shifted = torch.from_numpy((logits - logits.max()).clip(min=_LOWEST_LOGIT))
         shares: NDArray[np.float64] = exponential(shifted, squarings=11).numpy()
         return shares * (float(counts.sum()) / float((counts * shares).sum()))

@@ -35,6 +35,7 @@ class Boltzmann(BatchRule[BoltzmannSettings]):
         previous, decay = state.scalars.get(MEAN_SQUARE, 0.0), self._settings.rms_decay
         return {MEAN_SQUARE: next_mean_square(previous, signal, decay=decay, name=self.signals[0], rule=self.name)}
 
-    def logits(self, signal: NDArray[np.float32], scalars: Scalars) -> NDArray[np.float64]:
+    def logits(self, signal: NDArray[np.float32], scalars: Scalars, *, clip: bool = False) -> NDArray[np.float64]:
         """c/τ."""
-        return scaled(signal, scalars.get(MEAN_SQUARE, 0.0), rule=self.name) * (1.0 / self._settings.temperature)
+        values = scaled(signal, scalars.get(MEAN_SQUARE, 0.0), rule=self.name, clip=clip)
+        return values * (1.0 / self._settings.temperature)

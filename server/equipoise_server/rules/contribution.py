@@ -1,6 +1,7 @@
 """Rules from the moving average of the contribution, which a surprising loss may lower."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 
 from equipoise_server.rules.base import RuleError, Scalars, Statistics, TableState
 from equipoise_server.rules.ema import FlooredEmaRule
-from equipoise_server.rules.scale import next_mean_square, running, scaled
+from equipoise_server.rules.scale import PerRow, next_mean_square, running, scaled
 from equipoise_server.rules.settings import FlooredEmaSettings, number
 from equipoise_server.rules.signals import check_length
+from equipoise_server.rules.slices import Slices
 
 LOSS_MEAN = "loss_mean"
 """Scalar: running mean of the steps' losses, nats; absent before the first step with rows."""
@@ -46,7 +48,9 @@ class ContributionRule(FlooredEmaRule[ContributionSettingsT]):
         scalars = super().prepare(state, statistics)
         return scalars | self._next_moments(state, statistics) if self._settings.loss_penalty else scalars
 
-    def scaled(self, signal: NDArray[np.float32], statistics: Statistics, scalars: Scalars) -> NDArray[np.float64]:
+    def scaled(
+        self, signal: NDArray[np.float32], statistics: Statistics, scalars: Mapping[str, PerRow]
+    ) -> NDArray[np.float64]:
         """The contributions in units of their running RMS, less the penalty."""
         values = super().scaled(signal, statistics, scalars)
         penalty, losses = self._settings.loss_penalty, statistics.losses
@@ -59,12 +63,12 @@ class ContributionRule(FlooredEmaRule[ContributionSettingsT]):
             rule=self.name,
         )
 
-    def restore(self, state: TableState) -> TableState:
-        """Checks the tables and scalars, and recomputes the exact sums."""
+    def restore_slices(self, state: TableState) -> Slices[TableState]:
+        """Checks the tables and scalars, and recomputes the exact sums, in slices."""
         if not math.isfinite(mean := state.scalars.get(LOSS_MEAN, 0.0)):
             raise RuleError(LOSS_MEAN, f"{LOSS_MEAN} = {mean}: rule {self.name} needs a finite number")
         scaled(np.zeros(0), state.scalars.get(LOSS_VARIANCE, 0.0), name=LOSS_VARIANCE, rule=self.name)
-        return super().restore(state)
+        return (yield from super().restore_slices(state))
 
     def _next_moments(self, state: TableState, statistics: Statistics) -> Scalars:
         losses, decay = statistics.losses, self._settings.rms_decay

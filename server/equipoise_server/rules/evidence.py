@@ -16,22 +16,24 @@ class Evidence:
     Attributes:
         sim: mean over standard deviation of contributions under the weights before the step; None for fewer than two
             scored examples above the floor, or when their contributions do not differ.
-        positive_share: share of positive contributions among all scored examples, in [0, 1]; None without any.
-        largest_weight: largest of these weights among the scored examples; None without any.
+        positive_share: share of positive contributions among all scored examples, in [0, 1]; None where only losses
+            were sent.
+        largest_weight: largest of these weights among the scored examples.
     """
 
     sim: float | None
     positive_share: float | None
-    largest_weight: float | None
+    largest_weight: float
 
 
-def evidence(rule: Rule, state: TableState, statistics: Statistics, scalars: Scalars) -> Evidence:
+def evidence(rule: Rule, state: TableState, statistics: Statistics, scalars: Scalars) -> Evidence | None:
     """Evidence of a step that is about to be applied to `state` with `scalars`; changes nothing.
 
-    The weights are those before the step; for batch rules, which have none, those that the step gets.
+    None for a step without scored rows: it shows nothing, and what was shown before stays. The weights are those before
+    the step; for batch rules, which have none, those that the step gets.
     """
     if statistics.size == 0:
-        return Evidence(sim=None, positive_share=None, largest_weight=None)
+        return None
     weights = rule.answer(replace(state, scalars=scalars), statistics, statistics.ids).astype(np.float64)
     largest = float(weights.max())
     if statistics.contributions is None:

@@ -43,7 +43,7 @@ class LossLinearUpper(BatchRule[LossLinearUpperSettings]):
             raise RuleError("losses", f"losses[{index}] = {signal[index]}: rule {self.name} needs finite values")
         return {STEPS: state.scalars.get(STEPS, 0.0) + (1.0 if len(signal) else 0.0)}
 
-    def logits(self, signal: NDArray[np.float32], scalars: Scalars) -> NDArray[np.float64]:
+    def logits(self, signal: NDArray[np.float32], scalars: Scalars, *, clip: bool = False) -> NDArray[np.float64]:
         """f/r."""
         losses = signal.astype(np.float64)
         lowest, highest = losses.min(), losses.max()

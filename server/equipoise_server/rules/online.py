@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Statistics, TableState
+from equipoise_server.rules.composed import ComposedRule
 
 
-class OnlineRule:
+class OnlineRule(ComposedRule):
     """Base of the rules that work inside one training run (see `Rule` for what each method promises)."""
 
     name: ClassVar[str]

@@ -11,6 +11,7 @@ from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, Stati
 from equipoise_server.rules.ema import moving_average
 from equipoise_server.rules.projection import ONE, find_threshold
 from equipoise_server.rules.settings import EmaSettings, number
+from equipoise_server.rules.slices import Slices
 from equipoise_server.rules.sums import table_sums
 from equipoise_server.rules.table import RAW, TableRule, fixed_point, gather, scatter
 
@@ -90,10 +91,10 @@ class ProjectedGradient(TableRule[ProjectedGradientSettings]):
         state.scalars = dict(scalars)
         return state
 
-    def restore(self, state: TableState) -> TableState:
-        """Checks the tables and τ, and recomputes the exact sums."""
+    def restore_slices(self, state: TableState) -> Slices[TableState]:
+        """Checks the tables and τ, and recomputes the exact sums, in slices."""
         self._threshold(state.scalars)
-        return super().restore(state)
+        return (yield from super().restore_slices(state))
 
     def _moved(
         self, raw: torch.Tensor, index: torch.Tensor | None, signal: NDArray[np.float64]

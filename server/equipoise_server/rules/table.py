@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
 from equipoise_server.rules.online import OnlineRule
-from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
+from equipoise_server.rules.scale import MEAN_SQUARE, PerRow, next_mean_square, scaled
 from equipoise_server.rules.settings import SignalSettingsT, resolved
 from equipoise_server.rules.signals import check_length, check_signals
+from equipoise_server.rules.slices import SLICE_VALUES, Slices, fill
 from equipoise_server.rules.sums import spans, table_sums
 
 RAW = "raw"
@@ -67,16 +68,20 @@ class TableRule(OnlineRule, ABC, Generic[SignalSettingsT]):
         """What the rule reads of a step, float32 [B]; None where the trainer did not send it."""
         return statistics.contributions
 
-    def scaled(self, signal: NDArray[np.float32], statistics: Statistics, scalars: Scalars) -> NDArray[np.float64]:
-        """The step's signal in units of its running RMS, float64 [B]."""
+    def scaled(
+        self, signal: NDArray[np.float32], statistics: Statistics, scalars: Mapping[str, PerRow]
+    ) -> NDArray[np.float64]:
+        """The signal in units of its running RMS, float64 [B]: of one step, or of rows of many with scalars of each.
+
+        Row-local: a row's value depends on its own statistics and scalars.
+        """
         return scaled(signal, scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
 
-    def init(self, num_examples: int, *, device: torch.device) -> TableState:
-        """The uniform policy."""
-        columns = {
-            self.statistic: torch.zeros(num_examples, dtype=torch.float32, device=device),
-            RAW: torch.full((num_examples,), -1, dtype=self.raw_dtype, device=device),
-        }
+    def init_slices(self, num_examples: int, *, device: torch.device) -> Slices[TableState]:
+        """The uniform policy, in slices."""
+        columns = {name: torch.empty(num_examples, dtype=dtype, device=device) for name, dtype in self.columns.items()}
+        yield from fill(columns[self.statistic], 0.0)
+        yield from fill(columns[RAW], -1)
         return TableState(num_examples=num_examples, columns=columns)
 
     def check(self, statistics: Statistics) -> None:
@@ -90,29 +95,26 @@ class TableRule(OnlineRule, ABC, Generic[SignalSettingsT]):
         decay = self._settings.rms_decay
         return {MEAN_SQUARE: next_mean_square(previous, signal, decay=decay, name=self.signal_name, rule=self.name)}
 
-    @abstractmethod
-    def apply(
-        self, state: TableState, statistics: Statistics, scalars: Scalars, *, pages: NDArray[np.bool_] | None = None
-    ) -> TableState:
-        """The step's row updates."""
-
-    def update(self, state: TableState, statistics: Statistics) -> TableState:
-        """The next policy."""
-        self.check(statistics)
-        return self.apply(state, statistics, self.prepare(state, statistics))
-
-    def restore(self, state: TableState) -> TableState:
-        """Checks the tables and recomputes the exact sums."""
-        self._check_tables(state)
+    def restore_slices(self, state: TableState) -> Slices[TableState]:
+        """Checks the tables and recomputes the exact sums, in slices."""
+        self._check_columns(state)
+        scored = total = squares = 0
+        # A page's temporaries stay in the cache: a millisecond. Elsewhere it is the number of launches that takes time.
+        rows = PAGE_EXAMPLES if state.device.type == "cpu" else SLICE_VALUES
+        for span in spans(state.num_examples, rows=rows):
+            self._check_span(state, span)
+            sums = table_sums(state.columns[RAW][span])
+            scored, total, squares = scored + sums[0], total + sums[1], squares + sums[2]
+            yield
         scaled(np.zeros(0, np.float32), state.scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
-        state.scored, state.raw_sum, state.raw_square_sum = table_sums(state.columns[RAW])
+        state.scored, state.raw_sum, state.raw_square_sum = scored, total, squares
         return state
 
     def weights(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """Served weights."""
         raw, factor, guard = state.columns[RAW], self._weight_per_raw(state), state.guard_strength
         if ids is not None:
-            return _served(gather(raw, _on(raw.device, ids)), factor, guard)
+            return _served(gather(raw, on_device(raw.device, ids)), factor, guard)
         return np.concatenate([_served(raw[span], factor, guard) for span in spans(state.num_examples)])
 
     def answer(
@@ -123,7 +125,7 @@ class TableRule(OnlineRule, ABC, Generic[SignalSettingsT]):
 
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """The statistic, NaN where never scored."""
-        index = None if ids is None else _on(state.device, ids)
+        index = None if ids is None else on_device(state.device, ids)
         statistic, raw = (gather(state.columns[name], index) for name in (self.statistic, RAW))
         return _numpy_float32(torch.where(raw < 0, torch.nan, statistic))
 
@@ -131,7 +133,7 @@ class TableRule(OnlineRule, ABC, Generic[SignalSettingsT]):
         self, state: TableState, ids: NDArray[np.int64] | None, *, trajectory_row: int | None = None
     ) -> NDArray[np.bool_]:
         """Whether the raw weight is above the floor; always so where floor and top are the same."""
-        raw = gather(state.columns[RAW], None if ids is None else _on(state.device, ids))
+        raw = gather(state.columns[RAW], None if ids is None else on_device(state.device, ids))
         floor, top = self.raw_range
         above = raw != floor if floor < top else torch.ones_like(raw, dtype=torch.bool)
         return np.asarray(above.cpu().numpy(), dtype=np.bool_)
@@ -170,7 +172,7 @@ class TableRule(OnlineRule, ABC, Generic[SignalSettingsT]):
             ids = np.arange(state.num_examples) if ids is None else ids
             kept = pages[ids // PAGE_EXAMPLES]
             ids, signal = ids[kept], signal[kept]
-        return None if ids is None else _on(state.device, ids), signal
+        return None if ids is None else on_device(state.device, ids), signal
 
     def _advanced(
         self, state: TableState, index: torch.Tensor | None, signal: NDArray[np.float64], first: torch.Tensor
@@ -179,16 +181,17 @@ class TableRule(OnlineRule, ABC, Generic[SignalSettingsT]):
         old = gather(state.columns[self.statistic], index).double()
         return self.advance(old, torch.from_numpy(signal).to(state.device), first).float()
 
-    def _check_tables(self, state: TableState) -> None:
+    def _check_columns(self, state: TableState) -> None:
         for name, dtype in self.columns.items():
             column = state.columns.get(name)
             if column is None or column.dtype != dtype or column.shape != (state.num_examples,):
                 raise RuleError(f"state.{name}", f"state.{name}: rule {self.name} needs {dtype} [{state.num_examples}]")
+
+    def _check_span(self, state: TableState, span: slice) -> None:
         floor, top = self.raw_range
-        for span in spans(state.num_examples):
-            raw, statistic = state.columns[RAW][span], state.columns[self.statistic][span]
-            self._check_rows(RAW, raw, (raw == -1) | ((raw >= floor) & (raw <= top)), span.start)
-            self._check_rows(self.statistic, statistic, torch.isfinite(statistic), span.start)
+        raw, statistic = state.columns[RAW][span], state.columns[self.statistic][span]
+        self._check_rows(RAW, raw, (raw == -1) | ((raw >= floor) & (raw <= top)), span.start)
+        self._check_rows(self.statistic, statistic, torch.isfinite(statistic), span.start)
 
     def _check_rows(self, name: str, values: torch.Tensor, good: torch.Tensor, offset: int) -> None:
         if not bool(good.all()):
@@ -202,7 +205,8 @@ def fixed_point(value: float, one: int) -> int:
     return round(value * one)
 
 
-def _on(device: torch.device, ids: NDArray[np.int64]) -> torch.Tensor:
+def on_device(device: torch.device, ids: NDArray[np.int64]) -> torch.Tensor:
+    """An index into tables on `device`."""
     return torch.from_numpy(ids if ids.flags.writeable else ids.copy()).to(device)
 
 

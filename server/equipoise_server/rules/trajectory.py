@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
+from equipoise_server.rules.composed import ComposedRule
 from equipoise_server.rules.settings import RuleSettings, flag, integer, number, resolved
 from equipoise_server.rules.signals import check_length, check_signals
 from equipoise_server.rules.simplex import MAX_EXAMPLES, project_simplex
+from equipoise_server.rules.slices import Slices, fill
 
 WEIGHT = "weight"
 """Column of served weights N·γ, float32 [T, N]."""
@@ -46,7 +48,7 @@ class TrajectorySettings(RuleSettings):
     row has had. 0: the step size stays ε₀."""
 
 
-class Trajectory:
+class Trajectory(ComposedRule):
     """γ_t ← projection of γ_t + ε_t·c onto the simplex, as the contributions c = λ_{t+1}·∇l_n of row t arrive.
 
     arXiv 2402.17759, Eq. 6, with the linear decay of the paper's code. A step moves one row, which its contributions
@@ -78,17 +80,20 @@ class Trajectory:
         """T."""
         return int(self._settings.rows)
 
-    def init(self, num_examples: int, *, device: torch.device) -> TableState:
-        """Every row uniform. Raises RuleError when a row would be longer than a projection can be."""
+    def init_slices(self, num_examples: int, *, device: torch.device) -> Slices[TableState]:
+        """Every row uniform, in slices. Raises RuleError when a row would be longer than a projection can be."""
         if num_examples > MAX_EXAMPLES:
             message = f"num_examples = {num_examples}: rule {self.name} projects at most {MAX_EXAMPLES} examples"
             raise RuleError("num_examples", message)
         rows = self.trajectory_rows
         columns = {
-            WEIGHT: torch.ones(rows, num_examples, dtype=torch.float32, device=device),
-            UPDATES: torch.zeros(rows, dtype=torch.int32, device=device),
-            EFFECTIVE: torch.full((rows,), float(num_examples), dtype=torch.float32, device=device),
+            WEIGHT: torch.empty(rows, num_examples, dtype=torch.float32, device=device),
+            UPDATES: torch.empty(rows, dtype=torch.int32, device=device),
+            EFFECTIVE: torch.empty(rows, dtype=torch.float32, device=device),
         }
+        yield from fill(columns[WEIGHT], 1.0)
+        yield from fill(columns[UPDATES], 0)
+        yield from fill(columns[EFFECTIVE], float(num_examples))
         return TableState(num_examples=num_examples, columns=columns, page_rows=max(1, PAGE_EXAMPLES // num_examples))
 
     def touched_pages(self, state: TableState, statistics: Statistics) -> NDArray[np.int64] | slice:
@@ -128,13 +133,8 @@ class Trajectory:
         state.scalars = dict(scalars)
         return state
 
-    def update(self, state: TableState, statistics: Statistics) -> TableState:
-        """The next policy."""
-        self.check(statistics)
-        return self.apply(state, statistics, self.prepare(state, statistics))
-
-    def restore(self, state: TableState) -> TableState:
-        """Checks the tables and recomputes what follows from the weights."""
+    def restore_slices(self, state: TableState) -> Slices[TableState]:
+        """Checks the tables and recomputes what follows from the weights, row by row."""
         fresh = self.init(state.num_examples, device=torch.device("meta"))
         for name, expected in fresh.columns.items():
             column = state.columns.get(name)
@@ -147,6 +147,7 @@ class Trajectory:
                 where = f"state.{WEIGHT}[{row}]"
                 raise RuleError(f"state.{WEIGHT}", f"{where}: rule {self.name} only writes weights >= 0 with mean 1")
             state.columns[EFFECTIVE][row] = _effective(values)
+            yield
         updates = state.columns[UPDATES]
         if int(updates.min()) < 0:
             raise RuleError(f"state.{UPDATES}", f"state.{UPDATES}: rule {self.name} never writes a negative number")

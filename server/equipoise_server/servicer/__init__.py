@@ -1,6 +1,6 @@
-"""The RPC edge: validates and converts, asks the engine, answers."""
+"""The servicer: the RPCs of `equipoise.v1.PolicyService`, between the wire and the engine."""
 
-from equipoise_server.servicer.convert import StepLimits
-from equipoise_server.servicer.service import PolicyServicer, ServiceLimits
+from equipoise_server.servicer.limits import ServiceLimits
+from equipoise_server.servicer.service import PolicyServicer
 
-__all__ = ["PolicyServicer", "ServiceLimits", "StepLimits"]
+__all__ = ["PolicyServicer", "ServiceLimits"]

@@ -1,5 +1,6 @@
 """Requests to steps, answers to responses."""
 
+import asyncio
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from equipoise_server.engine import Answer, Kind, Policy, PolicyRunner, Step
 from equipoise_server.errors import ServiceError, invalid
 from equipoise_server.rules import RuleError, Statistics, aggregate
 from equipoise_server.servicer.arrays import parse_ids, parse_scored, parse_statistic, to_bytes
+from equipoise_server.servicer.limits import ServiceLimits
 from equipoise_server.servicer.sketches import parse_sketches
 from equipoise_server.status import to_status
 
@@ -19,14 +21,11 @@ ROW_STATISTICS = ("contributions", "losses", "reference_losses")
 STATISTICS = (*ROW_STATISTICS, "gradient_sketches", "target_sketch")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepLimits:
-    """Bounds of one request: `max_batch_examples` rows."""
-
-    max_batch_examples: int
+LONG_ROWS = 16_384
+"""A request with more rows is converted beside the event loop: sorting its ids takes milliseconds."""
 
 
-def to_step(request: pb.StepRequest, *, trainer_id: str, policy: Policy, limits: StepLimits) -> Step:
+def to_step(request: pb.StepRequest, *, trainer_id: str, policy: Policy, limits: ServiceLimits) -> Step:
     """A validated step or read. Raises ServiceError (INVALID_ARGUMENT) naming field, index, value and rule."""
     rows = _Rows.parse(request, num_examples=policy.spec.num_examples, limits=limits)
     weights_for = _weights_for(request, rows, policy, limits)
@@ -50,13 +49,19 @@ def to_step(request: pb.StepRequest, *, trainer_id: str, policy: Policy, limits:
     )
 
 
-async def convert_step(request: pb.StepRequest, *, trainer_id: str, runner: PolicyRunner, limits: StepLimits) -> Step:
-    """`to_step`, on the device's thread where there are sketches: some MiB of products must not stop the event loop."""
+async def convert_step(
+    request: pb.StepRequest, *, trainer_id: str, runner: PolicyRunner, limits: ServiceLimits
+) -> Step:
+    """`to_step`, beside the event loop where it takes long: sketches on the device's thread, many rows on another."""
 
     def convert(policy: Policy) -> Step:
         return to_step(request, trainer_id=trainer_id, policy=policy, limits=limits)
 
-    return await runner.read(convert) if request.gradient_sketches else convert(runner.policy)
+    if request.gradient_sketches:
+        return await runner.read(convert)
+    if len(request.example_ids) > 8 * LONG_ROWS:
+        return await asyncio.to_thread(convert, runner.policy)
+    return convert(runner.policy)
 
 
 def to_refused(request: pb.StepRequest, error: ServiceError, *, trainer_id: str) -> Step:
@@ -93,7 +98,7 @@ class _Rows:
     given: bool
 
     @classmethod
-    def parse(cls, request: pb.StepRequest, *, num_examples: int, limits: StepLimits) -> "_Rows":
+    def parse(cls, request: pb.StepRequest, *, num_examples: int, limits: ServiceLimits) -> "_Rows":
         most = limits.max_batch_examples
         which = request.WhichOneof("rows")
         if which == "example_ids":
@@ -134,7 +139,9 @@ def _to_read(
     )
 
 
-def _weights_for(request: pb.StepRequest, rows: _Rows, policy: Policy, limits: StepLimits) -> NDArray[np.int64] | None:
+def _weights_for(
+    request: pb.StepRequest, rows: _Rows, policy: Policy, limits: ServiceLimits
+) -> NDArray[np.int64] | None:
     if not request.HasField("weights_for"):
         return rows.ids
     return parse_ids(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -12,13 +13,16 @@ from equipoise_server.engine import Answer, Engine, PolicyRunner, Session, Step,
 from equipoise_server.errors import Code, ServiceError, invalid
 from equipoise_server.interceptors import Malformed
 from equipoise_server.security import caller
-from equipoise_server.servicer.convert import StepLimits, convert_step, is_step, to_refused, to_response
+from equipoise_server.servicer.convert import convert_step, is_step, to_refused, to_response
+from equipoise_server.servicer.limits import ServiceLimits
 
 MAX_IN_FLIGHT = 1024
 """Answers that may wait in one stream before it is read no further."""
 MAX_UNREAD_BYTES = 2 << 20
 """Weights of such answers, bytes: a client that does not read must not fill the memory. One answer always fits."""
 RECONNECT_WITHIN_MS = 1000
+LAST_ANSWERS_S = 1.0
+"""How long a stream that has to end may go on sending the answers that are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +57,12 @@ class Exchange:
         engine: Engine,
         context: Context,
         *,
-        limits: StepLimits,
-        first_message_timeout_s: float,
+        limits: ServiceLimits,
         telemetry: Telemetry,
     ) -> None:
         self._engine = engine
         self._context = context
         self._limits = limits
-        self._first_message_timeout_s = first_message_timeout_s
         self._telemetry = telemetry
         self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue(MAX_IN_FLIGHT)
         self._unread = 0
@@ -88,22 +90,38 @@ class Exchange:
         writer = asyncio.create_task(self._write(runner, session.trainer_id))
         session.on_drain = self._ask_to_reconnect
         try:
-            ends: set[asyncio.Future[Any]] = {writer, session.ended}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not writer.done():
+            ends: set[asyncio.Future[Any]] = {reader, writer, session.ended}
+            while not writer.done():
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if reader in ends and reader.done():
+                    reader.result()  # a bug; what is wrong with a request is told by the writer, in its turn
+                    ends.discard(reader)
+                if session.ended.done():
+                    await self._finish(reader, writer, session.ended.result())
+                    break
+            if writer.done():
+                await writer
+            else:
                 raise session.ended.result()
-            await writer
         finally:
             reader.cancel()
             writer.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
 
+    async def _finish(self, reader: asyncio.Task[None], writer: asyncio.Task[None], error: ServiceError) -> None:
+        """Sends the answers that are there, and the error behind them; a client that does not read misses them."""
+        reader.cancel()
+        await asyncio.wait([reader])
+        with suppress(asyncio.QueueFull):
+            self._outgoing.put_nowait(error)
+        await asyncio.wait([writer], timeout=LAST_ANSWERS_S)
+
     async def _read_opening(self) -> pb.OpenRequest | None:
         try:
-            async with asyncio.timeout(self._first_message_timeout_s):
+            async with asyncio.timeout(self._limits.first_message_timeout_s):
                 message = await self._context.read()
         except TimeoutError:
-            description = f"no opening message within {self._first_message_timeout_s} s"
+            description = f"no opening message within {self._limits.first_message_timeout_s} s"
             raise ServiceError(Code.DEADLINE_EXCEEDED, "NOT_OPENED", description) from None
         if message is grpc.aio.EOF:
             return None
@@ -149,6 +167,8 @@ class Exchange:
         try:
             step = await convert_step(request, trainer_id=trainer_id, runner=runner, limits=self._limits)
         except ServiceError as error:
+            if error.code is not Code.INVALID_ARGUMENT:
+                raise  # nothing is wrong with the step: it keeps its sequence, and is sent again
             self._telemetry.rejected(reason=error.reason)
             step = to_refused(request, error, trainer_id=trainer_id)
         if is_step(request) and not request.sequence:

@@ -11,7 +11,7 @@ from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import Policy
 from equipoise_server.errors import invalid
 from equipoise_server.servicer.arrays import parse_ids, to_bytes
-from equipoise_server.servicer.convert import StepLimits
+from equipoise_server.servicer.limits import ServiceLimits
 
 PIECE_VALUES = 262_144
 """Values per piece: 1 MiB; a longer row is one piece."""
@@ -28,7 +28,7 @@ class Piece:
     read: Reader
 
 
-def pieces(request: pb.ReadWeightsRequest, policy: Policy, *, limits: StepLimits) -> Iterator[Piece]:
+def pieces(request: pb.ReadWeightsRequest, policy: Policy, *, limits: ServiceLimits) -> Iterator[Piece]:
     """The pieces of what a request asks for, in order.
 
     Raises ServiceError (INVALID_FIELD, OUT_OF_RANGE_VALUE, ID_OUT_OF_RANGE, ...) at the first one.

@@ -3,62 +3,33 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import grpc
 
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1 import policy_pb2_grpc
-from equipoise_server.engine import Engine, Policy, PolicyRunner, PolicySpec, Telemetry
+from equipoise_server.engine import Engine, PolicyRunner, PolicySpec, Telemetry
 from equipoise_server.engine.sampling import draw
 from equipoise_server.engine.spec import check_name
 from equipoise_server.errors import Code, ServiceError, invalid
 from equipoise_server.rules import names
 from equipoise_server.security import Scope, StorageQuotas, caller
 from equipoise_server.servicer import reading, specs, transfer
-from equipoise_server.servicer.convert import StepLimits, convert_step, to_response
+from equipoise_server.servicer.convert import convert_step, to_response
 from equipoise_server.servicer.exchange import Exchange
+from equipoise_server.servicer.limits import ServiceLimits
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 POLICY_HEADER = "x-equipoise-policy"
+MAX_WAIT_S = 60.0
+"""Longest wait of a call without a deadline for a policy that is being loaded."""
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 DEFAULT_WATCH_INTERVAL_MS = 1000
 MIN_WATCH_INTERVAL_MS = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceLimits:
-    """Bounds and facts of the service.
-
-    Attributes:
-        step: of one step or read.
-        max_examples: most examples of a policy.
-        max_message_bytes: largest message.
-        max_streams: most open Exchange streams.
-        first_message_timeout_s: a stream that has not opened by then ends.
-        build_version: version of the build.
-        device: name of the device for people.
-    """
-
-    step: StepLimits
-    max_examples: int
-    max_message_bytes: int
-    max_streams: int
-    first_message_timeout_s: float
-    build_version: str
-    device: str
-
-    @property
-    def spec(self) -> specs.SpecLimits:
-        """Bounds of a specification."""
-        return specs.SpecLimits(
-            max_examples=self.max_examples,
-            max_batch_examples=self.step.max_batch_examples,
-            max_message_bytes=self.max_message_bytes,
-        )
 
 
 class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
@@ -82,10 +53,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         except ServiceError as error:
             if error.reason != "POLICY_NOT_FOUND":
                 raise
-            stored, created = await self._create(request)
+            stored, created = await self._create(request, context)
         if not created:
             specs.check_same(message, PolicySpec.from_json(stored.spec))
-        runner = await self._engine.runner(message.name)
+        runner = await self._engine.runner(message.name, uid=stored.uid, wait_s=_wait_s(context))
         return pb.CreatePolicyResponse(status=specs.status_message(runner), created=created)
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:  # noqa: N802
@@ -104,7 +75,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         prefix = caller().visible_prefix(request.prefix)
         if prefix is None:
             return pb.ListPoliciesResponse()
-        found = await self._engine.list(after=request.page_token, prefix=prefix, limit=size + 1)
+        found = await self._engine.list_policies(after=request.page_token, prefix=prefix, limit=size + 1)
         page = found[:size]
         return pb.ListPoliciesResponse(
             policies=[specs.listed_message(stored) for stored in page],
@@ -125,8 +96,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         exchange = Exchange(
             self._engine,
             context,
-            limits=self._limits.step,
-            first_message_timeout_s=self._limits.first_message_timeout_s,
+            limits=self._limits,
             telemetry=self._telemetry,
         )
         self.open_streams += 1
@@ -141,13 +111,11 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         if request.step.sequence and not request.trainer_id:
             raise invalid("INVALID_TRAINER_ID", "trainer_id", "is empty; a step with a sequence needs one")
         try:
-            step = await convert_step(
-                request.step, trainer_id=request.trainer_id, runner=runner, limits=self._limits.step
-            )
+            step = await convert_step(request.step, trainer_id=request.trainer_id, runner=runner, limits=self._limits)
         except ServiceError as error:
             self._telemetry.rejected(reason=error.reason)
             raise
-        answer = await runner.submit_now(step)
+        answer = await runner.submit_now(replace(step, in_stream=False))
         response = to_response(answer, runner=runner, trainer_id=request.trainer_id)
         return pb.UpdateWeightsResponse(step=response)
 
@@ -156,24 +124,31 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[pb.ReadWeightsResponse]:
         """See the contract."""
         runner = await self._runner(request.policy, context)
-        for piece in reading.pieces(request, runner.policy, limits=self._limits.step):
+        for piece in reading.pieces(request, runner.policy, limits=self._limits):
             version, values = await runner.read(piece.read)
             yield pb.ReadWeightsResponse(offset=piece.offset, values=values, epoch=runner.epoch, version=version)
 
     async def SampleExamples(self, request: pb.SampleExamplesRequest, context: Context) -> pb.SampleExamplesResponse:  # noqa: N802
         """See the contract."""
         runner = await self._runner(request.policy, context)
-        most = self._limits.step.max_batch_examples
+        most = self._limits.max_batch_examples
         if not 1 <= request.count <= most:
             raise invalid("OUT_OF_RANGE_VALUE", "count", f"{request.count} is not in [1, {most}] (max_batch_examples)")
         seed = request.seed if request.HasField("seed") else secrets.randbits(63)
 
-        def sample(policy: Policy) -> tuple[int, bytes]:
-            ids = draw(policy.weights(None), request.count, with_replacement=request.with_replacement, seed=seed)
-            return policy.version, ids.astype("<u8").tobytes()
-
-        version, ids = await runner.read(sample)
-        return pb.SampleExamplesResponse(example_ids=ids, epoch=runner.epoch, version=version, seed=seed)
+        async with runner.snapshot() as snapshot:
+            ids = await runner.read_slices(
+                draw(
+                    snapshot,
+                    request.count,
+                    num_examples=runner.policy.spec.num_examples,
+                    with_replacement=request.with_replacement,
+                    seed=seed,
+                )
+            )
+        return pb.SampleExamplesResponse(
+            example_ids=ids.astype("<u8").tobytes(), epoch=runner.epoch, version=snapshot.header.version, seed=seed
+        )
 
     async def WatchPolicy(  # noqa: N802
         self, request: pb.WatchPolicyRequest, context: Context
@@ -205,14 +180,18 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self, request_iterator: AsyncIterator[object], context: Context
     ) -> pb.ImportPolicyResponse:
         """See the contract."""
-        spec, snapshot = await transfer.import_snapshot(
+        imported = await transfer.import_policy(
             request_iterator,
-            limits=self._limits.spec,
+            limits=self._limits,
             check=lambda spec: _check_policy(spec.name, context, field="header.spec.name"),
         )
+        spec, header = imported.spec, imported.header
         async with self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec)):
-            await self._engine.create_from(spec, snapshot)
-        return pb.ImportPolicyResponse(status=specs.status_message(await self._engine.runner(spec.name)))
+            await self._engine.check_tables(spec, header, imported.pages())
+            await self._engine.create_from(spec, header, imported.pages())
+        return pb.ImportPolicyResponse(
+            status=specs.status_message(await self._engine.runner(spec.name, wait_s=_wait_s(context)))
+        )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
         """See the contract."""
@@ -220,7 +199,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             api_version="v1",
             build_version=self._limits.build_version,
             device=self._limits.device,
-            max_batch_examples=self._limits.step.max_batch_examples,
+            max_batch_examples=self._limits.max_batch_examples,
             max_examples=self._limits.max_examples,
             max_message_bytes=self._limits.max_message_bytes,
             rules=names(),
@@ -228,27 +207,35 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
     async def _runner(self, policy: str, context: Context) -> PolicyRunner:
         _check_policy(policy, context, field="policy")
-        return await self._engine.runner(policy)
+        return await self._engine.runner(policy, wait_s=_wait_s(context))
 
     async def _sizes(self, prefix: str) -> list[int]:
         sizes: list[int] = []
         after = ""
-        while page := await self._engine.list(after=after, prefix=prefix, limit=MAX_PAGE_SIZE):
+        while page := await self._engine.list_policies(after=after, prefix=prefix, limit=MAX_PAGE_SIZE):
             sizes.extend(specs.num_weights(PolicySpec.from_json(stored.spec)) for stored in page)
             after = page[-1].name
         return sizes
 
-    async def _create(self, request: pb.CreatePolicyRequest) -> tuple[Any, bool]:
+    async def _create(self, request: pb.CreatePolicyRequest, context: Context) -> tuple[Any, bool]:
         if not request.HasField("policy") or not getattr(request, "from"):
-            spec = specs.resolve_spec(request.policy, limits=self._limits.spec)
+            spec = specs.resolve_spec(request.policy, limits=self._limits)
             async with self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec)):
                 return await self._engine.create(spec)
         caller().check_scope(Scope.READ, what="CreatePolicy with `from`")
         caller().check_policy(getattr(request, "from"), field="from")
-        source = await self._engine.runner(getattr(request, "from"))
+        source = await self._engine.runner(getattr(request, "from"), wait_s=_wait_s(context))
         spec = specs.forked_spec(request.policy, source.policy.spec)
-        async with self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec)):
-            return await self._engine.create_from(spec, await source.read(transfer.snapshot)), True
+        adding = self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec))
+        async with adding, source.snapshot() as snapshot:
+            pages = source.pages(snapshot, version=0)
+            return await self._engine.create_from(spec, snapshot.header, pages), True
+
+
+def _wait_s(context: Context) -> float:
+    """How long a call may wait for a policy that is being loaded: its answer has to come before its deadline."""
+    remaining = context.time_remaining()
+    return MAX_WAIT_S if remaining is None else min(MAX_WAIT_S, max(0.0, 0.9 * remaining - 0.2))
 
 
 def _header_policy(context: Context) -> str | None:

@@ -1,7 +1,7 @@
 """Specifications and statuses between wire and domain."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -10,6 +10,7 @@ from equipoise_server.engine import Durability, PolicyRunner, PolicySpec
 from equipoise_server.engine.spec import check_name
 from equipoise_server.errors import invalid, policy_exists
 from equipoise_server.rules import RuleError, SettingValues, build
+from equipoise_server.servicer.limits import ServiceLimits
 from equipoise_server.store import StoredPolicy
 
 DEFAULT_RULE = "ema_sign"
@@ -24,22 +25,7 @@ FRAME_BYTES = 4096
 """Room that a message leaves for its framing and the fields around the arrays."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpecLimits:
-    """Bounds of a specification.
-
-    Attributes:
-        max_examples: most examples of a policy; of a trajectory: most weights of all its rows together.
-        max_batch_examples: most rows of a request.
-        max_message_bytes: largest message.
-    """
-
-    max_examples: int
-    max_batch_examples: int
-    max_message_bytes: int
-
-
-def resolve_spec(message: pb.PolicySpec, *, limits: SpecLimits) -> PolicySpec:
+def resolve_spec(message: pb.PolicySpec, *, limits: ServiceLimits) -> PolicySpec:
     """A full specification, defaults filled in. Raises ServiceError (INVALID_ARGUMENT)."""
     check_name(message.name, field="policy.name")
     if not 1 <= message.num_examples <= limits.max_examples:
@@ -149,7 +135,7 @@ def status_message(runner: PolicyRunner) -> pb.PolicyStatus:
         create_time=_timestamp(runner.stored),
         epoch=runner.epoch,
         version=progress.version,
-        durable_version=min(runner.log.durable_version, progress.version),
+        durable_version=min(runner.log.record.durable_version, progress.version),
         scored_examples=status.scored_examples,
         effective_examples=status.effective_examples,
         largest_weight=progress.largest_weight or 0.0,
@@ -158,13 +144,13 @@ def status_message(runner: PolicyRunner) -> pb.PolicyStatus:
         target_loss=progress.target_loss,
         guard_loss=progress.guard_loss,
         guard_strength=status.guard_strength,
-        compression_ratio=progress.compression_ratio(spec.reference_nats),
+        compression_ratio=status.compression_ratio,
         bytes=status.table_bytes,
         training_step=progress.training_step,
     )
 
 
-def _check_size(spec: PolicySpec, limits: SpecLimits) -> None:
+def _check_size(spec: PolicySpec, limits: ServiceLimits) -> None:
     """Raises ServiceError (OUT_OF_RANGE_VALUE) where a trajectory's rows would not fit a step, or not the server."""
     rule, num_examples = build(spec.rule, spec.settings), spec.num_examples
     rows, most = rule.trajectory_rows, min(limits.max_batch_examples, (limits.max_message_bytes - FRAME_BYTES) // 4)

@@ -1,17 +1,19 @@
 """Whole policies over the wire: exports and imports."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from equipoise.v1 import policy_pb2 as pb
-from equipoise_server.engine import Policy, PolicyRunner, PolicySpec
+from equipoise_server.engine import Header, PolicyRunner, PolicySpec, tables
 from equipoise_server.engine.progress import Progress
-from equipoise_server.engine.snapshot import Facts, Snapshot
 from equipoise_server.errors import invalid
 from equipoise_server.interceptors import Malformed
 from equipoise_server.rules import Guard, Scalars, TableState
 from equipoise_server.servicer import specs
+from equipoise_server.servicer.limits import ServiceLimits
+from equipoise_server.store import Page
 
 CHUNK_BYTES = 1 << 20
 GUARD = "guard."
@@ -19,31 +21,56 @@ GUARD = "guard."
 ELEMENT_TYPES = {"torch.int32": "int32", "torch.int64": "int64", "torch.float32": "float32"}
 
 
-def snapshot(policy: Policy) -> Snapshot:
-    """A copy of the whole policy."""
-    return Snapshot.of(policy)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedPolicy:
+    """What a client imports.
+
+    Attributes:
+        spec: its specification.
+        header: what belongs to no page, at version 0.
+        outline: tables of its shapes, without memory.
+        columns: little-endian bytes of each table, by name.
+    """
+
+    spec: PolicySpec
+    header: Header
+    outline: TableState
+    columns: Mapping[str, bytearray]
+
+    def pages(self) -> Iterator[tuple[int, Page]]:
+        """Its pages, as the store takes them; none of a policy without tables."""
+        row_bytes = {name: tables.row_bytes(column) for name, column in self.outline.columns.items()}
+        for index in range(self.outline.num_pages):
+            start, stop = tables.page_bounds(self.outline, index)
+            rows = {name: slice(start * size, stop * size) for name, size in row_bytes.items()}
+            columns = {name: bytes(data[rows[name]]) for name, data in self.columns.items()}
+            yield index, Page(version=0, columns=columns)
 
 
 async def export_messages(runner: PolicyRunner) -> AsyncIterator[pb.ExportPolicyResponse]:
-    """The header and the columns of one version."""
-    copy = await runner.read(snapshot)
-    spec = runner.policy.spec
-    outline = spec.outline()
-    yield pb.ExportPolicyResponse(
-        header=pb.StateHeader(
-            spec=specs.spec_message(spec),
-            version=copy.facts.progress.version,
-            scalars=_all_scalars(copy.facts),
-            columns=element_types(outline),
-            lengths=lengths(outline),
+    """The header and the columns of one version, page after page; steps go on meanwhile."""
+    async with runner.snapshot() as snapshot:
+        spec, version = runner.policy.spec, snapshot.header.version
+        outline = spec.outline()
+        yield pb.ExportPolicyResponse(
+            header=pb.StateHeader(
+                spec=specs.spec_message(spec),
+                version=version,
+                scalars=_all_scalars(snapshot.header),
+                columns=element_types(outline),
+                lengths=lengths(outline),
+            )
         )
-    )
-    for column, data in copy.columns.items():
-        size = outline.columns[column].element_size()
-        step = CHUNK_BYTES - CHUNK_BYTES % size
-        for start in range(0, len(data), step):
-            chunk = pb.StateChunk(column=column, offset=start // size, data=data[start : start + step])
-            yield pb.ExportPolicyResponse(chunk=chunk)
+        sent = dict.fromkeys(outline.columns, 0)
+        async for _, page in runner.pages(snapshot, version=version):
+            for column, data in page.columns.items():
+                size = outline.columns[column].element_size()
+                step = CHUNK_BYTES - CHUNK_BYTES % size
+                for start in range(0, len(data), step):
+                    piece = data[start : start + step]
+                    chunk = pb.StateChunk(column=column, offset=sent[column], data=piece)
+                    yield pb.ExportPolicyResponse(chunk=chunk)
+                    sent[column] += len(piece) // size
 
 
 def element_types(outline: TableState) -> dict[str, str]:
@@ -56,10 +83,10 @@ def lengths(outline: TableState) -> dict[str, int]:
     return {name: column.numel() for name, column in outline.columns.items()}
 
 
-async def import_snapshot(
-    requests: AsyncIterator[object], *, limits: specs.SpecLimits, check: Callable[[PolicySpec], None]
-) -> tuple[PolicySpec, Snapshot]:
-    """What a client imports, checked; `check` is called before anything is collected.
+async def import_policy(
+    requests: AsyncIterator[object], *, limits: ServiceLimits, check: Callable[[PolicySpec], None]
+) -> ImportedPolicy:
+    """What a client imports, checked but for its values; `check` is called before anything is collected.
 
     Raises ServiceError (INVALID_STATE).
     """
@@ -84,7 +111,7 @@ async def import_snapshot(
             _receive(message, received, outline)
     if spec is None:
         raise invalid("INVALID_STATE", "message", "the stream ended before the header")
-    return spec, _to_snapshot(outline, header, received)
+    return _imported(spec, outline, header, received)
 
 
 def _check_columns(header: pb.StateHeader, spec: PolicySpec, outline: TableState) -> None:
@@ -121,19 +148,25 @@ def _receive(message: pb.ImportPolicyRequest, received: dict[str, bytearray], ou
     column.extend(chunk.data)
 
 
-def _to_snapshot(outline: TableState, header: pb.StateHeader, received: dict[str, bytearray]) -> Snapshot:
+def _imported(
+    spec: PolicySpec, outline: TableState, header: pb.StateHeader, received: dict[str, bytearray]
+) -> ImportedPolicy:
     for name, data in received.items():
         expected = outline.columns[name]
         if len(data) != expected.nbytes:
             description = f"column {name!r} has {len(data) // expected.element_size()} of {expected.numel()} values"
             raise invalid("INVALID_STATE", "chunk", description)
     scalars, guard = _split_scalars(header.scalars)
-    facts = Facts(progress=Progress(), trainers="{}", scalars=scalars, guard=guard)
-    return Snapshot.shaped(outline, facts=facts, columns={name: bytes(data) for name, data in received.items()})
+    return ImportedPolicy(
+        spec=spec,
+        header=Header(progress=Progress(), trainers="{}", scalars=scalars, guard=guard),
+        outline=outline,
+        columns=received,
+    )
 
 
-def _all_scalars(facts: Facts) -> dict[str, float]:
-    return facts.scalars | {GUARD + name: value for name, value in facts.guard.to_scalars().items()}
+def _all_scalars(header: Header) -> dict[str, float]:
+    return header.scalars | {GUARD + name: value for name, value in header.guard.to_scalars().items()}
 
 
 def _split_scalars(scalars: Mapping[str, float]) -> tuple[Scalars, Guard]:

@@ -21,7 +21,7 @@ from equipoise_server.store.errors import (
 from equipoise_server.store.limits import MAX_APPEND_BYTES, MAX_COMMAND_BYTES
 from equipoise_server.store.log import entry_bytes
 from equipoise_server.store.observer import Observer
-from equipoise_server.store.records import LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
+from equipoise_server.store.records import Fence, LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
 from equipoise_server.store.redis_binary import RedisBinaryMissing
 from equipoise_server.store.redis_store import RedisStore
 
@@ -34,6 +34,7 @@ __all__ = [
     "Deleted",
     "EmbeddedRedis",
     "EmbeddedRedisFailed",
+    "Fence",
     "Fenced",
     "Fsync",
     "Interrupted",

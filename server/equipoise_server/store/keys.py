@@ -1,6 +1,6 @@
 """How the keys in Redis are spelled; nobody else spells one.
 
-All keys of a policy share the hash tag `{policy}`, hence one slot of a Redis Cluster. Log, pages and progress carry
+All keys of a policy share the hash tag `{policy}`, hence one slot of a Redis Cluster. Log, pages and header carry
 their *generation* too: what a half-finished deletion or republication leaves behind is never read as something else.
 """
 
@@ -52,8 +52,8 @@ class PolicyKeys:
         """Stream of entries `<version>-0`."""
         return f"{self._base}:{generation}:log"
 
-    def progress(self, generation: str) -> str:
-        """Hash of what belongs to no page: scalars, the deduplication table."""
+    def header(self, generation: str) -> str:
+        """Hash of what belongs to no page: progress, scalars, guard, the deduplication table."""
         return f"{self._base}:{generation}:progress"
 
     def page(self, generation: str, index: int) -> str:

@@ -45,28 +45,44 @@ class PolicyLog:
             )
 
     async def read(self, policy: str, generation: str, *, after: int) -> AsyncIterator[LogEntry]:
-        """The entries with versions above `after`, in order, read in chunks.
+        """The entries with versions above `after`, in order; errors as for `read_chunk`."""
+        count, last = 1, after
+        while True:
+            chunk, following = await self.read_chunk(policy, generation, after=last, count=count, first=last == after)
+            for entry in chunk:
+                yield entry
+            if len(chunk) < count:
+                return
+            count, last = following, chunk[-1].version
+
+    async def read_chunk(
+        self, policy: str, generation: str, *, after: int, count: int, first: bool = False
+    ) -> tuple[list[LogEntry], int]:
+        """At most `count` entries with versions above `after`, and how many to ask for next: some MiB of them.
+
+        Args:
+            policy: name.
+            generation: whose log.
+            after: version before the first one.
+            count: most entries.
+            first: nothing has been read yet: the log may begin later.
 
         Raises:
             LogLost: there is no log, or it has a gap.
         """
         key = PolicyKeys(self._prefix, policy).log(generation)
-        count = 1
-        version: int | None = None
-        while True:
-            start = (after if version is None else version) + 1
-            chunk = await self._commands.run("read_log", "XRANGE", key, f"{start}-0", "+", "COUNT", count)
-            if version is None and not chunk:
-                await self.state(policy, generation)
-            for entry_id, pairs in chunk:
-                entry = _entry(entry_id, pairs)
-                if version is not None and entry.version != version + 1:
-                    raise LogLost(policy, last_version=version)
-                version = entry.version
-                yield entry
-            if len(chunk) < count:
-                return
-            count = _next_count(count, max(_size(pairs) for _, pairs in chunk))
+        found = await self._commands.run("read_log", "XRANGE", key, f"{after + 1}-0", "+", "COUNT", count)
+        if not found:
+            if first:
+                await self.state(policy, generation)  # an empty log is one, too
+            return [], count
+        chunk = [_entry(entry_id, pairs) for entry_id, pairs in found]
+        last = chunk[0].version - 1 if first else after
+        for entry in chunk:
+            if entry.version != last + 1:
+                raise LogLost(policy, last_version=last)
+            last = entry.version
+        return chunk, _next_count(count, max(_size(pairs) for _, pairs in found))
 
     async def trim(self, owner: Ownership, *, through_version: int) -> None:
         """Drop the entries up to and with `through_version`; the last version stays known.

@@ -2,7 +2,7 @@
 
 A page is a Redis hash. Its columns are cut into pieces `<column>/<number>`, collected under the policy's staging key by
 commands of at most `MAX_COMMAND_BYTES`, and the last of these renames the staging key to the page. A small page is one
-command. What is stored of progress is cut alike.
+command. A header is cut alike.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _VERSION = "version"
 
 
 class PageTable:
-    """Writes and reads pages and progress."""
+    """Writes and reads pages and headers."""
 
     def __init__(self, commands: Commands, *, prefix: str) -> None:
         self._commands = commands
@@ -53,14 +53,14 @@ class PageTable:
             return None
         return Page(version=int(fields[_VERSION.encode()]), columns=_joined(fields))
 
-    async def write_progress(self, owner: Ownership, fields: Mapping[str, bytes]) -> None:
+    async def write_header(self, owner: Ownership, fields: Mapping[str, bytes]) -> None:
         """Replace what belongs to no page; errors as for `write_page`."""
-        target = PolicyKeys(self._prefix, owner.policy).progress(owner.generation)
+        target = PolicyKeys(self._prefix, owner.policy).header(owner.generation)
         await self._write(owner, target, fixed={"format": b"1"}, columns=fields, pages=0)
 
-    async def read_progress(self, policy: str, generation: str) -> dict[str, bytes]:
+    async def read_header(self, policy: str, generation: str) -> dict[str, bytes]:
         """What belongs to no page; empty where nothing was written."""
-        return _joined(await self._read("read_progress", PolicyKeys(self._prefix, policy).progress(generation)))
+        return _joined(await self._read("read_header", PolicyKeys(self._prefix, policy).header(generation)))
 
     async def _read(self, name: str, key: str) -> dict[bytes, bytes]:
         fields: dict[bytes, bytes] = await self._commands.run(name, "HGETALL", key)

@@ -1,13 +1,14 @@
 """Which policies exist and who owns them."""
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from equipoise_server.store import scripts
 from equipoise_server.store.commands import Commands
 from equipoise_server.store.errors import NotFound, OwnedElsewhere
 from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key
-from equipoise_server.store.records import Owner, Ownership, StoredPolicy
+from equipoise_server.store.records import Fence, Owner, Ownership, StoredPolicy
 
 _UNLINK_BATCH = 256
 
@@ -118,10 +119,14 @@ class PolicyTable:
             "release", scripts.RELEASE, policy=owner.policy, keys=[keys.owner], arguments=[owner.token]
         )
 
-    async def holds(self, owner: Ownership) -> bool:
-        """Whether nobody has acquired the policy since; what Redis has forgotten counts as held."""
-        token, epoch = await self._commands.run("owner", "HMGET", self._keys(owner.policy).owner, "token", "epoch")
-        return epoch is None or int(epoch) < owner.epoch or (token is not None and token.decode() == owner.token)
+    async def check_fences(self, owners: Sequence[Ownership]) -> list[Fence]:
+        """Whether others have acquired or deleted policies since; what Redis has forgotten counts as held."""
+        commands: list[tuple[str, ...]] = []
+        for owner in owners:
+            keys = self._keys(owner.policy)
+            commands += [("HMGET", keys.owner, "token", "epoch", "deleted"), ("HGET", keys.spec, "uid")]
+        found = await self._commands.run_together("fence_check", commands) if commands else []
+        return [_fence(*facts) for facts in zip(owners, found[::2], found[1::2], strict=True)]
 
     async def heartbeat(self, instance: str, *, address: str, ttl_s: float) -> bool:
         """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive."""
@@ -173,7 +178,7 @@ class PolicyTable:
             await self._unlink(keys, generation.decode(), pages=int(pages))
 
     async def _unlink(self, keys: PolicyKeys, generation: str, *, pages: int) -> None:
-        doomed = [keys.log(generation), keys.progress(generation)]
+        doomed = [keys.log(generation), keys.header(generation)]
         doomed.extend(keys.page(generation, index) for index in range(pages))
         for start in range(0, len(doomed), _UNLINK_BATCH):
             await self._commands.run("collect", "UNLINK", *doomed[start : start + _UNLINK_BATCH])
@@ -206,6 +211,15 @@ class PolicyTable:
 
     def _keys(self, name: str) -> PolicyKeys:
         return PolicyKeys(self._prefix, name)
+
+
+def _fence(owner: Ownership, held: Sequence[bytes | None], uid: bytes | None) -> Fence:
+    token, epoch, deleted = held
+    if uid is not None and uid.decode() != owner.uid:
+        return Fence.DELETED
+    if epoch is None or int(epoch) < owner.epoch or (token is not None and token.decode() == owner.token):
+        return Fence.HELD
+    return Fence.FENCED if deleted is None else Fence.DELETED
 
 
 def _stored(name: str, held: Any) -> StoredPolicy:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,17 @@ class Ownership:
     generation: str
     address: str
     instance: str = ""
+
+
+class Fence(Enum):
+    """How an ownership stands."""
+
+    HELD = "held"
+    """Nobody else has acquired the policy since."""
+    FENCED = "fenced"
+    """Another server has."""
+    DELETED = "deleted"
+    """The policy was deleted, and perhaps created again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from equipoise_server.store.log import PolicyLog
 from equipoise_server.store.observer import Observer
 from equipoise_server.store.pages import PageTable
 from equipoise_server.store.policies import PolicyTable
-from equipoise_server.store.records import LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
+from equipoise_server.store.records import Fence, LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
 
 
 class RedisStore:
@@ -32,8 +32,10 @@ class RedisStore:
         prefix: str = "equipoise",
         command_timeout_s: float = COMMAND_TIMEOUT_S,
         observer: Observer | None = None,
+        confirms_writes: bool = False,
     ) -> None:
         self._client = client
+        self._confirms_writes = confirms_writes
         self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)
         self._prefix = prefix
         self._policies = PolicyTable(self._commands, prefix=prefix)
@@ -49,6 +51,7 @@ class RedisStore:
         prefix: str = "equipoise",
         command_timeout_s: float = COMMAND_TIMEOUT_S,
         observer: Observer | None = None,
+        confirms_writes: bool = False,
     ) -> "RedisStore":
         """A store at a URL; opens no connection yet.
 
@@ -57,12 +60,21 @@ class RedisStore:
             prefix: first part of every key.
             command_timeout_s: seconds to wait for a connection, and for an answer.
             observer: told of every command and error.
+            confirms_writes: for a Redis with `appendfsync no` on whose file durability rests. It answers an append in
+                the turn of its loop in which it writes its file, also when that write fails (a full disk); it refuses
+                a PING from then on. So an append is only done once a PING behind it is answered.
 
         Raises:
             InvalidStoreUrl: not such a URL.
         """
         client = client_for(url, command_timeout_s=command_timeout_s)
-        return cls(client, prefix=prefix, command_timeout_s=command_timeout_s, observer=observer)
+        return cls(
+            client,
+            prefix=prefix,
+            command_timeout_s=command_timeout_s,
+            observer=observer,
+            confirms_writes=confirms_writes,
+        )
 
     async def ping(self) -> None:
         """Reach Redis once."""
@@ -84,7 +96,7 @@ class RedisStore:
         """The policy of that name."""
         return await self._policies.get(name)
 
-    async def list(self, *, after: str = "", prefix: str = "", limit: int) -> list[StoredPolicy]:
+    async def list_policies(self, *, after: str = "", prefix: str = "", limit: int) -> list[StoredPolicy]:
         """At most `limit` policies in the order of their names: those after `after` that begin with `prefix`."""
         return await self._policies.select(after=after, prefix=prefix, limit=limit)
 
@@ -114,9 +126,9 @@ class RedisStore:
         """Give a policy up, for any server to acquire; this owner is fenced from here on."""
         await self._policies.release(owner)
 
-    async def holds(self, owner: Ownership) -> bool:
-        """Whether nobody has acquired the policy since; what Redis has forgotten counts as held."""
-        return await self._policies.holds(owner)
+    async def check_fences(self, owners: Sequence[Ownership]) -> list[Fence]:
+        """Whether others have acquired or deleted these policies since; what Redis has forgotten counts as held."""
+        return await self._policies.check_fences(owners)
 
     async def heartbeat(self, instance: str, *, address: str, ttl_s: float) -> bool:
         """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive.
@@ -142,6 +154,8 @@ class RedisStore:
             LogLost: the log ends before the first entry's predecessor, or is gone.
         """
         await self._log.append(owner, entries)
+        if self._confirms_writes:
+            await self._commands.run("confirm", "PING")
 
     async def read_log(self, policy: Ownership | str, *, after: int) -> AsyncGenerator[LogEntry, None]:
         """The log's entries with versions above `after`, in order.
@@ -153,6 +167,12 @@ class RedisStore:
         name, generation = await self._locate(policy)
         async for entry in self._log.read(name, generation, after=after):
             yield entry
+
+    async def read_log_chunk(
+        self, owner: Ownership, *, after: int, count: int, first: bool
+    ) -> tuple[list[LogEntry], int]:
+        """See `PolicyLog.read_chunk`."""
+        return await self._log.read_chunk(owner.policy, owner.generation, after=after, count=count, first=first)
 
     async def log_state(self, policy: Ownership | str) -> LogState:
         """Last version, number of entries and bytes of a policy's log; errors as for `read_log`."""
@@ -174,13 +194,13 @@ class RedisStore:
         """A page; None where none was written."""
         return await self._pages.read_page(*await self._locate(policy), index)
 
-    async def write_progress(self, owner: Ownership, fields: Mapping[str, bytes]) -> None:
+    async def write_header(self, owner: Ownership, fields: Mapping[str, bytes]) -> None:
         """Replace what belongs to no page, whole."""
-        await self._pages.write_progress(owner, fields)
+        await self._pages.write_header(owner, fields)
 
-    async def read_progress(self, policy: Ownership | str) -> dict[str, bytes]:
+    async def read_header(self, policy: Ownership | str) -> dict[str, bytes]:
         """What belongs to no page; empty where nothing was written."""
-        return await self._pages.read_progress(*await self._locate(policy))
+        return await self._pages.read_header(*await self._locate(policy))
 
     async def republish(
         self,
@@ -189,7 +209,7 @@ class RedisStore:
         *,
         version: int,
         pages: Iterable[tuple[int, Page]] | AsyncIterable[tuple[int, Page]],
-        progress: Mapping[str, bytes],
+        header: Mapping[str, bytes],
     ) -> Ownership:
         """Write a whole policy anew, after Redis was flushed or lost more than the owner's tail of the log.
 
@@ -199,9 +219,9 @@ class RedisStore:
         Args:
             owner: the ownership that Redis forgot; its token and epoch stay.
             policy: what to store.
-            version: last version contained in pages and progress; the new log is empty and goes on from there.
+            version: last version contained in pages and header; the new log is empty and goes on from there.
             pages: all pages by index, each once.
-            progress: what belongs to no page.
+            header: what belongs to no page.
 
         Returns:
             The ownership to use from now on: same token and epoch, new generation.
@@ -213,7 +233,7 @@ class RedisStore:
         await self._begin_republication(renewed, version=version)
         async for index, page in _each(pages):
             await self._pages.write_page(renewed, index, page)
-        await self._pages.write_progress(renewed, progress)
+        await self._pages.write_header(renewed, header)
         await self._policies.enter_index(policy.name)
         await self._end_republication(renewed, policy)
         await self._policies.collect(policy.name)
@@ -225,7 +245,7 @@ class RedisStore:
         *,
         address: str,
         pages: Iterable[tuple[int, Page]] | AsyncIterable[tuple[int, Page]],
-        progress: Mapping[str, bytes],
+        header: Mapping[str, bytes],
     ) -> Ownership:
         """Store a new policy together with its tables, at version 0; it appears only when all of it is there.
 
@@ -241,7 +261,7 @@ class RedisStore:
             generation=policy.uid,
             address=address,
         )
-        return await self.republish(claim, policy, version=0, pages=pages, progress=progress)
+        return await self.republish(claim, policy, version=0, pages=pages, header=header)
 
     async def _begin_republication(self, owner: Ownership, *, version: int) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)

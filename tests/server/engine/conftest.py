@@ -8,26 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise_server.engine import (
-    DeviceThread,
-    Engine,
-    EngineLimits,
-    NoTelemetry,
-    QueueLimits,
-    RunnerLimits,
-    SweepLimits,
-)
+from equipoise_server.engine import DeviceThread, Engine, EngineLimits, NoTelemetry
 from equipoise_server.errors import draining
 from equipoise_server.store import EmbeddedRedis, RedisStore
 
 LIMITS = EngineLimits(
     trainer_idle_s=86_400.0,
-    runner=RunnerLimits(
-        queue=QueueLimits(steps=64, size=1 << 24),
-        log_timeout_s=0.25,
-        max_backlog_bytes=1 << 28,
-        sweep=SweepLimits(min_bytes=1 << 40, bytes_per_s=1e12),
-    ),
+    max_queued_steps=64,
+    max_queued_bytes=1 << 24,
+    log_timeout_s=0.25,
+    max_backlog_bytes=1 << 28,
+    sweep_min_bytes=1 << 40,
+    sweep_bytes_per_s=1e12,
+    max_replay_s=1e9,
+    load_wait_s=30.0,
 )
 
 
@@ -54,18 +48,17 @@ async def servers(redis: EmbeddedRedis) -> AsyncIterator[Servers]:
         address: str = "127.0.0.1:1",
         *,
         instance: str = "",
-        sweep: SweepLimits = LIMITS.runner.sweep,
-        log_timeout_s: float = LIMITS.runner.log_timeout_s,
         wall_clock: Callable[[], float] = time.time,
+        store: RedisStore | None = None,
+        **limits: float,
     ) -> Engine:
-        store = RedisStore.connect(redis.url)
+        store = store or RedisStore.connect(redis.url)
         device = DeviceThread(torch.device("cpu"))
-        limits = replace(LIMITS, runner=replace(LIMITS.runner, sweep=sweep, log_timeout_s=log_timeout_s))
         engine = Engine(
             store,
             device,
             address=address,
-            limits=limits,
+            limits=replace(LIMITS, **limits),
             telemetry=NoTelemetry(),
             instance=instance,
             wall_clock=wall_clock,

@@ -1,12 +1,25 @@
 """Runs of made-up trainers for engine tests."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise_server.engine import Answer, Durability, Kind, PolicyRunner, PolicySpec, Step
-from equipoise_server.rules import aggregate, build
+from equipoise_server.engine import (
+    Answer,
+    Durability,
+    Engine,
+    Header,
+    Kind,
+    Policy,
+    PolicyRunner,
+    PolicySpec,
+    Step,
+    tables,
+)
+from equipoise_server.rules import aggregate, build, exhaust
+from equipoise_server.store import LogEntry
 
 PAGE = 65_536
 
@@ -54,3 +67,39 @@ def steps(
 
 async def send(runner: PolicyRunner, step: Step) -> Answer:
     return await (await runner.submit(step))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of a policy at one version."""
+
+    columns: Mapping[str, bytes]
+    header: Header
+
+
+def whole(policy: Policy) -> Whole:
+    columns = {name: tables.to_bytes(column) for name, column in policy.state.columns.items()}
+    return Whole(columns, policy.header)
+
+
+async def everything(runner: PolicyRunner) -> Whole:
+    return await runner.read(whole)
+
+
+def apply(policy: Policy, step: Step, *, now: float, with_evidence: bool = True) -> tuple[Answer, LogEntry | None]:
+    taken = policy.apply(step, now=now, with_evidence=with_evidence)
+    return taken.answer, taken.entry
+
+
+def replay(policy: Policy, *entries: LogEntry) -> None:
+    exhaust(policy.replay(entries))
+
+
+def restore(policy: Policy, header: Header, versions: Mapping[int, int]) -> None:
+    exhaust(policy.load(header, versions))
+
+
+async def fork(engine: Engine, source: PolicyRunner, of: PolicySpec) -> None:
+    """Makes a policy with the tables of another one."""
+    async with source.snapshot() as snapshot:
+        await engine.create_from(of, snapshot.header, source.pages(snapshot, version=0))

@@ -10,11 +10,10 @@ import torch
 
 from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import DeviceThread, Outcome
-from equipoise_server.engine.snapshot import Snapshot
 from equipoise_server.errors import ServiceError
-from equipoise_server.servicer import convert
+from equipoise_server.servicer import ServiceLimits, convert
 from tests.server.engine.conftest import Servers
-from tests.server.engine.runs import send, spec, steps
+from tests.server.engine.runs import everything, send, spec, steps
 
 FAULTS = [
     RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later"),
@@ -39,7 +38,7 @@ async def test_what_a_failing_device_has_half_done_is_read_again_from_the_store(
     for step in islice(numbered, 5):
         await send(runner, step)
     assert await runner.log.flush(timeout_s=20)
-    expected = await runner.read(Snapshot.of)
+    expected = await everything(runner)
     apply, applied = runner.policy.apply, 0
 
     def fail_at_third(*arguments: object, **options: object) -> object:
@@ -58,8 +57,8 @@ async def test_what_a_failing_device_has_half_done_is_read_again_from_the_store(
 
     again = await engine.runner("policy")
     assert again is not runner
-    after = await again.read(Snapshot.of)
-    assert (after.columns, after.facts) == (expected.columns, expected.facts)
+    after = await everything(again)
+    assert after == expected
     assert (await send(again, next(steps(1000, first=6)))).outcome is Outcome.APPLIED
 
 
@@ -91,7 +90,15 @@ async def test_sketches_are_multiplied_off_the_event_loop(servers: Servers, monk
         gradient_sketches=np.array([[1.0, 2.0], [3.0, -4.0]], "<f4").tobytes(),
         target_sketch=np.array([0.5, 0.25], "<f4").tobytes(),
     )
-    limits = convert.StepLimits(max_batch_examples=16)
+    limits = ServiceLimits(
+        max_batch_examples=16,
+        max_examples=1 << 40,
+        max_message_bytes=1 << 24,
+        max_streams=1,
+        first_message_timeout_s=1.0,
+        build_version="",
+        device="cpu",
+    )
     step = await convert.convert_step(request, trainer_id="trainer", runner=runner, limits=limits)
     assert step.statistics is not None
     assert step.statistics.contributions is not None

@@ -10,23 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equipoise_server.engine import Durability, Engine, Outcome, Policy, PolicyRunner, Step, SweepLimits
-from equipoise_server.engine.snapshot import Snapshot
+from equipoise_server.engine import Durability, Engine, Outcome, Policy, PolicyRunner, Step
 from equipoise_server.errors import ServiceError, draining
 from equipoise_server.store import EmbeddedRedis, RedisStore
 from tests.server.engine.conftest import Servers
-from tests.server.engine.runs import PAGE, send, spec, steps
-
-UNHURRIED = SweepLimits(min_bytes=1 << 40, bytes_per_s=1e12)
+from tests.server.engine.runs import PAGE, Whole, everything, fork, send, spec, steps
 
 
-async def everything(runner: PolicyRunner) -> Snapshot:
-    return await runner.read(Snapshot.of)
-
-
-def assert_same(left: Snapshot, right: Snapshot) -> None:
+def assert_same(left: Whole, right: Whole) -> None:
     assert left.columns == right.columns
-    assert left.facts == right.facts
+    assert left.header == right.header
 
 
 async def runner_of(engine: Engine, **options: object) -> PolicyRunner:
@@ -78,8 +71,8 @@ async def test_a_sweep_trims_the_log_and_loses_nothing(servers: Servers, redis: 
     await asyncio.gather(runner.sweep(), feed(runner, 15, first=11))
     store = RedisStore.connect(redis.url)
     swept = await store.log_state("policy")
-    assert runner.log.tail.base >= 10
-    assert (swept.last_version, swept.entries) == (25, 25 - runner.log.tail.base)
+    assert runner.log.record.base >= 10
+    assert (swept.last_version, swept.entries) == (25, 25 - runner.log.record.base)
     await feed(runner, 5, first=26)
     expected = await everything(runner)
     assert_same(await everything(await (await servers.make()).runner("policy")), expected)
@@ -87,8 +80,8 @@ async def test_a_sweep_trims_the_log_and_loses_nothing(servers: Servers, redis: 
 
 
 async def test_a_sweep_that_dies_half_way_loses_nothing(servers: Servers, redis: EmbeddedRedis) -> None:
-    slow = SweepLimits(min_bytes=1 << 40, bytes_per_s=1.0)  # after its first page it waits for days
-    engine = await servers.make(sweep=slow)
+    slow = 1.0  # after its first page it waits for days
+    engine = await servers.make(sweep_bytes_per_s=slow)
     runner = await runner_of(engine)
     await feed(runner, 10)
     store = RedisStore.connect(redis.url)
@@ -209,7 +202,7 @@ async def test_a_short_outage_does_not_write_the_tables_again_for_what_redis_has
     runner = await runner_of(engine)
     await feed(runner, 20)
     runner.log.max_backlog_bytes = runner.log.tail.size  # the log since the last sweep has used it up
-    generation = runner.log.owner.generation
+    generation = runner.owner.generation
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
@@ -220,7 +213,7 @@ async def test_a_short_outage_does_not_write_the_tables_again_for_what_redis_has
     finally:
         os.kill(redis.pid, signal.SIGCONT)
     assert await runner.log.flush(timeout_s=20)
-    assert runner.log.owner.generation == generation
+    assert runner.owner.generation == generation
     expected = await everything(runner)
     assert_same(await everything(await (await servers.make()).runner("policy")), expected)
 
@@ -245,18 +238,18 @@ async def test_a_fork_starts_with_the_same_bits_and_goes_its_own_way(servers: Se
     source = await runner_of(engine, rule=rule)
     await feed(source, 10)
     snapshot = await everything(source)
-    await engine.create_from(spec("fork", rule=rule), snapshot)
-    fork = await engine.runner("fork")
-    copied = await everything(fork)
+    await fork(engine, source, spec("fork", rule=rule))
+    forked = await engine.runner("fork")
+    copied = await everything(forked)
     assert copied.columns == snapshot.columns
-    assert copied.facts.scalars == snapshot.facts.scalars
-    assert fork.policy.version == 0
-    await feed(fork, 3)
+    assert copied.header.scalars == snapshot.header.scalars
+    assert forked.policy.version == 0
+    await feed(forked, 3)
     assert_same(await everything(source), snapshot)
-    expected = await everything(fork)
+    expected = await everything(forked)
     assert_same(await everything(await (await servers.make()).runner("fork")), expected)
     with pytest.raises(ServiceError, match="use another name") as caught:
-        await engine.create_from(spec("fork", rule=rule), snapshot)
+        await fork(engine, source, spec("fork", rule=rule))
     assert caught.value.reason == "POLICY_EXISTS"
 
 

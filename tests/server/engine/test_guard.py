@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise_server.engine import Durability, Kind, Outcome, Policy, PolicySpec, Step
-from equipoise_server.engine.snapshot import Facts
+from equipoise_server.engine import Durability, Header, Kind, Outcome, Policy, PolicySpec, Step
 from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import invalid
 from equipoise_server.rules import Guard, Statistics, build, names
+from tests.server.engine.runs import apply, replay, restore
 
 NUM_EXAMPLES = 40
 
@@ -48,7 +48,7 @@ def told(rule: str, count: int, *, guard_loss: float | None = None) -> Iterator[
 
 
 def served(policy: Policy, given: Iterator[Step]) -> list[np.ndarray]:
-    answers = [policy.apply(step, now=0.0)[0] for step in given]
+    answers = [apply(policy, step, now=0.0)[0] for step in given]
     assert all(answer.outcome is Outcome.APPLIED for answer in answers)
     return [answer.weights for answer in answers]
 
@@ -85,25 +85,24 @@ def test_steps_without_a_guard_loss_leave_the_guard_alone(rule: str) -> None:
 def test_the_log_replays_to_the_same_guard(rule: str) -> None:
     live, replayed = policy_of(rule, guard=True), policy_of(rule, guard=True)
     for step in [*told(rule, 30, guard_loss=2.0), Step(kind=Kind.STEP, guard_loss=3.0)]:  # the last: a loss alone
-        _, entry = live.apply(step, now=0.0)
+        _, entry = apply(live, step, now=0.0)
         assert entry is not None
-        replayed.replay(entry)
+        replay(replayed, entry)
     assert live.state.guard.count == 31
     assert replayed.state.guard == live.state.guard
     assert replayed.status() == live.status()
 
 
-def test_entries_that_the_facts_already_hold_do_not_move_the_guard_again() -> None:
+def test_entries_that_the_header_already_holds_do_not_move_the_guard_again() -> None:
     live, restored = policy_of("ema_sign"), policy_of("ema_sign")
-    entries = [live.apply(step, now=0.0)[1] for step in told("ema_sign", 20, guard_loss=2.0)]
+    entries = [apply(live, step, now=0.0)[1] for step in told("ema_sign", 20, guard_loss=2.0)]
     for entry in entries[:12]:
-        restored.replay(entry)
-    facts = Facts.from_fields(Facts.of(restored).to_fields())
+        replay(restored, entry)
+    header = Header.from_fields(restored.header.to_fields())
     again = policy_of("ema_sign")  # its page was never written: it replays from the first entry on
-    facts.put_into(again.state, again.trainers)
-    again.load(facts.progress, {})
+    restore(again, header, {})
     for entry in entries:
-        again.replay(entry)
+        replay(again, entry)
     assert again.state.guard == live.state.guard
     np.testing.assert_array_equal(again.weights(None), live.weights(None))
 
@@ -111,12 +110,12 @@ def test_entries_that_the_facts_already_hold_do_not_move_the_guard_again() -> No
 def test_a_refused_step_does_not_move_the_guard() -> None:
     policy = policy_of("ema_sign")
     refused = Step(kind=Kind.REFUSED, trainer_id="t", sequence=1, guard_loss=1.0, error=invalid("A", "b", "c"))
-    policy.apply(refused, now=0.0)
+    apply(policy, refused, now=0.0)
     unusable = next(told("ema_sign", 1, guard_loss=1.0))
     assert unusable.statistics is not None
     wrong = replace(unusable.statistics, contributions=np.full(NUM_EXAMPLES, np.inf, np.float32))
     step = replace(unusable, statistics=wrong, trainer_id="t", sequence=2)
-    assert policy.apply(step, now=0.0)[0].outcome is Outcome.REFUSED
+    assert apply(policy, step, now=0.0)[0].outcome is Outcome.REFUSED
     assert policy.state.guard == Guard()
 
 

@@ -69,7 +69,7 @@ async def test_a_dead_server_s_policies_move_once_its_time_is_up(
 
 
 async def test_a_server_that_has_no_room_leaves_the_policy_to_one_that_has(
-    first: Engine, second: Engine, store: RedisStore, monkeypatch: pytest.MonkeyPatch
+    first: Engine, second: Engine, servers: Servers, store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await first.close(draining(), flush_timeout_s=20)
     await store.heartbeat("second", address=SECOND, ttl_s=60)
@@ -77,7 +77,8 @@ async def test_a_server_that_has_no_room_leaves_the_policy_to_one_that_has(
         full.setattr(memory, "ALWAYS_FITS", 0)
         full.setattr(memory, "free_bytes", lambda device: 0)
         assert (await refusal(second)).reason == "DEVICE_FULL"
-    assert (await first.runner("policy")).policy.version == 5
+    third = await servers.make("10.0.0.3:1", instance="third")
+    assert (await third.runner("policy")).policy.version == 5
 
 
 async def test_a_server_that_starts_again_at_its_address_takes_its_own_back_at_once(
@@ -132,11 +133,11 @@ async def test_a_server_that_was_taken_for_dead_verifies_what_it_owns(
     assert await store.heartbeat("first", address=FIRST, ttl_s=60)
     await store.end_heartbeat("first")
     assert not await store.heartbeat("first", address=FIRST, ttl_s=60)
-    await first.verify()
+    await first.check_fences()
     assert before.closed is None  # nobody was asked for it meanwhile
     await store.end_heartbeat("first")
     await second.runner("policy")
-    await first.verify()
+    await first.check_fences()
     assert before.closed is not None
     assert before.closed.reason == "FENCED"
 

@@ -12,7 +12,7 @@ from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import ServiceError, invalid
 from equipoise_server.rules import Statistics, build, names
 from equipoise_server.store import LogEntry
-from tests.server.engine.runs import PAGE, spec, steps
+from tests.server.engine.runs import PAGE, apply, replay, restore, spec, steps
 
 ONLINE = [name for name in names() if name != "trajectory"]
 
@@ -24,7 +24,7 @@ def fresh(of: PolicySpec) -> Policy:
 
 
 def run(policy: Policy, given: list[Step]) -> list[LogEntry]:
-    entries = [policy.apply(step, now=float(step.sequence))[1] for step in given]
+    entries = [apply(policy, step, now=float(step.sequence))[1] for step in given]
     return [entry for entry in entries if entry is not None]
 
 
@@ -37,7 +37,7 @@ def test_the_log_replays_to_the_same_bits(rule: str) -> None:
     of = spec(rule=rule, num_examples=5000)
     live, replayed = fresh(of), fresh(of)
     for entry in run(live, list(islice(steps(of.num_examples), 30))):
-        replayed.replay(entry)
+        replay(replayed, entry)
     assert same_bits(live, replayed)
     assert replayed.state.scalars == live.state.scalars
     assert replayed.progress == live.progress
@@ -59,9 +59,9 @@ def test_pages_captured_at_different_versions_replay_to_the_same_bits(rule: str)
     entries += run(live, given[8:])
     for index, (_, columns) in captured.items():
         tables.load_page(restored.state, index, columns)
-    restored.load(restored.progress, {index: version for index, (version, _) in captured.items()})
+    restore(restored, restored.header, {index: version for index, (version, _) in captured.items()})
     for entry in entries:
-        restored.replay(entry)
+        replay(restored, entry)
     assert same_bits(live, restored)
     assert (restored.state.scored, restored.state.raw_sum) == (live.state.scored, live.state.raw_sum)
     assert restored.state.raw_square_sum == live.state.raw_square_sum
@@ -77,9 +77,9 @@ def test_what_a_step_showed_is_replayed_though_its_page_is_ahead_already() -> No
     entries = run(live, list(islice(steps(of.num_examples), 10)))
     version, columns = live.capture_page(0)
     tables.load_page(restored.state, 0, columns)
-    restored.load(restored.progress, {0: version})
+    restore(restored, restored.header, {0: version})
     for entry in entries:
-        restored.replay(entry)
+        replay(restored, entry)
     assert live.progress.sim is not None
     assert restored.status() == live.status()
 
@@ -88,7 +88,7 @@ def test_a_page_is_dirty_exactly_when_it_changed_since_its_capture() -> None:
     of = spec()
     policy = fresh(of)
     one_page = Statistics(ids=np.array([PAGE + 3]), contributions=np.array([1.0], np.float32))
-    policy.apply(Step(kind=Kind.STEP, statistics=one_page), now=0.0)
+    apply(policy, Step(kind=Kind.STEP, statistics=one_page), now=0.0)
     assert policy.dirty_pages.tolist() == [False, True, False]
     policy.capture_page(1)
     assert not policy.dirty_pages.any()
@@ -100,7 +100,7 @@ def test_a_duplicate_changes_nothing_and_is_answered_with_the_weights_of_now() -
     first, second = islice(steps(of.num_examples), 2)
     run(policy, [first, second])
     before = policy.weights(None)
-    answer, entry = policy.apply(first, now=9.0)
+    answer, entry = apply(policy, first, now=9.0)
     assert (answer.outcome, answer.version, entry) == (Outcome.DUPLICATE, 2, None)
     assert answer.weights is not None
     np.testing.assert_array_equal(answer.weights, before[first.weights_for])
@@ -113,17 +113,17 @@ def test_a_batch_rule_answers_its_own_rows_keeps_no_page_and_reads_uniform(rule:
     policy = fresh(of)
     assert policy.state.num_pages == len(policy.dirty_pages) == 0
     first, second = islice(steps(1000), 2)
-    answer, entry = policy.apply(first, now=0.0)
+    answer, entry = apply(policy, first, now=0.0)
     assert entry is not None
     assert answer.weights is not None
     assert answer.weights.std() > 0.1
     assert np.mean(answer.weights, dtype=np.float64) == pytest.approx(1.0, abs=1e-6)
-    again, nothing = policy.apply(first, now=0.0)
+    again, nothing = apply(policy, first, now=0.0)
     assert (again.outcome, nothing) == (Outcome.DUPLICATE, None)
     np.testing.assert_array_equal(again.weights, answer.weights)
-    elsewhere, _ = policy.apply(replace(second, weights_for=np.array([10**12 - 1])), now=0.0)
+    elsewhere, _ = apply(policy, replace(second, weights_for=np.array([10**12 - 1])), now=0.0)
     assert elsewhere.weights.tolist() == [1.0]
-    read, _ = policy.apply(Step(kind=Kind.READ, weights_for=first.weights_for), now=0.0)
+    read, _ = apply(policy, Step(kind=Kind.READ, weights_for=first.weights_for), now=0.0)
     assert (read.weights == 1.0).all()
     status = policy.status()
     assert (status.scored_examples, status.table_bytes) == (0, 0)
@@ -137,7 +137,7 @@ def test_a_gap_names_the_expected_sequence_and_changes_nothing() -> None:
     policy = fresh(of)
     third = list(islice(steps(of.num_examples), 3))[2]
     with pytest.raises(ServiceError, match="next step is 1") as caught:
-        policy.apply(third, now=0.0)
+        apply(policy, third, now=0.0)
     assert caught.value.metadata == {"expected_sequence": "1"}
     assert policy.version == 0
 
@@ -147,11 +147,11 @@ def test_a_refused_step_consumes_its_sequence_and_nothing_else() -> None:
     policy, without = fresh(of), fresh(of)
     first, _, third = islice(steps(of.num_examples), 3)
     refused = Step(kind=Kind.REFUSED, trainer_id="trainer", sequence=2, error=invalid("NON_FINITE_STAT", "c", "nan"))
-    answers = [policy.apply(step, now=0.0)[0] for step in (first, refused, third)]
+    answers = [apply(policy, step, now=0.0)[0] for step in (first, refused, third)]
     assert [answer.outcome for answer in answers] == [Outcome.APPLIED, Outcome.REFUSED, Outcome.APPLIED]
     assert [answer.version for answer in answers] == [1, 2, 3]
     run(without, [first])
-    without.apply(Step(kind=Kind.STEP, statistics=third.statistics), now=0.0)
+    apply(without, Step(kind=Kind.STEP, statistics=third.statistics), now=0.0)
     assert same_bits(policy, without)
 
 
@@ -159,8 +159,8 @@ def test_a_refused_step_that_is_sent_again_is_refused_again() -> None:
     policy = fresh(spec(num_examples=1000))
     error = invalid("NON_FINITE_STAT", "c", "nan")
     refused = Step(kind=Kind.REFUSED, trainer_id="trainer", sequence=1, error=error, wants_weights=False)
-    policy.apply(refused, now=0.0)
-    answer, entry = policy.apply(refused, now=0.0)
+    apply(policy, refused, now=0.0)
+    answer, entry = apply(policy, refused, now=0.0)
     assert (answer.outcome, answer.error, answer.version, entry) == (Outcome.REFUSED, error, 1, None)
 
 
@@ -168,8 +168,8 @@ def test_many_steps_in_one_call_equal_single_calls() -> None:
     of = spec(num_examples=3000)
     fused, single = fresh(of), fresh(of)
     given = list(islice(steps(of.num_examples), 20))
-    fused_answers = [fused.apply(step, now=0.0, with_evidence=step is given[-1])[0] for step in given]
-    single_answers = [single.apply(step, now=0.0)[0] for step in given]
+    fused_answers = [apply(fused, step, now=0.0, with_evidence=step is given[-1])[0] for step in given]
+    single_answers = [apply(single, step, now=0.0)[0] for step in given]
     for left, right in zip(fused_answers, single_answers, strict=True):
         np.testing.assert_array_equal(left.weights, right.weights)
     assert same_bits(fused, single)

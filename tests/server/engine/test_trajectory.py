@@ -17,15 +17,13 @@ from equipoise_server.engine import (
     PolicyRunner,
     PolicySpec,
     Step,
-    SweepLimits,
     tables,
 )
-from equipoise_server.engine.snapshot import Snapshot
 from equipoise_server.errors import ServiceError
 from equipoise_server.rules import aggregate, build
 from equipoise_server.store import EmbeddedRedis, RedisStore
 from tests.server.engine.conftest import Servers
-from tests.server.engine.runs import send
+from tests.server.engine.runs import apply, everything, fork, replay, restore, send
 from tests.server.engine.test_engine import send_until_refused
 from tests.server.engine.test_policy import fresh, run, same_bits
 
@@ -77,17 +75,13 @@ async def feed(runner: PolicyRunner, count: int, *, first: int = 1) -> None:
     assert [answer.version for answer in answers] == list(range(first, first + count))
 
 
-async def everything(runner: PolicyRunner) -> Snapshot:
-    return await runner.read(Snapshot.of)
-
-
 async def assert_taken_over(servers: Servers, runner: PolicyRunner) -> None:
     """Another server that takes the policy over has the same bits."""
     expected = await everything(runner)
     status = runner.policy.status()
     after = await (await servers.make()).runner(runner.spec_name)
     taken = await everything(after)
-    assert (taken.columns, taken.facts) == (expected.columns, expected.facts)
+    assert taken == expected
     assert after.policy.status() == status
 
 
@@ -95,7 +89,7 @@ def test_the_log_replays_to_the_same_bits() -> None:
     of = spec()
     live, replayed = fresh(of), fresh(of)
     for entry in run(live, list(islice(steps(of), 20))):
-        replayed.replay(entry)
+        replay(replayed, entry)
     assert same_bits(live, replayed)
     assert replayed.status() == live.status()
     np.testing.assert_array_equal(live.weights(None), replayed.weights(None))
@@ -118,9 +112,9 @@ def test_pages_captured_at_different_versions_replay_to_the_same_bits() -> None:
     ]
     for index, (_, columns) in captured.items():
         tables.load_page(restored.state, index, columns)
-    restored.load(restored.progress, {index: version for index, (version, _) in captured.items()})
+    restore(restored, restored.header, {index: version for index, (version, _) in captured.items()})
     for entry in entries:
-        restored.replay(entry)
+        replay(restored, entry)
     assert same_bits(live, restored)
     assert restored.status() == live.status()
 
@@ -131,7 +125,7 @@ def test_a_duplicate_is_answered_with_its_row_of_now() -> None:
     first, second, third = islice(steps(of), 3)
     assert (first.training_step, second.training_step, third.training_step) == (1, 0, 1)
     run(policy, [first, second, third])
-    answer, entry = policy.apply(replace(first, wants_weights=True), now=0.0)
+    answer, entry = apply(policy, replace(first, wants_weights=True), now=0.0)
     assert (answer.outcome, entry) == (Outcome.DUPLICATE, None)
     assert answer.weights is not None
     np.testing.assert_array_equal(answer.weights, policy.rule.trajectory_weights(policy.state, slice(1, 2), None)[0])
@@ -171,8 +165,9 @@ async def test_a_sweep_writes_whole_rows_and_loses_nothing(servers: Servers, red
 async def test_the_log_never_holds_more_than_a_policy_epoch(servers: Servers, redis: EmbeddedRedis) -> None:
     """Two and a half policy epochs, faster than pages may be written; no setting asks for the sweeps but the rule."""
     of = spec(rows=512, num_examples=4096)
-    slow = SweepLimits(min_bytes=1 << 40, bytes_per_s=1 << 23)
-    runner = await runner_of(await servers.make(sweep=slow, log_timeout_s=20.0), of)  # a busy machine is no stuck one
+    slow = float(1 << 23)
+    # a busy machine is no stuck one
+    runner = await runner_of(await servers.make(sweep_bytes_per_s=slow, log_timeout_s=20.0), of)
     store = RedisStore.connect(redis.url)
     longest, given = 0, steps(of)
     for _ in range(40):
@@ -187,8 +182,8 @@ async def test_the_log_never_holds_more_than_a_policy_epoch(servers: Servers, re
 
 async def test_a_sweep_that_does_not_get_on_stops_no_step(servers: Servers) -> None:
     of = spec(rows=300, num_examples=4096)
-    stuck = SweepLimits(min_bytes=1 << 40, bytes_per_s=1.0)  # after its first page it waits for days
-    runner = await runner_of(await servers.make(sweep=stuck), of)
+    stuck = 1.0  # after its first page it waits for days
+    runner = await runner_of(await servers.make(sweep_bytes_per_s=stuck), of)
     given = steps(of)
     while runner.log.tail.size <= 4 << 20:  # four times what the rule wants it to have
         await asyncio.wait_for(asyncio.gather(*[await runner.submit(step) for step in islice(given, 32)]), 20)
@@ -215,9 +210,9 @@ async def test_a_fork_has_the_same_rows_and_step_sizes_and_goes_its_own_way(serv
     source = await runner_of(engine)
     await feed(source, 10)
     snapshot = await everything(source)
-    await engine.create_from(spec("fork"), snapshot)
-    fork = await engine.runner("fork")
-    assert (await everything(fork)).columns == snapshot.columns
-    await feed(fork, 5)
+    await fork(engine, source, spec("fork"))
+    forked = await engine.runner("fork")
+    assert (await everything(forked)).columns == snapshot.columns
+    await feed(forked, 5)
     assert (await everything(source)).columns == snapshot.columns
-    await assert_taken_over(servers, fork)
+    await assert_taken_over(servers, forked)

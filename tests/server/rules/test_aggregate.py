@@ -100,3 +100,52 @@ def test_nothing_scored_gives_no_entries() -> None:
     assert statistics.size == 0
     assert statistics.ids is not None
     assert len(statistics.ids) == 0
+
+
+def plain(
+    ids: list[int], columns: list[list[float]], scored: list[bool]
+) -> tuple[list[int], list[list[np.float32]], list[int]]:
+    """Sorted ids with a scored row, their means with rows added up in order, and how many rows each has."""
+    kept = sorted({key for key, counts in zip(ids, scored, strict=True) if counts})
+    means = []
+    for column in columns:
+        sums = dict.fromkeys(kept, 0.0)
+        rows = Counter(key for key, counts in zip(ids, scored, strict=True) if counts)
+        for key, value, counts in zip(ids, column, scored, strict=True):
+            if counts:
+                sums[key] += value
+        means.append([np.float32(sums[key] / rows[key]) for key in kept])
+    total = Counter(ids)
+    return kept, means, [total[key] for key in kept]
+
+
+@pytest.mark.parametrize("largest_id", [3, 500, 100_000, 1 << 40])
+@pytest.mark.parametrize("rows", [2, 60, 2047, 2048, 9000])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_means_are_those_of_rows_added_in_the_order_of_the_request(largest_id: int, rows: int, share: float) -> None:
+    rng = np.random.default_rng([largest_id, rows])
+    ids = rng.integers(0, largest_id, rows, endpoint=True)
+    ids[-1] = ids[0]  # one that repeats
+    contributions = (rng.normal(size=rows) * 10.0 ** rng.integers(-20, 20, rows)).astype(np.float32)
+    losses, references = rng.random((2, rows)).astype(np.float32)
+    scored = rng.random(rows) < share
+    columns = [contributions, losses, references]
+    for values in columns:
+        values[~scored] = np.nan
+    statistics = aggregate(ids, contributions, losses, scored, reference_losses=references)
+    kept, means, counts = plain(ids.tolist(), [each.tolist() for each in columns], scored.tolist())
+    assert statistics.ids is not None
+    assert statistics.counts is not None
+    assert (statistics.ids.tolist(), statistics.counts.tolist()) == (kept, counts)
+    assert statistics.ids.dtype == statistics.counts.dtype == np.int64
+    given = (statistics.contributions, statistics.losses, statistics.reference_losses)
+    for found, expected in zip(given, means, strict=True):
+        assert found is not None
+        assert found.tobytes() == np.array(expected, np.float32).tobytes()
+
+
+def test_many_distinct_ids_keep_the_order_of_the_request() -> None:
+    ids = np.random.default_rng(51).permutation(100_000)[:5000]
+    statistics = aggregate(ids, np.arange(5000, dtype=np.float32))
+    np.testing.assert_array_equal(statistics.ids, ids)
+    assert statistics.counts is None

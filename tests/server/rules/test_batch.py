@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from equipoise_server.rules import Rule, Statistics, TableState, aggregate, build
+from equipoise_server.rules import Rule, RuleError, Statistics, TableState, aggregate, build
 from tests.server.rules.conftest import told
 
 Floats = NDArray[np.float64]
@@ -152,3 +152,26 @@ def test_a_step_sent_again_gets_its_weights_again(name: str, start: Start) -> No
     np.testing.assert_array_equal(rule.answer(state, step, step.ids), first)
     state = rule.update(state, told(rule, np.arange(40), rng.normal(size=40).astype(np.float32)))
     np.testing.assert_allclose(rule.answer(state, step, step.ids), first, rtol=0.05)  # on the scale of now
+
+
+@pytest.mark.parametrize("name", BATCH_RULES)
+@pytest.mark.parametrize("later", [[1e-4, 1e-4], [0.0, 0.0], [1e-30, -1e-30]])
+@pytest.mark.parametrize("first", [[1e10, 1.0], [3e38, -3e38]])
+def test_a_step_sent_again_is_answered_however_small_the_scale_has_become(
+    name: str, first: list[float], later: list[float], start: Start
+) -> None:
+    rule = build(name, {"rms_decay": 0} if name == "boltzmann" else {})
+    state, ids = start(rule, N), np.arange(2)
+    step = told(rule, ids, np.array(first, np.float32))
+    state = rule.update(state, step)
+    state = rule.update(state, told(rule, ids, np.array(later, np.float32)))
+    served = rule.answer(state, step, ids)
+    assert served.mean() == pytest.approx(1.0)
+    assert served[0] >= served[1]  # equal where both are beyond all scale
+
+
+def test_a_step_itself_is_still_refused_on_a_scale_that_is_not_its_own(start: Start) -> None:
+    rule = build("boltzmann", {})
+    step = told(rule, np.arange(2), np.array([1e10, 1.0], np.float32))
+    with pytest.raises(RuleError, match="does not belong to this step"):
+        rule.apply(start(rule, N), step, {"mean_square": 1e-8})

@@ -15,10 +15,12 @@ MakeStep = Callable[..., Statistics]
 N = 50
 
 
-def shown_by(rule: Rule, step: Statistics) -> Evidence:
-    """Evidence of a policy's first step."""
-    state = rule.init(N, device=torch.device("cpu"))
-    return evidence(rule, state, step, rule.prepare(state, step))
+def shown_by(rule: Rule, step: Statistics, state: TableState | None = None) -> Evidence:
+    """Evidence of a step with rows, by default a policy's first."""
+    state = state or rule.init(N, device=torch.device("cpu"))
+    shown = evidence(rule, state, step, rule.prepare(state, step))
+    assert shown is not None
+    return shown
 
 
 def test_sim_is_the_formula_of_the_paper(rule: Rule, start: Start, make_step: MakeStep) -> None:
@@ -41,7 +43,7 @@ def test_sim_is_the_formula_of_the_paper(rule: Rule, start: Start, make_step: Ma
     mass = sum(weight for weight, _ in pairs)
     mean = sum(weight / mass * contribution for weight, contribution in pairs)
     variance = sum((contribution - mean) ** 2 for _, contribution in pairs) / (len(pairs) - 1)
-    shown = evidence(rule, state, step, rule.prepare(state, step))
+    shown = shown_by(rule, step, state)
     assert shown.sim == pytest.approx(mean / math.sqrt(variance), rel=1e-12)
     assert shown.positive_share == (step.contributions > 0).sum() / 20
     assert shown.largest_weight == served.max()
@@ -52,7 +54,7 @@ def test_rows_at_the_floor_do_not_count_for_sim(start: Start) -> None:
     first = Statistics(ids=np.arange(3), contributions=np.array([1, 1, -1], np.float32))
     state = rule.update(start(rule, N), first)
     step = Statistics(ids=np.arange(4), contributions=np.array([1, 2, -50, 3], np.float32))
-    shown = evidence(rule, state, step, rule.prepare(state, step))
+    shown = shown_by(rule, step, state)
     weights = rule.weights(state, np.array([0, 1, 3])).astype(np.float64)
     values = np.array([1.0, 2.0, 3.0])
     mean = (weights * values).sum() / weights.sum()
@@ -80,8 +82,12 @@ def test_extreme_contributions_give_finite_evidence(rule: Rule) -> None:
 
 
 def test_step_without_rows_shows_nothing(rule: Rule) -> None:
-    shown = shown_by(rule, Statistics(ids=np.zeros(0, np.int64)))
-    assert (shown.sim, shown.positive_share, shown.largest_weight) == (None, None, None)
+    state, none = rule.init(N, device=torch.device("cpu")), np.zeros(0, np.float32)
+    for step in (
+        Statistics(ids=np.zeros(0, np.int64)),
+        Statistics(ids=np.zeros(0, np.int64), contributions=none, losses=none, reference_losses=none),
+    ):
+        assert evidence(rule, state, step, rule.prepare(state, step)) is None
 
 
 def test_losses_alone_show_the_largest_weight() -> None:

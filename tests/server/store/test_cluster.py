@@ -45,15 +45,15 @@ async def test_everything_works_on_a_cluster_and_a_policy_stays_in_one_slot(
     store, admin = cluster
     for name in ("lm", "vision", "speech.v2"):
         await store.create(policy(name))
-    assert [found.name for found in await store.list(limit=10)] == ["lm", "speech.v2", "vision"]
+    assert [found.name for found in await store.list_policies(limit=10)] == ["lm", "speech.v2", "vision"]
     owner = await store.acquire("lm", address="a:1")
     await store.append(owner, entries(1, 5))
     await store.write_page(owner, 1, Page(version=5, columns={"raw": b"x" * 600_000}))
-    await store.write_progress(owner, {"scalars": b"5"})
+    await store.write_header(owner, {"scalars": b"5"})
     await store.trim(owner, through_version=4)
     assert await logged(store) == entries(5, 5)
     pages = [(index, Page(version=7, columns={"raw": b"y"})) for index in range(300)]
-    owner = await store.republish(owner, policy(), version=7, pages=pages, progress={})
+    owner = await store.republish(owner, policy(), version=7, pages=pages, header={})
     await store.append(owner, entries(8, 8))
     assert await store.read_page("lm", 299) == pages[-1][1]
     of_policy = [key for key in await admin.keys() if b"{lm}" in key]
@@ -61,4 +61,4 @@ async def test_everything_works_on_a_cluster_and_a_policy_stays_in_one_slot(
     assert len({key_slot(key) for key in of_policy}) == 1
     await store.delete("lm")
     assert [key for key in await admin.keys() if b"{lm}" in key] == [b"equipoise:{lm}:owner"]
-    assert [found.name for found in await store.list(limit=10)] == ["speech.v2", "vision"]
+    assert [found.name for found in await store.list_policies(limit=10)] == ["speech.v2", "vision"]

@@ -42,10 +42,10 @@ async def test_many_columns_fit_too(store: RedisStore, owner: Ownership) -> None
 
 
 async def test_progress_comes_back_whole(store: RedisStore, owner: Ownership) -> None:
-    assert await store.read_progress(owner) == {}
+    assert await store.read_header(owner) == {}
     for fields in ({"scalars": b"{}", "trainers": b"t" * 700_000}, {"scalars": b""}, {}):
-        await store.write_progress(owner, fields)
-        assert await store.read_progress("lm") == fields
+        await store.write_header(owner, fields)
+        assert await store.read_header("lm") == fields
 
 
 async def test_no_command_exceeds_the_limit(store: RedisStore, owner: Ownership, shared_redis: RedisProcess) -> None:

@@ -35,7 +35,7 @@ async def test_each_acquisition_fences_the_last_owner_everywhere(store: RedisSto
     writes = [
         store.append(first, entries(1, 1)),
         store.write_page(first, 0, Page(version=1, columns={"raw": b"x"})),
-        store.write_progress(first, {"k": b"v"}),
+        store.write_header(first, {"k": b"v"}),
         store.trim(first, through_version=0),
     ]
     for write in writes:
@@ -44,7 +44,7 @@ async def test_each_acquisition_fences_the_last_owner_everywhere(store: RedisSto
     assert observer.errors == ["fenced"] * len(writes)
     assert await logged(store) == []
     assert await store.read_page("lm", 0) is None
-    assert await store.read_progress("lm") == {}
+    assert await store.read_header("lm") == {}
     await store.append(second, entries(1, 1))
 
 
@@ -52,7 +52,7 @@ async def test_nobody_can_acquire_what_does_not_exist(store: RedisStore) -> None
     with pytest.raises(NotFound, match="lm"):
         await store.acquire("lm", address="a:1")
     with pytest.raises(NotFound):
-        await store.read_progress("lm")
+        await store.read_header("lm")
     assert await store.owner("lm") is None
 
 
@@ -62,7 +62,7 @@ async def filled(store: RedisStore, *, uid: str = "u1") -> Ownership:
     await store.append(owner, entries(1, 3))
     for index in (0, 7):
         await store.write_page(owner, index, Page(version=3, columns={"raw": b"old"}))
-    await store.write_progress(owner, {"scalars": b"old"})
+    await store.write_header(owner, {"scalars": b"old"})
     return owner
 
 
@@ -71,7 +71,7 @@ async def test_deletion_leaves_a_tombstone_and_nothing_else(store: RedisStore, a
     assert await store.delete("lm") == "u1"
     assert await admin.keys() == [b"equipoise:{lm}:owner"]
     assert await store.get("lm") is None
-    assert await store.list(limit=10) == []
+    assert await store.list_policies(limit=10) == []
     for write in (store.append(owner, entries(4, 4)), store.write_page(owner, 1, Page(version=4, columns={}))):
         with pytest.raises(Deleted):
             await write
@@ -89,11 +89,11 @@ async def test_a_policy_created_again_is_empty_with_a_higher_epoch(store: RedisS
     assert reborn.epoch > dead.epoch
     assert await logged(store) == []
     assert await store.read_page(reborn, 0) is None
-    assert await store.read_progress(reborn) == {}
+    assert await store.read_header(reborn) == {}
     with pytest.raises(Fenced):
         await store.append(dead, entries(1, 1))
     with pytest.raises(Fenced):
-        await store.republish(dead, policy(uid="u1"), version=3, pages=[], progress={})
+        await store.republish(dead, policy(uid="u1"), version=3, pages=[], header={})
     assert await store.get("lm") == policy(uid="u2")
 
 
@@ -113,13 +113,13 @@ async def test_listing_follows_names_and_prefix(store: RedisStore) -> None:
     names = ["a", "b", "b-1", "b.x", "ba", "c"]
     for name in reversed(names):
         await store.create(policy(name))
-    assert [found.name for found in await store.list(limit=10)] == names
-    assert [found.name for found in await store.list(after="b-1", limit=2)] == ["b.x", "ba"]
-    assert [found.name for found in await store.list(prefix="b", limit=10)] == ["b", "b-1", "b.x", "ba"]
-    assert [found.name for found in await store.list(prefix="b", after="b.x", limit=10)] == ["ba"]
-    assert [found.name for found in await store.list(prefix="b", after="a", limit=1)] == ["b"]
-    assert await store.list(prefix="b", after="c", limit=10) == []
-    assert await store.list(prefix="d", limit=10) == []
+    assert [found.name for found in await store.list_policies(limit=10)] == names
+    assert [found.name for found in await store.list_policies(after="b-1", limit=2)] == ["b.x", "ba"]
+    assert [found.name for found in await store.list_policies(prefix="b", limit=10)] == ["b", "b-1", "b.x", "ba"]
+    assert [found.name for found in await store.list_policies(prefix="b", after="b.x", limit=10)] == ["ba"]
+    assert [found.name for found in await store.list_policies(prefix="b", after="a", limit=1)] == ["b"]
+    assert await store.list_policies(prefix="b", after="c", limit=10) == []
+    assert await store.list_policies(prefix="d", limit=10) == []
 
 
 async def test_pages_of_a_listing_stay_apart_while_policies_come_and_go(store: RedisStore) -> None:
@@ -127,7 +127,7 @@ async def test_pages_of_a_listing_stay_apart_while_policies_come_and_go(store: R
         await store.create(policy(f"p{number:02}"))
     seen: list[str] = []
     after = ""
-    while found := await store.list(after=after, limit=3):
+    while found := await store.list_policies(after=after, limit=3):
         seen += [each.name for each in found]
         after = seen[-1]
         here = int(after[1:])
@@ -144,7 +144,7 @@ async def test_names_without_a_policy_do_not_shorten_a_listing(store: RedisStore
         await store.create(policy(name))
     # What a server leaves that died between the index and the spec.
     await admin.zadd("equipoise:index", {"b": 0, "c": 0})
-    assert [found.name for found in await store.list(limit=2)] == ["a", "d"]
+    assert [found.name for found in await store.list_policies(limit=2)] == ["a", "d"]
 
 
 class Interleaved:
@@ -176,7 +176,7 @@ async def test_a_policy_created_while_its_namesake_is_deleted_stays_listed(
     deleting = RedisStore.connect(shared_redis.url, command_timeout_s=5, observer=Interleaved("delete", create_anew))
     assert await deleting.delete("lm") == "u1"
     await deleting.close()
-    assert [found.uid for found in await store.list(limit=10)] == ["u2"]
+    assert [found.uid for found in await store.list_policies(limit=10)] == ["u2"]
 
 
 async def test_a_policy_whose_namesake_is_deleted_while_it_is_created_is_listed(
@@ -191,14 +191,14 @@ async def test_a_policy_whose_namesake_is_deleted_while_it_is_created_is_listed(
     creating = RedisStore.connect(shared_redis.url, command_timeout_s=5, observer=Interleaved("index", delete_namesake))
     assert await creating.create(policy(uid="u2")) == (policy(uid="u2"), True)
     await creating.close()
-    assert [found.uid for found in await store.list(limit=10)] == ["u2"]
+    assert [found.uid for found in await store.list_policies(limit=10)] == ["u2"]
 
 
 async def test_prefixes_are_worlds_of_their_own(store: RedisStore, admin: Redis) -> None:
     await store.create(policy())
     other = RedisStore(admin, prefix="other")
     assert await other.get("lm") is None
-    assert await other.list(limit=1) == []
+    assert await other.list_policies(limit=1) == []
 
 
 async def test_ownership_outlives_a_new_client(store: RedisStore, admin: Redis) -> None:

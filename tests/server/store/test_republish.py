@@ -14,7 +14,7 @@ async def owner(store: RedisStore) -> Ownership:
     found = await store.acquire("lm", address="a:1")
     await store.append(found, entries(1, 4))
     await store.write_page(found, 0, page(4))
-    await store.write_progress(found, {"scalars": b"4"})
+    await store.write_header(found, {"scalars": b"4"})
     return found
 
 
@@ -34,12 +34,12 @@ def crashing() -> Iterator[tuple[int, Page]]:
 async def test_after_a_flush_everything_is_back_and_goes_on(store: RedisStore, owner: Ownership, admin: Redis) -> None:
     await admin.flushall()
     pages = [(0, page(9)), (1, page(8))]
-    renewed = await store.republish(owner, policy(), version=9, pages=pages, progress={"scalars": b"9"})
+    renewed = await store.republish(owner, policy(), version=9, pages=pages, header={"scalars": b"9"})
     assert (renewed.token, renewed.epoch, renewed.uid) == (owner.token, owner.epoch, owner.uid)
     assert await store.get("lm") == policy()
-    assert await store.list(limit=5) == [policy()]
+    assert await store.list_policies(limit=5) == [policy()]
     assert [await store.read_page("lm", index) for index in range(3)] == [page(9), page(8), None]
-    assert await store.read_progress("lm") == {"scalars": b"9"}
+    assert await store.read_header("lm") == {"scalars": b"9"}
     held = await store.owner("lm")
     assert held is not None
     assert held.address == "a:1"
@@ -60,7 +60,7 @@ async def test_pages_may_come_one_by_one(store: RedisStore, owner: Ownership, ad
             yield index, page(9)
 
     await admin.flushall()
-    renewed = await store.republish(owner, policy(), version=9, pages=pages(), progress={})
+    renewed = await store.republish(owner, policy(), version=9, pages=pages(), header={})
     assert await store.read_page(renewed, 2) == page(9)
 
 
@@ -69,9 +69,9 @@ async def test_a_crash_half_way_after_a_flush_leaves_nothing_visible(
 ) -> None:
     await admin.flushall()
     with pytest.raises(Crash):
-        await store.republish(owner, policy(), version=9, pages=crashing(), progress={})
+        await store.republish(owner, policy(), version=9, pages=crashing(), header={})
     assert await store.get("lm") is None
-    assert await store.list(limit=5) == []
+    assert await store.list_policies(limit=5) == []
     # Somebody creates the name anew: it is empty, and the remains go with the first acquisition.
     await store.create(policy(uid="u2"))
     heir = await store.acquire("lm", address="b:1")
@@ -85,11 +85,11 @@ async def test_a_crash_half_way_after_a_rollback_leaves_the_old_state_whole(
     store: RedisStore, owner: Ownership, admin: Redis
 ) -> None:
     with pytest.raises(Crash):
-        await store.republish(owner, policy(), version=9, pages=crashing(), progress={})
+        await store.republish(owner, policy(), version=9, pages=crashing(), header={})
     heir = await store.acquire("lm", address="b:1")
     assert await store.read_page(heir, 0) == page(4)
     assert await logged(store) == entries(1, 4)
-    assert await store.read_progress(heir) == {"scalars": b"4"}
+    assert await store.read_header(heir) == {"scalars": b"4"}
     keys = await admin.keys()
     assert {key for key in keys if b":u1" in key} == {
         b"equipoise:{lm}:u1:log",
@@ -100,8 +100,8 @@ async def test_a_crash_half_way_after_a_rollback_leaves_the_old_state_whole(
 
 async def test_republishing_replaces_what_redis_still_had(store: RedisStore, owner: Ownership, admin: Redis) -> None:
     with pytest.raises(Crash):
-        await store.republish(owner, policy(), version=9, pages=crashing(), progress={})
-    renewed = await store.republish(owner, policy(), version=9, pages=[(0, page(9))], progress={})
+        await store.republish(owner, policy(), version=9, pages=crashing(), header={})
+    renewed = await store.republish(owner, policy(), version=9, pages=[(0, page(9))], header={})
     assert await store.read_page("lm", 0) == page(9)
     assert not [key for key in await admin.keys() if b":u1:" in key]
     assert len([key for key in await admin.keys() if renewed.generation.encode() in key]) == 3
@@ -110,14 +110,14 @@ async def test_republishing_replaces_what_redis_still_had(store: RedisStore, own
 async def test_an_owner_that_was_overtaken_cannot_republish(store: RedisStore, owner: Ownership, admin: Redis) -> None:
     await store.acquire("lm", address="b:1")
     with pytest.raises(Fenced):
-        await store.republish(owner, policy(), version=9, pages=[(0, page(9))], progress={})
+        await store.republish(owner, policy(), version=9, pages=[(0, page(9))], header={})
     assert await store.read_page("lm", 0) == page(4)
 
 
 async def test_a_deleted_policy_cannot_be_republished(store: RedisStore, owner: Ownership) -> None:
     await store.delete("lm")
     with pytest.raises(Deleted):
-        await store.republish(owner, policy(), version=9, pages=[], progress={})
+        await store.republish(owner, policy(), version=9, pages=[], header={})
     assert await store.get("lm") is None
 
 
@@ -127,7 +127,7 @@ async def test_a_policy_newly_created_after_a_flush_is_not_overwritten(
     await admin.flushall()
     await store.create(policy(uid="u2"))
     with pytest.raises(Fenced):
-        await store.republish(owner, policy(), version=9, pages=[], progress={})
+        await store.republish(owner, policy(), version=9, pages=[], header={})
     assert await store.get("lm") == policy(uid="u2")
 
 
@@ -136,8 +136,8 @@ async def test_of_two_who_republish_after_a_flush_the_later_epoch_stays(
 ) -> None:
     later = await store.acquire("lm", address="b:1")
     await admin.flushall()
-    old = await store.republish(owner, policy(), version=4, pages=[(0, page(4))], progress={})
-    new = await store.republish(later, policy(), version=9, pages=[(0, page(9))], progress={})
+    old = await store.republish(owner, policy(), version=4, pages=[(0, page(4))], header={})
+    new = await store.republish(later, policy(), version=9, pages=[(0, page(9))], header={})
     with pytest.raises(Fenced):
         await store.append(old, entries(5, 5))
     await store.append(new, entries(10, 10))

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from equipoise_server.engine import PolicyStatus
 from equipoise_server.metrics.names import PREFIX
-from equipoise_server.metrics.policies import PolicyFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class ServerStatus:
     """The state of the server, taken on its event loop.
 
     Attributes:
         policies: those in memory.
+        loading: policies on their way into memory.
         queued_steps: steps that wait for the device, over all policies.
         inflight_bytes: bytes of the steps that wait or are being worked on.
         active_streams: open training streams.
@@ -27,7 +28,8 @@ class Snapshot:
         certificate_expires: when the server's certificate ends, seconds since the epoch; None without TLS.
     """
 
-    policies: tuple[PolicyFacts, ...] = ()
+    policies: tuple[PolicyStatus, ...] = ()
+    loading: int = 0
     queued_steps: int = 0
     inflight_bytes: int = 0
     active_streams: int = 0
@@ -40,6 +42,7 @@ class Snapshot:
 
 
 GAUGES = (
+    ("policies_loading", "loading", "Policies on their way from Redis into memory."),
     ("queue_depth", "queued_steps", "Steps that wait for the device, over all policies."),
     ("inflight_bytes", "inflight_bytes", "Bytes of the steps that wait or are being worked on."),
     ("active_streams", "active_streams", "Open training streams."),
@@ -52,20 +55,20 @@ GAUGES = (
 )
 
 
-class SnapshotCollector(Collector):
-    """Yields the gauges of the snapshot last given."""
+class StatusCollector(Collector):
+    """Yields the gauges of the status last given."""
 
     def __init__(self) -> None:
-        self._snapshot = Snapshot()
+        self._status = ServerStatus()
 
-    def show(self, snapshot: Snapshot) -> None:
-        """Takes a snapshot."""
-        self._snapshot = snapshot
+    def show(self, status: ServerStatus) -> None:
+        """Takes the status of now."""
+        self._status = status
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The gauges."""
-        snapshot = self._snapshot
+        status = self._status
         for name, attribute, help_text in GAUGES:
-            value = getattr(snapshot, attribute)
+            value = getattr(status, attribute)
             if value is not None:
                 yield GaugeMetricFamily(PREFIX + name, help_text, float(value))

@@ -1,0 +1,213 @@
+"""A policy on its way from the store into memory."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import structlog
+
+from equipoise_server.engine import tables
+from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.header import Header
+from equipoise_server.engine.log import LogTail, StoreRecord
+from equipoise_server.engine.memory import check_room
+from equipoise_server.engine.policy import Policy
+from equipoise_server.engine.spec import PolicySpec
+from equipoise_server.engine.trainers import Trainers
+from equipoise_server.errors import ServiceError, loading, not_owner, policy_not_found, store_down
+from equipoise_server.rules import build
+from equipoise_server.store import (
+    LogEntry,
+    NotFound,
+    OwnedElsewhere,
+    Ownership,
+    RedisStore,
+    StoredPolicy,
+    StoreError,
+    Unavailable,
+)
+
+T = TypeVar("T")
+
+log = structlog.get_logger("equipoise.policy")
+
+READ_RETRIES_S = 30.0
+"""How long a read of the store is repeated while the store does not answer, seconds."""
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A policy as it was in the store, ready to serve, and what the store holds of it."""
+
+    policy: Policy
+    stored: StoredPolicy
+    record: StoreRecord
+    tail: LogTail
+
+
+class Loading:
+    """Takes a policy over, loads its pages and replays its log; from the first moment on older owners are fenced.
+
+    A task of the engine: it outlives the callers that wait for it, and repeats reads that the store does not answer.
+
+    Args:
+        name: of the policy.
+        store: where it is.
+        device: where it goes.
+        address: under which this server is reached.
+        instance: this server's name in the store.
+        trainer_idle_s: a trainer idle for longer is forgotten.
+        max_backlog_bytes: log entries kept in memory.
+        wall_clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        store: RedisStore,
+        device: DeviceThread,
+        address: str,
+        instance: str,
+        trainer_idle_s: float,
+        max_backlog_bytes: int,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.name = name
+        self.entries = 0
+        """Log entries to replay, as far as is known."""
+        self.replayed = 0
+        """Log entries replayed so far."""
+        self.trouble: StoreError | None = None
+        """Why the store is being asked again; None: it answers."""
+        self._store = store
+        self._device = device
+        self._address = address
+        self._instance = instance
+        self._trainer_idle_s = trainer_idle_s
+        self._max_backlog_bytes = max_backlog_bytes
+        self._wall_clock = wall_clock
+
+    def not_yet(self) -> ServiceError:
+        """What a caller is told who cannot wait longer."""
+        if self.trouble is not None:
+            return store_down(str(self.trouble))
+        return loading(self.name, replayed=self.replayed, entries=self.entries)
+
+    async def run(self) -> Loaded:
+        """The policy. Raises ServiceError: POLICY_NOT_FOUND, NOT_OWNER, DEVICE_FULL, STATE_STORE_DOWN."""
+        try:
+            owner = await self._store.acquire(self.name, address=self._address, instance=self._instance)
+        except OwnedElsewhere as error:
+            raise not_owner(self.name, error.address) from error
+        except NotFound as error:
+            raise policy_not_found(self.name) from error
+        except StoreError as error:
+            raise store_down(str(error)) from error
+        try:
+            return await self._load(owner)
+        except NotFound as error:
+            await self._release(owner)
+            raise policy_not_found(self.name) from error
+        except StoreError as error:
+            await self._release(owner)
+            raise store_down(str(error)) from error
+        except BaseException:  # such as no room on the device: another server may have some
+            await self._release(owner)
+            raise
+
+    async def _load(self, owner: Ownership) -> Loaded:
+        started = time.monotonic()
+        stored = await self._read(lambda: self._store.get(self.name))
+        if stored is None or stored.uid != owner.uid:
+            raise NotFound(self.name)
+        spec = PolicySpec.from_json(stored.spec)
+        header = Header.from_fields(await self._read(lambda: self._store.read_header(owner)))
+        self.entries = (await self._read(lambda: self._store.log_state(owner))).entries
+        policy = await self._empty(spec, stored.uid)
+        versions = await self._read_pages(owner, policy)
+        await self._device.run_slices(policy.load(header, versions))
+        record, tail = await self._replay(owner, policy)
+        policy.trainers.wake(self._wall_clock())
+        log.info(
+            "loaded",
+            policy=self.name,
+            version=policy.version,
+            epoch=owner.epoch,
+            pages=len(versions),
+            entries=self.replayed,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        return Loaded(policy=policy, stored=stored, record=record, tail=tail)
+
+    async def _empty(self, spec: PolicySpec, uid: str) -> Policy:
+        check_room(spec, self._device.device)
+        rule = build(spec.rule, spec.settings)
+        state = await self._device.run_slices(rule.init_slices(spec.num_examples, device=self._device.device))
+        return Policy(spec, uid, rule=rule, state=state, trainers=Trainers(self._trainer_idle_s))
+
+    async def _read_pages(self, owner: Ownership, policy: Policy) -> dict[int, int]:
+        versions: dict[int, int] = {}
+        for index in range(await self._read(lambda: self._store.num_pages(owner))):
+            page = await self._read(lambda index=index: self._store.read_page(owner, index))  # type: ignore[misc]
+            if page is not None:
+                await self._device.run(lambda i=index, p=page: tables.load_page(policy.state, i, p.columns))  # type: ignore[misc]
+                versions[index] = page.version
+        return versions
+
+    async def _replay(self, owner: Ownership, policy: Policy) -> tuple[StoreRecord, LogTail]:
+        record: StoreRecord | None = None
+        tail = LogTail(policy.version)
+        async for chunk in self._chunks(owner):
+            if record is None:
+                tail = LogTail(chunk[0].version - 1)
+                record = StoreRecord(owner=owner, base=tail.base, durable_version=tail.base)
+            replay_s = await self._device.run_slices(policy.replay(chunk)) / len(chunk)
+            for entry in chunk:
+                tail.add(entry, replay_s=replay_s)
+            _, size, seconds = tail.after(record.durable_version, max_bytes=1 << 62)
+            record.appended(chunk[-1].version, size=size, replay_s=seconds)
+            if tail.size > self._max_backlog_bytes:
+                tail.forget(record.durable_version)
+            self.replayed += len(chunk)
+        return record or StoreRecord(owner=owner, base=policy.version, durable_version=policy.version), tail
+
+    async def _chunks(self, owner: Ownership) -> AsyncIterator[list[LogEntry]]:
+        """The log in pieces; a store that does not answer in between is asked again for what is missing."""
+        count, last = 1, 0
+        while True:
+            read = partial(self._store.read_log_chunk, owner, after=last, count=count, first=last == 0)
+            chunk, following = await self._read(read)
+            if chunk:
+                yield chunk
+                last = chunk[-1].version
+            if len(chunk) < count:
+                return
+            count = following
+
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
+        """What the store answers, asked again for a while when it does not."""
+        give_up, backoff_s = time.monotonic() + READ_RETRIES_S, FIRST_BACKOFF_S
+        while True:
+            try:
+                answer = await read()
+            except Unavailable as error:
+                if time.monotonic() > give_up:
+                    raise
+                if self.trouble is None:
+                    log.warning("redis does not answer: loading waits", policy=self.name, error=str(error))
+                self.trouble = error
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            else:
+                self.trouble = None
+                return answer
+
+    async def _release(self, owner: Ownership) -> None:
+        with suppress(StoreError):
+            await self._store.release(owner)

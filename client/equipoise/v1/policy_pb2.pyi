@@ -16,7 +16,13 @@ Conventions that hold throughout:
     `POLICY_MISMATCH`.
   * Errors are canonical codes with google.rpc details: ErrorInfo (reason, domain `equipoise`), BadRequest (field,
     first bad index, value and rule) and RetryInfo. A request is all or nothing: what is refused changes nothing.
-    INTERNAL means a bug in the server and carries an opaque id only.
+    INTERNAL means a bug in the server and carries an opaque id only (`error_id` in the ErrorInfo metadata); a policy
+    in whose service it happened is loaded again from the store, so the same call may be made again.
+  * A server brings a policy into memory when it is first asked for it, after a restart for example. An RPC that
+    names a policy waits for that within its deadline (the opening of a stream for some seconds), then ends with
+    UNAVAILABLE `LOADING`, RetryInfo and its progress (`replayed` and `entries`, of the log, in the ErrorInfo
+    metadata). Loading goes on meanwhile: call again. Other reasons to call again, maybe elsewhere, are UNAVAILABLE
+    `DRAINING`, `UNLOADED`, `DEVICE_LOST` and `STATE_STORE_DOWN`.
 """
 
 import builtins
@@ -76,7 +82,7 @@ class _OutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTy
     OUTCOME_APPLIED: _Outcome.ValueType  # 1
     """The step was applied: one new version."""
     OUTCOME_DUPLICATE: _Outcome.ValueType  # 2
-    """The step had been applied before: no effect, weights of now."""
+    """The step had been applied before: no effect, weights of now. One that was refused is refused again."""
     OUTCOME_READ: _Outcome.ValueType  # 3
     """A read: no effect."""
     OUTCOME_REFUSED: _Outcome.ValueType  # 4
@@ -90,7 +96,7 @@ OUTCOME_UNSPECIFIED: Outcome.ValueType  # 0
 OUTCOME_APPLIED: Outcome.ValueType  # 1
 """The step was applied: one new version."""
 OUTCOME_DUPLICATE: Outcome.ValueType  # 2
-"""The step had been applied before: no effect, weights of now."""
+"""The step had been applied before: no effect, weights of now. One that was refused is refused again."""
 OUTCOME_READ: Outcome.ValueType  # 3
 """A read: no effect."""
 OUTCOME_REFUSED: Outcome.ValueType  # 4

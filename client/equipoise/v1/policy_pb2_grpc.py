@@ -144,7 +144,9 @@ class PolicyServiceServicer(object):
         INVALID_ARGUMENT (`MALFORMED_REQUEST`, `NOT_OPENED`), OUT_OF_RANGE (`SEQUENCE_GAP`, with the expected sequence in
         the ErrorInfo metadata), ABORTED (`TRAINER_REPLACED`: the same trainer_id was opened again; `FENCED`: another
         server owns the policy now), NOT_FOUND (`POLICY_NOT_FOUND`, `POLICY_DELETED`), FAILED_PRECONDITION (`NOT_OWNER`:
-        another server owns the policy, at the address `owner` in the ErrorInfo metadata; `UID_MISMATCH`), UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`).
+        another server owns the policy, at the address `owner` in the ErrorInfo metadata; `UID_MISMATCH`), UNAVAILABLE
+        (`DRAINING`, `LOADING`, `DEVICE_LOST`), INTERNAL (`BUG`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`). Answers that were
+        ready come before the end. A step without an answer keeps its sequence: send it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -185,16 +187,16 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportPolicy(self, request, context):
-        """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks. Errors:
-        NOT_FOUND (`POLICY_NOT_FOUND`).
+        """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks, each
+        column's in order, the columns in turn. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ImportPolicy(self, request_iterator, context):
-        """Creates a policy from an exported state: the header first, then every column completely, in order. The policy
-        appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
+        """Creates a policy from an exported state: the header first, then every column completely, the chunks of
+        each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
         INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -16,7 +16,13 @@ Conventions that hold throughout:
     `POLICY_MISMATCH`.
   * Errors are canonical codes with google.rpc details: ErrorInfo (reason, domain `equipoise`), BadRequest (field,
     first bad index, value and rule) and RetryInfo. A request is all or nothing: what is refused changes nothing.
-    INTERNAL means a bug in the server and carries an opaque id only.
+    INTERNAL means a bug in the server and carries an opaque id only (`error_id` in the ErrorInfo metadata); a policy
+    in whose service it happened is loaded again from the store, so the same call may be made again.
+  * A server brings a policy into memory when it is first asked for it, after a restart for example. An RPC that
+    names a policy waits for that within its deadline (the opening of a stream for some seconds), then ends with
+    UNAVAILABLE `LOADING`, RetryInfo and its progress (`replayed` and `entries`, of the log, in the ErrorInfo
+    metadata). Loading goes on meanwhile: call again. Other reasons to call again, maybe elsewhere, are UNAVAILABLE
+    `DRAINING`, `UNLOADED`, `DEVICE_LOST` and `STATE_STORE_DOWN`.
 """
 
 import abc
@@ -370,7 +376,9 @@ class PolicyServiceStub(typing.Generic[_PolicyServiceCreatePolicyType, _PolicySe
     INVALID_ARGUMENT (`MALFORMED_REQUEST`, `NOT_OPENED`), OUT_OF_RANGE (`SEQUENCE_GAP`, with the expected sequence in
     the ErrorInfo metadata), ABORTED (`TRAINER_REPLACED`: the same trainer_id was opened again; `FENCED`: another
     server owns the policy now), NOT_FOUND (`POLICY_NOT_FOUND`, `POLICY_DELETED`), FAILED_PRECONDITION (`NOT_OWNER`:
-    another server owns the policy, at the address `owner` in the ErrorInfo metadata; `UID_MISMATCH`), UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`).
+    another server owns the policy, at the address `owner` in the ErrorInfo metadata; `UID_MISMATCH`), UNAVAILABLE
+    (`DRAINING`, `LOADING`, `DEVICE_LOST`), INTERNAL (`BUG`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`). Answers that were
+    ready come before the end. A step without an answer keeps its sequence: send it again.
     """
 
     UpdateWeights: _PolicyServiceUpdateWeightsType
@@ -396,13 +404,13 @@ class PolicyServiceStub(typing.Generic[_PolicyServiceCreatePolicyType, _PolicySe
     """
 
     ExportPolicy: _PolicyServiceExportPolicyType
-    """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks. Errors:
-    NOT_FOUND (`POLICY_NOT_FOUND`).
+    """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks, each
+    column's in order, the columns in turn. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
     """
 
     ImportPolicy: _PolicyServiceImportPolicyType
-    """Creates a policy from an exported state: the header first, then every column completely, in order. The policy
-    appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
+    """Creates a policy from an exported state: the header first, then every column completely, the chunks of
+    each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
     INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
     """
 
@@ -518,7 +526,9 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         INVALID_ARGUMENT (`MALFORMED_REQUEST`, `NOT_OPENED`), OUT_OF_RANGE (`SEQUENCE_GAP`, with the expected sequence in
         the ErrorInfo metadata), ABORTED (`TRAINER_REPLACED`: the same trainer_id was opened again; `FENCED`: another
         server owns the policy now), NOT_FOUND (`POLICY_NOT_FOUND`, `POLICY_DELETED`), FAILED_PRECONDITION (`NOT_OWNER`:
-        another server owns the policy, at the address `owner` in the ErrorInfo metadata; `UID_MISMATCH`), UNAVAILABLE (`DRAINING`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`).
+        another server owns the policy, at the address `owner` in the ErrorInfo metadata; `UID_MISMATCH`), UNAVAILABLE
+        (`DRAINING`, `LOADING`, `DEVICE_LOST`), INTERNAL (`BUG`), RESOURCE_EXHAUSTED (`TOO_MANY_STREAMS`). Answers that were
+        ready come before the end. A step without an answer keeps its sequence: send it again.
         """
 
     @abc.abstractmethod
@@ -569,8 +579,8 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         request: equipoise.v1.policy_pb2.ExportPolicyRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[equipoise.v1.policy_pb2.ExportPolicyResponse], collections.abc.AsyncIterator[equipoise.v1.policy_pb2.ExportPolicyResponse]]:
-        """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks. Errors:
-        NOT_FOUND (`POLICY_NOT_FOUND`).
+        """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks, each
+        column's in order, the columns in turn. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
         """
 
     @abc.abstractmethod
@@ -579,8 +589,8 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[equipoise.v1.policy_pb2.ImportPolicyRequest],
         context: _ServicerContext,
     ) -> typing.Union[equipoise.v1.policy_pb2.ImportPolicyResponse, collections.abc.Awaitable[equipoise.v1.policy_pb2.ImportPolicyResponse]]:
-        """Creates a policy from an exported state: the header first, then every column completely, in order. The policy
-        appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
+        """Creates a policy from an exported state: the header first, then every column completely, the chunks of
+        each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
         INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
         """
 

@@ -36,7 +36,8 @@ class Snapshot:
     def lacks(self, pages: NDArray[np.int64] | slice) -> NDArray[np.int64]:
         """Which of these pages, [any number], it would have to copy before they change; sorted, distinct."""
         touched = np.zeros(self.num_pages, dtype=np.bool_)
-        touched[pages] = True
+        if self.num_pages:  # else the rule keeps nothing
+            touched[pages] = True
         return np.flatnonzero(touched & ~self._settled)
 
     def keep(self, index: int, columns: Mapping[str, torch.Tensor]) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise_server.engine import Kind, Outcome, Policy, PolicySpec, Step, tables
-from equipoise_server.engine.trainers import Trainers
+from equipoise_server.engine import Header, Kind, Outcome, Policy, PolicySpec, Step, tables
+from equipoise_server.engine.trainers import MAX_REFUSED, Trainers
 from equipoise_server.errors import ServiceError, invalid
 from equipoise_server.rules import Statistics, build, names
 from equipoise_server.store import LogEntry
@@ -183,3 +183,59 @@ def test_the_compression_ratio_is_reference_over_mean_target_loss() -> None:
     mean = (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
     assert policy.progress.compression_ratio(of.reference_nats) == pytest.approx(2.0 / mean)
     assert policy.progress.compression_ratio(None) is None
+
+
+def infinite(sequence: int, *, in_stream: bool) -> Step:
+    """A step that only the rule finds wrong."""
+    statistics = Statistics(ids=np.array([3]), contributions=np.array([np.inf], np.float32))
+    return Step(
+        kind=Kind.STEP, trainer_id="trainer", sequence=sequence, statistics=statistics, in_stream=in_stream,
+        weights_for=statistics.ids,
+    )  # fmt: skip
+
+
+def test_a_step_that_the_rule_refuses_outside_of_a_stream_is_an_error_and_consumes_nothing() -> None:
+    policy = fresh(spec(num_examples=1000))
+    with pytest.raises(ServiceError) as caught:
+        apply(policy, infinite(1, in_stream=False), now=0.0)
+    assert caught.value.reason == "UNUSABLE_STATISTICS"
+    assert (policy.version, policy.trainers.last_sequence("trainer")) == (0, 0)
+
+
+def test_a_step_that_the_rule_refused_is_refused_again_also_from_the_log_and_from_the_header() -> None:
+    of = spec(num_examples=1000)
+    policy, replayed, restored = fresh(of), fresh(of), fresh(of)
+    answer, entry = apply(policy, infinite(1, in_stream=True), now=0.0)
+    assert answer.outcome is Outcome.REFUSED
+    assert entry is not None
+    replay(replayed, entry)
+    restore(restored, Header.from_fields(policy.header.to_fields()), {})
+    for again in (policy, replayed, restored):
+        answer, nothing = apply(again, infinite(1, in_stream=True), now=0.0)
+        assert (answer.outcome, answer.version, nothing) == (Outcome.REFUSED, 1, None)
+        assert answer.error is not None
+        assert answer.error.reason == "UNUSABLE_STATISTICS"
+        assert answer.weights is None
+
+
+def test_refusals_are_not_remembered_without_end() -> None:
+    trainers = Trainers(86_400.0)
+    for sequence in range(1, 1001):
+        trainers.record("trainer", sequence, 0.0, refused="NON_FINITE_STAT")
+    assert trainers.refusal("trainer", 1000) == "NON_FINITE_STAT"
+    assert len(trainers.known["trainer"].refused) == MAX_REFUSED
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_a_step_showed_stays_when_a_loss_is_reported_alone(together: bool) -> None:
+    """However the two were fused: together, no evidence is made for the second."""
+    of = spec(num_examples=1000)
+    policy = fresh(of)
+    first = next(steps(of.num_examples))
+    loss = Step(kind=Kind.STEP, trainer_id="trainer", sequence=2, target_loss=1.0, wants_weights=False)
+    apply(policy, first, now=0.0)
+    shown = policy.progress
+    apply(policy, loss, now=0.0, with_evidence=not together)
+    assert shown.sim is not None
+    assert (policy.progress.sim, policy.progress.positive_share) == (shown.sim, shown.positive_share)
+    assert policy.progress.largest_weight == shown.largest_weight

@@ -73,8 +73,8 @@ def decode(fields: Mapping[str, bytes]) -> LoggedStep:
     )
     return LoggedStep(
         step=step,
-        scalars=json.loads(fields.get("scalars", b"{}")),
-        evidence=Evidence(**json.loads(fields["evidence"])) if "evidence" in fields else None,
+        scalars=json.loads(fields["scalars"].decode()) if "scalars" in fields else {},
+        evidence=Evidence(**json.loads(fields["evidence"].decode())) if "evidence" in fields else None,
         at=float(fields["at"]),
     )
 

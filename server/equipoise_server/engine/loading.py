@@ -167,11 +167,9 @@ class Loading:
             if record is None:
                 tail = LogTail(chunk[0].version - 1)
                 record = StoreRecord(owner=owner, base=tail.base, durable_version=tail.base)
-            replay_s = await self._device.run_slices(policy.replay(chunk)) / len(chunk)
-            for entry in chunk:
-                tail.add(entry, replay_s=replay_s)
-            _, size, seconds = tail.after(record.durable_version, max_bytes=1 << 62)
-            record.appended(chunk[-1].version, size=size, replay_s=seconds)
+            replay_s = await self._device.run_slices(policy.replay(chunk))
+            size = sum(tail.add(entry, replay_s=replay_s / len(chunk)) for entry in chunk)
+            record.appended(chunk[-1].version, size=size, replay_s=replay_s)
             if tail.size > self._max_backlog_bytes:
                 tail.forget(record.durable_version)
             self.replayed += len(chunk)

@@ -96,12 +96,13 @@ class LogTail:
         """Version of the newest entry, or the base."""
         return self.base + len(self._entries)
 
-    def add(self, entry: LogEntry, *, replay_s: float) -> None:
-        """Adds the entry of the next version, and about how long its replay takes, seconds."""
+    def add(self, entry: LogEntry, *, replay_s: float) -> int:
+        """Adds the entry of the next version, and about how long its replay takes, seconds; the entry's bytes."""
         assert entry.version == self.last_version + 1
         size = entry_bytes(entry)
         self._entries.append((entry, size, replay_s))
         self.size += size + ENTRY_MEMORY_BYTES
+        return size
 
     def after(self, version: int, *, max_bytes: int) -> tuple[list[LogEntry], int, float]:
         """Entries behind `version`, together at most `max_bytes` unless it is one; their bytes and replay seconds."""

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from equipoise_server.engine.step import Step
 from equipoise_server.rules import Evidence
@@ -35,24 +36,18 @@ class Progress:
 
     def after(self, step: Step, evidence: Evidence | None) -> "Progress":
         """The progress after a step that was applied."""
-        changed = replace(self, version=self.version + 1, training_step=step.training_step)
+        changes: dict[str, Any] = {"version": self.version + 1, "training_step": step.training_step}
         if step.target_loss is not None:
-            changed = replace(
-                changed,
-                target_loss=step.target_loss,
-                target_loss_sum=self.target_loss_sum + step.target_loss,
-                target_loss_count=self.target_loss_count + 1,
-            )
+            changes["target_loss"] = step.target_loss
+            changes["target_loss_sum"] = self.target_loss_sum + step.target_loss
+            changes["target_loss_count"] = self.target_loss_count + 1
         if step.guard_loss is not None:
-            changed = replace(changed, guard_loss=step.guard_loss)
+            changes["guard_loss"] = step.guard_loss
         if evidence is not None:
-            changed = replace(
-                changed,
-                sim=evidence.sim,
-                positive_share=evidence.positive_share,
-                largest_weight=evidence.largest_weight,
-            )
-        return changed
+            changes["sim"] = evidence.sim
+            changes["positive_share"] = evidence.positive_share
+            changes["largest_weight"] = evidence.largest_weight
+        return replace(self, **changes)
 
     def after_refusal(self) -> "Progress":
         """The progress after a step that was refused: an empty version."""

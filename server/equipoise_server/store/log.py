@@ -113,7 +113,7 @@ class PolicyLog:
 
 def entry_bytes(entry: LogEntry) -> int:
     """About how many bytes an entry adds to an append; what `MAX_APPEND_BYTES` is compared with."""
-    return _ENTRY_OVERHEAD_BYTES + sum(len(name) + len(value) for name, value in entry.fields.items())
+    return _ENTRY_OVERHEAD_BYTES + sum(map(len, entry.fields)) + sum(map(len, entry.fields.values()))
 
 
 def _batches(entries: Sequence[LogEntry]) -> Iterator[Sequence[LogEntry]]:

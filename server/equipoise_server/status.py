@@ -36,8 +36,8 @@ def grpc_code(error: ServiceError) -> grpc.StatusCode:
 def trailing_metadata(error: ServiceError) -> tuple[tuple[str, bytes | str], ...]:
     """Metadata that carries the details behind a status.
 
-    Whoever learns that a policy is being loaded has waited for it until shortly before his deadline: gRPC's own retries,
-    which its pushback ends, would only turn the answer into DEADLINE_EXCEEDED.
+    Whoever learns that a policy is being loaded has waited for it until shortly before his deadline: gRPC's own
+    retries, which its pushback ends, would only turn the answer into DEADLINE_EXCEEDED.
     """
     details = ("grpc-status-details-bin", to_status(error).SerializeToString())
     return (details, ("grpc-retry-pushback-ms", "-1")) if error.reason == "LOADING" else (details,)

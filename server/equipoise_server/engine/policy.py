@@ -287,7 +287,10 @@ class Policy:
             if reason is None:
                 return self._answer(step, Outcome.DUPLICATE)
             text = f"step {step.sequence} was refused when it came first"
-            step = replace(step, error=ServiceError(Code.INVALID_ARGUMENT, reason, text))
+            refusal = ServiceError(Code.INVALID_ARGUMENT, reason, text)
+            if not step.in_stream:
+                raise refusal
+            step = replace(step, error=refusal)
         return self._answer(step, Outcome.REFUSED)
 
     def _answer(self, step: Step, outcome: Outcome) -> Answer:

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -13,38 +13,29 @@ from equipoise_server import logs
 from equipoise_server.engine.device import DeviceThread, is_device_fault
 from equipoise_server.engine.limits import EngineLimits
 from equipoise_server.engine.loading import Loaded
-from equipoise_server.engine.log import LogWriter
+from equipoise_server.engine.persistence import Persistence
 from equipoise_server.engine.policy import Policy, Taken
 from equipoise_server.engine.queue import Pending, StepQueue
 from equipoise_server.engine.session import DurableSequences, Session
-from equipoise_server.engine.snapshot import Snapshot
+from equipoise_server.engine.snapshot import Snapshot, read_pages
 from equipoise_server.engine.spec import Durability
 from equipoise_server.engine.status import PolicyStatus
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
-from equipoise_server.engine.sweep import sweep
 from equipoise_server.engine.telemetry import Telemetry
-from equipoise_server.errors import Code, ServiceError, draining, fenced, internal, policy_deleted
+from equipoise_server.errors import Code, ServiceError, draining, internal
 from equipoise_server.rules import Slices
-from equipoise_server.store import Fence, Fenced, Ownership, Page, RedisStore, StoreError
+from equipoise_server.store import Fence, Ownership, Page, RedisStore
 
 T = TypeVar("T")
 
 log = structlog.get_logger("equipoise.policy")
 
-LOG_ROOM = 2
-"""Where a rule says how long its log should get: at so many times that, steps wait for the sweep to shorten it."""
-SWEEP_RETRY_S = 1.0
-"""Pause after a sweep that the store ended."""
-DRAIN_REPLAY_S = 0.1
-"""A policy that stops in order writes its pages when the replay of its log would take longer than this."""
 STEPS_PER_CALL = 64
 """Most steps applied in one device call, so that answers are not held back for too long."""
 CALL_S = 0.005
 """How long steps are applied in one device call, unless a single one takes longer."""
 SHORT_CALL_STEPS, SHORT_CALL_ROWS, SHORT_CALL_S = 8, 8192, 0.002
 """So few steps with so few rows together are applied on the event loop, for so long."""
-SNAPSHOT_BYTES = 2 << 20
-"""Bytes of a snapshot's pages that are read in one device call."""
 
 
 class State(Enum):
@@ -83,7 +74,6 @@ class PolicyRunner:
         self.changed: set[asyncio.Event] = set()
         """Events of watchers, set whenever the status changes."""
         self.sessions: dict[str, Session] = {}
-        self._store = store
         self._device = device
         self._limits = limits
         self._telemetry = telemetry
@@ -96,21 +86,9 @@ class PolicyRunner:
             max_bytes=limits.max_queued_bytes,
             clock=self._loop.time,
         )
-        self._max_log_bytes = policy.rule.max_log_bytes(policy.state)
-        self._table_bytes = policy.state.nbytes
-        self.log = LogWriter(
-            store,
-            loaded.record,
-            tail=loaded.tail,
-            log_timeout_s=limits.log_timeout_s,
-            max_backlog_bytes=limits.max_backlog_bytes,
-            telemetry=telemetry,
-            republish=self._republish,
-            on_rollback=self._distrust_pages,
-            is_long=self._log_is_long,
-        )
-        self._sweeping = False
-        self._page_written = asyncio.Event()
+        self._persistence = Persistence(loaded, store=store, device=device, limits=limits, telemetry=telemetry)
+        self.log = self._persistence.log
+        self.sweep = self._persistence.sweep
         self._sequences = DurableSequences(
             durable={key: trainer.last_sequence for key, trainer in policy.trainers.known.items()}
         )
@@ -120,8 +98,8 @@ class PolicyRunner:
         self._stopping: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._applying = self._start(self._apply_steps())
-        self._writer = self._start(self._write_log())
-        self._sweeper = self._start(self._sweep_when_due())
+        self._start(self._persistence.write())
+        self._sweeper = self._start(self._persistence.sweep_when_due())
 
     @property
     def spec_name(self) -> str:
@@ -136,7 +114,7 @@ class PolicyRunner:
     @property
     def owner(self) -> Ownership:
         """The right to write the policy."""
-        return self.log.record.owner
+        return self._persistence.owner
 
     @property
     def closed(self) -> ServiceError | None:
@@ -216,36 +194,20 @@ class PolicyRunner:
 
     async def pages(self, snapshot: Snapshot, *, version: int) -> AsyncIterator[tuple[int, Page]]:
         """A snapshot's pages, each once, said to be of a version."""
-        async for numbered in self._snapshot_pages(snapshot, version):
+        async for numbered in read_pages(snapshot, self._device, version=version):
             self._check_open()
             yield numbered
 
-    async def _snapshot_pages(self, snapshot: Snapshot, version: int) -> AsyncIterator[tuple[int, Page]]:
-        page_bytes = max(1, self._table_bytes // max(snapshot.num_pages, 1))
-        step = max(1, SNAPSHOT_BYTES // page_bytes)
-
-        def take(indices: range) -> list[Page]:
-            pages = [snapshot.page(index, version=version) for index in indices]
-            for index in indices:
-                snapshot.release(index)
-            return pages
-
-        for start in range(0, snapshot.num_pages, step):
-            indices = range(start, min(start + step, snapshot.num_pages))
-            for index, page in zip(indices, await self._device.run(lambda i=indices: take(i)), strict=True):  # type: ignore[misc]
-                yield index, page
-
     async def check_fence(self) -> None:
         """Ends the policy here if it is another server's or was deleted; returns unknowing if the store stalls."""
-        checking = self._loop.create_task(self._check_fence())
-        await asyncio.wait([checking], timeout=self._limits.log_timeout_s)
+        if (found := await self._persistence.check_fence()) is not None:
+            self.fence(found)
         self._check_open()
 
     def fence(self, found: Fence) -> None:
         """The store has told how the ownership stands."""
         if found is not Fence.HELD and self._stopping is None:
-            log.warning("the policy is not ours any more", policy=self.spec_name, epoch=self.epoch, why=found.value)
-            self._begin_stop(self._lost(found))
+            self._begin_stop(self._persistence.lost(found))
 
     # The end.
 
@@ -285,40 +247,35 @@ class PolicyRunner:
             self._stopping = self._loop.create_task(self._stop(error, flush_timeout_s))
 
     async def _stop(self, error: ServiceError, flush_timeout_s: float) -> None:
-        try:
+        with self._whatever_happens():
             if flush_timeout_s:
-                await self._flush(flush_timeout_s)
-        except Exception:
-            log.exception("not everything was written", policy=self.spec_name)
-        finally:
-            self.log.end()
-            self.queue.close(error)
-            for session in list(self.sessions.values()):
-                session.end(error)
-            for event in self.changed:
-                event.set()
-            tasks = list(self._tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            with suppress(ServiceError):  # a device that failed has nothing to drop
-                await self._device.run(self.policy.drop)
-            with suppress(StoreError):  # a store that does not answer finds out by time
-                await self._store.release(self.owner)
-            self.state = State.CLOSED
-            self._on_closed(self)
+                await asyncio.wait([self._applying], timeout=flush_timeout_s)  # what is being applied comes first
+                self._sweeper.cancel()
+                await asyncio.wait([self._sweeper])
+                await self._persistence.finish(timeout_s=flush_timeout_s)
+        self.log.end()
+        self.queue.close(error)
+        for session in list(self.sessions.values()):
+            session.end(error)
+        for event in self.changed:
+            event.set()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with self._whatever_happens():
+            await self._device.run(self.policy.drop)
+        with self._whatever_happens():
+            await self._persistence.release()
+        self.state = State.CLOSED
+        self._on_closed(self)
 
-    async def _flush(self, timeout_s: float) -> None:
-        end = self._loop.time() + timeout_s
-        await asyncio.wait([self._applying], timeout=timeout_s)  # what is being applied comes first
-        self._sweeper.cancel()
-        await asyncio.wait([self._sweeper])
-        if not await self.log.flush(timeout_s=timeout_s):
-            log.warning("stopped before redis had everything", policy=self.spec_name, versions=self.log.backlog)
-        elif self.log.record.log_replay_s > DRAIN_REPLAY_S:
-            with suppress(TimeoutError, StoreError):
-                async with asyncio.timeout(end - self._loop.time()):
-                    await self.sweep(bytes_per_s=float("inf"))
+    @contextmanager
+    def _whatever_happens(self) -> Iterator[None]:
+        """The end goes on after an error in one of its parts."""
+        try:
+            yield
+        except Exception as error:
+            log.error("a policy did not end in order", policy=self.spec_name, exc_info=error)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
@@ -328,8 +285,6 @@ class PolicyRunner:
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task is self._writer:
-            self.log.end()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._begin_stop(self._reason(error))
 
@@ -362,8 +317,7 @@ class PolicyRunner:
     async def _apply_steps(self) -> None:
         while batch := await self.queue.take(STEPS_PER_CALL):
             while batch and self.closed is None:
-                await self.log.room()
-                await self._room_for_sweep()
+                await self._persistence.room()
                 if self.closed is None:
                     batch = batch[await self._apply(batch) :]
                 await asyncio.sleep(0)
@@ -427,98 +381,6 @@ class PolicyRunner:
             release()
         else:
             self.log.when_durable(answer.version, release)
-
-    # The store.
-
-    async def _write_log(self) -> None:
-        try:
-            await self.log.run()
-        except Fenced as error:
-            found = Fence.FENCED
-            with suppress(StoreError):
-                (found,) = await self._store.check_fences([self.owner])
-            log.warning("the policy is not ours any more", policy=self.spec_name, epoch=self.epoch, why=found.value)
-            raise self._lost(found) from error
-
-    async def _check_fence(self) -> None:
-        with suppress(StoreError):
-            (found,) = await self._store.check_fences([self.owner])
-            self.fence(found)
-
-    def _lost(self, found: Fence) -> ServiceError:
-        return policy_deleted(self.spec_name) if found is Fence.DELETED else fenced(self.spec_name)
-
-    def _log_is_long(self) -> bool:
-        max_bytes = self._max_log_bytes or max(self._limits.sweep_min_bytes, self._table_bytes)
-        record = self.log.record
-        return record.log_bytes > max_bytes or record.log_replay_s > self._limits.max_replay_s
-
-    async def _room_for_sweep(self) -> None:
-        """Waits while a sweep shortens a log that is too long for its rule, but only as long as it gets on."""
-        most, record = self._max_log_bytes, self.log.record
-        while most and record.log_bytes > LOG_ROOM * most and self._sweeping and not self.log.failing:
-            self._page_written.clear()
-            try:
-                async with asyncio.timeout(self._limits.log_timeout_s):
-                    await self._page_written.wait()
-            except TimeoutError:
-                return
-
-    async def _sweep_when_due(self) -> None:
-        while True:
-            await self.log.long.wait()
-            try:
-                await self.sweep()
-            except StoreError as error:  # the log writer deals with the store; the pages are dirty again
-                log.warning("a sweep did not end", policy=self.spec_name, error=str(error))
-                self._telemetry.swept(ok=False)
-                await asyncio.sleep(SWEEP_RETRY_S)
-
-    async def sweep(self, *, bytes_per_s: float | None = None) -> None:
-        """Writes changed pages and trims the log, now."""
-        started = self._loop.time()
-        self._sweeping = True
-        try:
-            swept = await sweep(
-                self.policy,
-                log=self.log,
-                store=self._store,
-                device=self._device,
-                bytes_per_s=bytes_per_s or self._limits.sweep_bytes_per_s,
-                on_page=self._page_written.set,
-            )
-        finally:
-            self._sweeping = False
-            self._page_written.set()
-        self._telemetry.swept(ok=True)
-        seconds = round(self._loop.time() - started, 3)
-        log.info("swept", policy=self.spec_name, pages=swept, through_version=self.log.record.base, seconds=seconds)
-
-    async def _republish(self, on_page: Callable[[], None]) -> tuple[Ownership, int]:
-        """Writes everything anew; what is not written then is dirty again."""
-        log.warning("writing the whole policy to redis again", policy=self.spec_name, version=self.policy.version)
-        snapshot = await self._device.run(self.policy.snapshot_all)
-        version = snapshot.header.version
-
-        async def pages() -> AsyncIterator[tuple[int, Page]]:
-            async for index, page in self._snapshot_pages(snapshot, version):
-                yield index, page
-                on_page()
-
-        try:
-            renewed = await self._store.republish(
-                self.owner, self.stored, version=version, pages=pages(), header=snapshot.header.to_fields()
-            )
-        except BaseException:
-            self._distrust_pages()
-            raise
-        finally:
-            self.policy.close_snapshot(snapshot)
-        log.info("redis has the whole policy again", policy=self.spec_name, version=version)
-        return renewed, version
-
-    def _distrust_pages(self) -> None:
-        self.policy.dirty_pages[:] = True
 
 
 def _has_rows(step: Step) -> bool:

@@ -1,16 +1,21 @@
 """A policy at one version, read page by page while steps go on: for forks, exports, samples and republications."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from equipoise_server.engine import tables
+from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.header import Header
 from equipoise_server.rules import PAGE_EXAMPLES, Rule, Slices, TableState
 from equipoise_server.store import Page
+
+READ_BYTES = 2 << 20
+"""Bytes of pages that are read in one call on the device."""
 
 
 class Snapshot:
@@ -22,11 +27,13 @@ class Snapshot:
     Attributes:
         header: what belongs to no page.
         num_pages: P.
+        page_bytes: of a page, about.
     """
 
     def __init__(self, rule: Rule, state: TableState, header: Header) -> None:
         self.header = header
         self.num_pages = state.num_pages
+        self.page_bytes = max(1, state.nbytes // max(state.num_pages, 1))
         self._rule = rule
         self._state = replace(state)  # the sums of now; the tables are the ones in use
         self._copies: dict[int, Mapping[str, torch.Tensor]] = {}
@@ -78,3 +85,19 @@ class Snapshot:
             return np.ones(stop - start, np.float32)
         view = replace(self._state, columns=dict(self.columns(start // PAGE_EXAMPLES)))
         return self._rule.weights(view, np.arange(stop - start))
+
+
+async def read_pages(snapshot: Snapshot, device: DeviceThread, *, version: int) -> AsyncIterator[tuple[int, Page]]:
+    """All pages, each once and for good, said to be of a version."""
+    step = max(1, READ_BYTES // snapshot.page_bytes)
+
+    def take(indices: range) -> list[Page]:
+        pages = [snapshot.page(index, version=version) for index in indices]
+        for index in indices:
+            snapshot.release(index)
+        return pages
+
+    for start in range(0, snapshot.num_pages, step):
+        indices = range(start, min(start + step, snapshot.num_pages))
+        for index, page in zip(indices, await device.run(partial(take, indices)), strict=True):
+            yield index, page

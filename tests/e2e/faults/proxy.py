@@ -15,6 +15,8 @@ from time import monotonic, sleep
 from typing import Any
 
 CHUNK_BYTES = 64 * 1024
+CHUNKS_UNDER_WAY = 64
+"""What one direction of a connection holds: beyond, its sender is read no further."""
 STANDSTILL_S = 0.5
 """A sleep of 2 ms that takes longer is no sleep of ours."""
 
@@ -81,7 +83,7 @@ class FaultProxy:
         self.taken = dict.fromkeys(Way, 0)
         """Bytes taken so far, held ones included."""
         self.delay_s = 0.0
-        """Every piece of data waits so long before it goes on."""
+        """Every piece of data is so long on its way; as in a long cable, others may be on theirs meanwhile."""
         self.bytes_per_s: float | None = None
         """How fast data goes on."""
         self.on_data: Callable[[Way, bytes], None] = lambda way, data: None
@@ -268,34 +270,55 @@ class FaultProxy:
             return None
 
     async def _pump(self, connection: Connection, way: Way) -> None:
-        source, sink = (connection.client, connection.server)[:: 1 if way is Way.UP else -1]
-        while data := await source[0].read(CHUNK_BYTES):
-            self.taken[way] += len(data)
-            if not await self._pass_traps(connection, way, data):
-                connection.reset()
-                return
-            if self.delay_s:
-                await asyncio.sleep(self.delay_s)
-            if self.bytes_per_s:
-                await asyncio.sleep(len(data) / self.bytes_per_s)
-            await self._wait_open(way)
-            if connection in self._stranded:
-                continue
-            if connection not in self._connections:
-                return
-            left = self._cut.get(way)
-            if left is not None and left <= len(data):
-                del self._cut[way]
-                sink[1].write(data[:left])
-                await sink[1].drain()
-                connection.reset()
-                return
-            if left is not None:
-                self._cut[way] = left - len(data)
-            self.on_data(way, data)
-            self.passed[way] += len(data)
-            sink[1].write(data)
-            await sink[1].drain()
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS_UNDER_WAY)
+        taking = asyncio.ensure_future(self._take_in(connection, way, under_way))
+        try:
+            while True:
+                taken_at, data = await under_way.get()
+                if not data or not await self._pass_on(connection, way, data, taken_at=taken_at):
+                    return
+        finally:
+            taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
+
+    async def _take_in(self, connection: Connection, way: Way, under_way: "asyncio.Queue[tuple[float, bytes]]") -> None:
+        """Reads what one side sends; no data at its end."""
+        source = (connection.client if way is Way.UP else connection.server)[0]
+        with contextlib.suppress(OSError):
+            while data := await source.read(CHUNK_BYTES):
+                self.taken[way] += len(data)
+                if not await self._pass_traps(connection, way, data):
+                    connection.reset()
+                    break
+                await under_way.put((self._loop.time(), data))
+        await under_way.put((0.0, b""))
+
+    async def _pass_on(self, connection: Connection, way: Way, data: bytes, *, taken_at: float) -> bool:
+        """Writes to the other side what is due; whether the connection goes on."""
+        sink = (connection.server if way is Way.UP else connection.client)[1]
+        if self.delay_s:
+            await asyncio.sleep(taken_at + self.delay_s - self._loop.time())
+        if self.bytes_per_s:
+            await asyncio.sleep(len(data) / self.bytes_per_s)
+        await self._wait_open(way)
+        if connection in self._stranded:
+            return True
+        if connection not in self._connections:
+            return False
+        left = self._cut.get(way)
+        if left is not None and left <= len(data):
+            del self._cut[way]
+            sink.write(data[:left])
+            await sink.drain()
+            connection.reset()
+            return False
+        if left is not None:
+            self._cut[way] = left - len(data)
+        self.on_data(way, data)
+        self.passed[way] += len(data)
+        sink.write(data)
+        await sink.drain()
+        return True
 
     async def _pass_traps(self, connection: Connection, way: Way, data: bytes) -> bool:
         """Waits where a trap holds the connection; whether it may go on."""
@@ -326,15 +349,15 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def until(condition: Callable[[], object], *, within_s: float = 30.0, what: str = "") -> float:
-    """Waits for a condition; seconds it took. Fails when it does not come about.
+def until(condition: Callable[[], object], *, within_s: float = 30.0, what: str | Callable[[], str] = "") -> float:
+    """Waits for a condition; seconds it took. Fails when it does not come about, and says `what` did not.
 
     Time in which the machine stood still, as virtual ones do, is not held against the condition.
     """
     started = last = monotonic()
     patience_s = within_s
     while not condition():
-        assert patience_s > 0, f"not within {within_s} s: {what or condition}"
+        assert patience_s > 0, f"not within {within_s} s: {(what() if callable(what) else what) or condition}"
         sleep(0.002)
         now = monotonic()
         patience_s -= min(now - last, STANDSTILL_S)

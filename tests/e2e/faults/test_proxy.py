@@ -127,3 +127,16 @@ def test_delay_and_bandwidth(proxy: FaultProxy, client: socket.socket) -> None:
     client.sendall(b"x" * 50)
     assert len(client.recv(100)) == 50
     assert monotonic() - started >= 2 * (0.05 + 0.05)
+
+
+def test_delay_is_no_bandwidth(proxy: FaultProxy, client: socket.socket) -> None:
+    """What is on its way does not keep others from setting out: one piece after another would take four seconds."""
+    proxy.delay_s = 0.1
+    sending = threading.Thread(target=client.sendall, args=(b"x" * (40 << 16),))
+    started = monotonic()
+    sending.start()
+    got = 0
+    while got < 40 << 16:
+        got += len(client.recv(1 << 20))
+    sending.join()
+    assert 0.2 <= monotonic() - started < 2.5

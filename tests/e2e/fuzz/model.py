@@ -21,6 +21,7 @@ class Model:
         version: steps applied or refused.
         averages: the statistic of each scored example.
         trainers: last sequence by trainer.
+        refused: reasons of refused steps, by trainer and sequence.
         seen: newest (epoch, version) that any answer showed.
     """
 
@@ -29,6 +30,7 @@ class Model:
     version: int = 0
     averages: dict[int, float] = field(default_factory=dict)
     trainers: dict[str, int] = field(default_factory=dict)
+    refused: dict[tuple[str, int], str] = field(default_factory=dict)
     seen: tuple[int, int] = (0, 0)
 
     def apply(self, signs: Mapping[int, int]) -> None:

@@ -108,6 +108,8 @@ class Service(RuleBasedStateMachine):
         elif sequence > last + 1:
             error = self.expect("SEQUENCE_GAP", lambda: self.stub.UpdateWeights(request))
             assert error.metadata["expected_sequence"] == str(last + 1)
+        elif reason := model.refused.get((trainer, sequence)):
+            self.expect(reason, lambda: self.stub.UpdateWeights(request))
         else:
             answer = self.stub.UpdateWeights(request, timeout=TIMEOUT_S).step
             if sequence == last + 1:
@@ -165,20 +167,16 @@ class Service(RuleBasedStateMachine):
         """A request of a stream, applied to the model at once; and what its answer must be."""
         last = model.trainers.get(trainer, 0)
         if kind == "repeat" and last:
-            signs = {0: 1}
-            request = scored(signs, sequence=max(1, last - what))
+            signs, sequence = {0: 1}, max(1, last - what)
+            request = scored(signs, sequence=sequence)
+            if reason := model.refused.get((trainer, sequence)):
+                return request, self.refused(model, reason)
             return request, self.later(model, pb.OUTCOME_DUPLICATE, signs)
         if kind == "bad":
             model.refuse()
             model.trainers[trainer] = last + 1
-            version = model.version
-
-            def refused(answer: pb.StepResponse) -> None:
-                assert (answer.outcome, answer.version) == (pb.OUTCOME_REFUSED, version)
-                assert info_of(answer.error).reason == what
-                assert answer.weights == b""
-
-            return pb.StepRequest(sequence=last + 1, **BAD[what]), refused
+            model.refused[trainer, last + 1] = what
+            return pb.StepRequest(sequence=last + 1, **BAD[what]), self.refused(model, what)
         if kind == "step":
             model.apply(what)
             model.trainers[trainer] = last + 1
@@ -262,6 +260,17 @@ class Service(RuleBasedStateMachine):
     def check_answer(self, model: Model, answer: pb.StepResponse, outcome: int, ids: Any) -> None:
         self.later(model, outcome, ids)(answer)
         assert answer.durable_sequence == model.trainers.get("", 0) or answer.sequence <= answer.durable_sequence
+
+    def refused(self, model: Model, reason: str) -> Callable[[pb.StepResponse], None]:
+        """What the answer of a refused step must be."""
+        version = model.version
+
+        def check(answer: pb.StepResponse) -> None:
+            assert (answer.outcome, answer.version) == (pb.OUTCOME_REFUSED, version)
+            assert info_of(answer.error).reason == reason
+            assert answer.weights == b""
+
+        return check
 
     def later(self, model: Model, outcome: int, ids: Any) -> Callable[[pb.StepResponse], None]:
         """Compares an answer with the model as it is now."""

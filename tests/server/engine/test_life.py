@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from equipoise_server.engine import Durability, Engine, Kind, Outcome, PolicyRunner, Session, State, Step
-from equipoise_server.engine import runner as runner_module
+from equipoise_server.engine import Durability, Engine, Kind, Outcome, PolicyRunner, Session, State, Step, persistence
+from equipoise_server.engine.persistence import Persistence
 from equipoise_server.errors import Code, ServiceError, draining
 from equipoise_server.store import EmbeddedRedis, RedisStore, Unavailable
 from tests.server.engine.conftest import Servers
@@ -65,29 +65,35 @@ async def answer_or_error(waiting: Awaitable[Any]) -> Any:
         return error
 
 
-TASKS = ("_apply_steps", "_write_log", "_sweep_when_due")
+TASKS = {
+    "steps": (PolicyRunner, "_apply_steps"),
+    "log": (Persistence, "write"),
+    "sweep": (Persistence, "sweep_when_due"),
+}
 
 
-@pytest.mark.parametrize("durability", list(Durability))
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("task", "durability"), [(task, Durability.LOGGED) for task in TASKS] + [("steps", Durability.BEHIND)]
+)
 async def test_a_bug_at_any_await_ends_the_policy_with_an_id_and_it_comes_back_whole(
     servers: Servers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str,
     durability: Durability,
 ) -> None:  # fmt: skip
     """Every await of the task in turn, until the task has no such await any more."""
-    monkeypatch.setattr(runner_module, "SWEEP_RETRY_S", 0.01)
+    monkeypatch.setattr(persistence, "SWEEP_RETRY_S", 0.01)
     expected = await calm(servers, 12)
-    work: Callable[[PolicyRunner], Coroutine[Any, Any, None]] = getattr(PolicyRunner, task)
+    holder, method = TASKS[task]
+    work: Callable[[Any], Coroutine[Any, Any, None]] = getattr(holder, method)
     ended_by_bug = 0
     for at in itertools.count(1):
         name = f"policy-{at}"
         injected: list[Interrupted] = []
 
-        async def interrupted(runner: PolicyRunner, at: int = at, injected: list[Interrupted] = injected) -> None:
-            injected.append(Interrupted(work(runner), at=at if not injected else 0))
+        async def interrupted(holder: Any, at: int = at, injected: list[Interrupted] = injected) -> None:
+            injected.append(Interrupted(work(holder), at=at if not injected else 0))
             await injected[-1]
 
-        monkeypatch.setattr(PolicyRunner, task, interrupted)
+        monkeypatch.setattr(holder, method, interrupted)
         engine = await servers.make(max_replay_s=0.0)  # a sweep is always due
         await engine.create(spec(name, num_examples=NUM_EXAMPLES, durability=durability))
         runner = await engine.runner(name)

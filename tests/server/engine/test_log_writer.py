@@ -59,7 +59,7 @@ async def assert_taken_over(servers: Servers, runner: PolicyRunner) -> None:
     assert await everything(after) == expected
 
 
-@pytest.mark.parametrize(("batch", "bound"), [(8, 1 << 16), (2000, 1 << 18)])
+@pytest.mark.parametrize(("batch", "bound"), [(8, 1 << 14), (2000, 1 << 17)])
 async def test_a_slow_store_slows_the_steps_and_fills_no_memory(
     servers: Servers, redis: EmbeddedRedis, batch: int, bound: int
 ) -> None:

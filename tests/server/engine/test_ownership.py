@@ -121,7 +121,7 @@ async def test_a_server_that_was_taken_for_dead_turns_trainers_away_at_their_nex
     with pytest.raises(ServiceError) as caught:
         await before.open("other")
     assert caught.value.reason == "FENCED"
-    assert session.ended.result().reason == "FENCED"  # and nobody reads old weights from it
+    assert (await asyncio.wait_for(session.ended, 20)).reason == "FENCED"  # and nobody reads old weights from it
     await store.heartbeat("second", address=SECOND, ttl_s=60)
     assert (await refusal(first)).metadata == {"owner": SECOND}
 

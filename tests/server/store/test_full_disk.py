@@ -27,14 +27,12 @@ def small_disk(short_dir: Path) -> Iterator[Path]:
 async def fill(store: RedisStore, owner: Ownership) -> int:
     """Appends until the store refuses; the last version that it took."""
     version = 0
-    while True:
-        entry = LogEntry(version=version + 1, fields={"c": os.urandom(977)})
-        try:
-            await store.append(owner, [entry])
-        except Unavailable as error:
-            assert error.kind == "misconf"
-            return version
-        version += 1
+    with pytest.raises(Unavailable) as caught:
+        while True:
+            await store.append(owner, [LogEntry(version=version + 1, fields={"c": os.urandom(977)})])
+            version += 1
+    assert caught.value.kind == "misconf"
+    return version
 
 
 @pytest.mark.parametrize("confirms", [True, False])

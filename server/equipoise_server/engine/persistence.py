@@ -1,0 +1,185 @@
+"""How a policy in service is kept in the store: its log, its sweeps, and whose it is."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import structlog
+
+from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.limits import EngineLimits
+from equipoise_server.engine.loading import Loaded
+from equipoise_server.engine.log import LogWriter
+from equipoise_server.engine.snapshot import read_pages
+from equipoise_server.engine.sweep import sweep
+from equipoise_server.engine.telemetry import Telemetry
+from equipoise_server.errors import ServiceError, fenced, policy_deleted
+from equipoise_server.store import Fence, Fenced, Ownership, Page, RedisStore, StoreError
+
+log = structlog.get_logger("equipoise.policy")
+
+LOG_ROOM = 2
+"""Where a rule says how long its log should get: at so many times that, steps wait for the sweep to shorten it."""
+SWEEP_RETRY_S = 1.0
+"""Pause after a sweep that the store ended."""
+FINAL_REPLAY_S = 0.1
+"""A policy that stops in order writes its pages when the replay of its log would take longer than this."""
+
+
+class Persistence:
+    """Keeps one policy in the store. `write` and `sweep_when_due` are tasks of its runner.
+
+    Attributes:
+        log: writer of the log, with the record of what the store holds.
+    """
+
+    def __init__(
+        self, loaded: Loaded, *, store: RedisStore, device: DeviceThread, limits: EngineLimits, telemetry: Telemetry
+    ) -> None:
+        self._policy = loaded.policy
+        self._stored = loaded.stored
+        self._store = store
+        self._device = device
+        self._limits = limits
+        self._telemetry = telemetry
+        self._max_log_bytes = loaded.policy.rule.max_log_bytes(loaded.policy.state)
+        self._table_bytes = loaded.policy.state.nbytes
+        self._sweeping = False
+        self._page_written = asyncio.Event()
+        self.log = LogWriter(
+            store,
+            loaded.record,
+            tail=loaded.tail,
+            log_timeout_s=limits.log_timeout_s,
+            max_backlog_bytes=limits.max_backlog_bytes,
+            telemetry=telemetry,
+            republish=self._republish,
+            on_rollback=self._distrust_pages,
+            is_long=self._log_is_long,
+        )
+
+    @property
+    def owner(self) -> Ownership:
+        """The right to write the policy."""
+        return self.log.record.owner
+
+    async def write(self) -> None:
+        """Writes the log until cancelled. Raises ServiceError (FENCED, POLICY_DELETED) once the policy is lost."""
+        try:
+            await self.log.run()
+        except Fenced as error:
+            found = Fence.FENCED
+            with suppress(StoreError):
+                (found,) = await self._store.check_fences([self.owner])
+            raise self.lost(found) from error
+        finally:
+            self.log.end()
+
+    async def sweep_when_due(self) -> None:
+        """Sweeps until cancelled, whenever the log has become long."""
+        while True:
+            await self.log.long.wait()
+            try:
+                await self.sweep()
+            except StoreError as error:  # the log writer deals with the store; the pages are dirty again
+                log.warning("a sweep did not end", policy=self._policy.spec.name, error=str(error))
+                self._telemetry.swept(ok=False)
+                await asyncio.sleep(SWEEP_RETRY_S)
+
+    async def sweep(self, *, bytes_per_s: float | None = None) -> None:
+        """Writes changed pages and trims the log, now."""
+        started = asyncio.get_running_loop().time()
+        self._sweeping = True
+        try:
+            swept = await sweep(
+                self._policy,
+                log=self.log,
+                store=self._store,
+                device=self._device,
+                bytes_per_s=bytes_per_s or self._limits.sweep_bytes_per_s,
+                on_page=self._page_written.set,
+            )
+        finally:
+            self._sweeping = False
+            self._page_written.set()
+        self._telemetry.swept(ok=True)
+        seconds = round(asyncio.get_running_loop().time() - started, 3)
+        through = self.log.record.base
+        log.info("swept", policy=self._policy.spec.name, pages=swept, through_version=through, seconds=seconds)
+
+    async def room(self) -> None:
+        """Returns when a step may be applied: soon, unless the store is slow, or a sweep shortens a long log.
+
+        The rule says how long is long; the steps wait for the sweep only as long as it gets on.
+        """
+        await self.log.room()
+        most, record = self._max_log_bytes, self.log.record
+        while most and record.log_bytes > LOG_ROOM * most and self._sweeping and not self.log.failing:
+            self._page_written.clear()
+            try:
+                async with asyncio.timeout(self._limits.log_timeout_s):
+                    await self._page_written.wait()
+            except TimeoutError:
+                return
+
+    async def finish(self, *, timeout_s: float) -> None:
+        """Writes everything, and pages too where the log is long, for so many seconds; the sweeper has ended."""
+        end = asyncio.get_running_loop().time() + timeout_s
+        if not await self.log.flush(timeout_s=timeout_s):
+            name, versions = self._policy.spec.name, self.log.backlog
+            log.warning("stopped before redis had everything", policy=name, versions=versions)
+        elif self.log.record.log_replay_s > FINAL_REPLAY_S:
+            with suppress(TimeoutError, StoreError):
+                async with asyncio.timeout_at(end):
+                    await self.sweep(bytes_per_s=float("inf"))
+
+    async def check_fence(self) -> Fence | None:
+        """Whose the policy is; None: the store does not tell within `log_timeout_s`."""
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(self._limits.log_timeout_s):
+                (found,) = await self._store.check_fences([self.owner])
+                return found
+        return None
+
+    def lost(self, found: Fence) -> ServiceError:
+        """Why the policy cannot be served here any more."""
+        name = self._policy.spec.name
+        log.warning("the policy is not ours any more", policy=name, epoch=self.owner.epoch, why=found.value)
+        return policy_deleted(name) if found is Fence.DELETED else fenced(name)
+
+    async def release(self) -> None:
+        """Leaves the policy to any server that is asked for it; a store that does not answer finds out by time."""
+        with suppress(StoreError):
+            await self._store.release(self.owner)
+
+    def _log_is_long(self) -> bool:
+        max_bytes = self._max_log_bytes or max(self._limits.sweep_min_bytes, self._table_bytes)
+        record = self.log.record
+        return record.log_bytes > max_bytes or record.log_replay_s > self._limits.max_replay_s
+
+    async def _republish(self, on_page: Callable[[], None]) -> tuple[Ownership, int]:
+        """Writes everything anew; what is not written then is dirty again."""
+        name = self._policy.spec.name
+        log.warning("writing the whole policy to redis again", policy=name, version=self._policy.version)
+        snapshot = await self._device.run(self._policy.snapshot_all)
+        version = snapshot.header.version
+
+        async def pages() -> AsyncIterator[tuple[int, Page]]:
+            async for index, page in read_pages(snapshot, self._device, version=version):
+                yield index, page
+                on_page()
+
+        try:
+            renewed = await self._store.republish(
+                self.owner, self._stored, version=version, pages=pages(), header=snapshot.header.to_fields()
+            )
+        except BaseException:
+            self._distrust_pages()
+            raise
+        finally:
+            self._policy.close_snapshot(snapshot)
+        log.info("redis has the whole policy again", policy=name, version=version)
+        return renewed, version
+
+    def _distrust_pages(self) -> None:
+        self._policy.dirty_pages[:] = True

@@ -315,7 +315,7 @@ def _engine_limits(settings: Settings) -> EngineLimits:
         max_queued_steps=settings.max_queued_steps,
         max_queued_bytes=settings.max_queued_bytes,
         log_timeout_s=settings.log_timeout_s,
-        max_backlog_bytes=4 * settings.sweep_min_bytes,
+        max_backlog_bytes=settings.max_backlog_bytes,
         sweep_min_bytes=settings.sweep_min_bytes,
         sweep_bytes_per_s=settings.sweep_bytes_per_s,
     )

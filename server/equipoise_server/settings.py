@@ -155,6 +155,12 @@ class Settings(BaseSettings):
         description="a policy's log grows at least this far before a sweep; rule trajectory: a quarter of its rows",
     )
     sweep_bytes_per_s: int = Field(64 * MIB, ge=MIB, description="how fast a sweep writes pages to Redis, per policy")
+    max_backlog_bytes: int = Field(
+        256 * MIB,
+        ge=MIB,
+        description="memory for the log entries of one policy that Redis lacks, or might lose: when it is full, steps"
+        " wait while Redis is slow; while Redis fails they go on, and the tables are written anew afterwards",
+    )
     policy_idle_s: float = Field(600.0, gt=0, description="a policy that nobody uses for so long leaves memory")
     trainer_idle_s: float = Field(24 * HOUR_S, gt=0, description="a trainer silent for so long is forgotten")
 

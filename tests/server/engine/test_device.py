@@ -52,7 +52,7 @@ async def test_what_a_failing_device_has_half_done_is_read_again_from_the_store(
     unanswered = [await runner.submit(step) for step in islice(numbered, 5)]
     errors = await asyncio.gather(*unanswered, return_exceptions=True)
     assert {getattr(error, "reason", None) for error in errors} == {"DEVICE_LOST"}
-    assert session.ended.result().reason == "DEVICE_LOST"
+    assert (await asyncio.wait_for(session.ended, 20)).reason == "DEVICE_LOST"
     assert "launch failure\n" not in str(session.ended.result())
 
     again = await engine.runner("policy")

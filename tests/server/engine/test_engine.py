@@ -59,7 +59,7 @@ async def test_a_second_server_takes_over_bit_for_bit_and_the_first_is_fenced(se
     with pytest.raises(ServiceError) as caught:
         await send_until_refused(before, late)
     assert caught.value.reason == "FENCED"
-    assert session.ended.result().reason == "FENCED"
+    assert (await asyncio.wait_for(session.ended, 20)).reason == "FENCED"
     assert_same(await everything(after), expected)
 
 
@@ -259,7 +259,7 @@ async def test_deletion_ends_streams_and_a_namesake_starts_afresh_under_a_higher
     session, _ = await runner.open("trainer")
     await feed(runner, 3)
     await engine.delete("policy")
-    assert session.ended.result().reason == "POLICY_DELETED"
+    assert (await asyncio.wait_for(session.ended, 20)).reason == "POLICY_DELETED"
     for asked in (engine, other):
         with pytest.raises(ServiceError) as caught:
             await asked.runner("policy")

@@ -26,13 +26,18 @@ def small_disk(short_dir: Path) -> Iterator[Path]:
 
 async def fill(store: RedisStore, owner: Ownership) -> int:
     """Appends until the store refuses; the last version that it took."""
-    version = 0
-    with pytest.raises(Unavailable) as caught:
+    taken = 0
+
+    async def append_for_ever() -> None:
+        nonlocal taken
         while True:
-            await store.append(owner, [LogEntry(version=version + 1, fields={"c": os.urandom(977)})])
-            version += 1
+            await store.append(owner, [LogEntry(version=taken + 1, fields={"c": os.urandom(977)})])
+            taken += 1
+
+    with pytest.raises(Unavailable) as caught:
+        await append_for_ever()
     assert caught.value.kind == "misconf"
-    return version
+    return taken
 
 
 @pytest.mark.parametrize("confirms", [True, False])

@@ -42,6 +42,8 @@ log = structlog.get_logger("equipoise.server")
 REDIS_CHECK_S = 1.0
 ACCESS_CHECK_S = 1.0
 FLUSH_TIMEOUT_S = 10.0
+LAST_WORD_S = 2.0
+"""How long before the end of the grace streams that do not leave are ended."""
 START_FAILED = 1
 STREAM_WINDOW_BYTES = 1 << 20
 """What a client may send ahead of being read, for each of its streams."""
@@ -181,7 +183,12 @@ class Server:
         await self._health.drain()
         await asyncio.sleep(self._settings.drain_delay_s)
         handing_over = asyncio.ensure_future(self._engine.hand_over(draining(), flush_timeout_s=FLUSH_TIMEOUT_S))
-        await self._grpc.stop(self._settings.drain_grace_s)
+        grace_s = self._settings.drain_grace_s
+        ending = asyncio.ensure_future(self._grpc.stop(grace_s))
+        await asyncio.wait([ending], timeout=max(0.0, grace_s - min(LAST_WORD_S, grace_s / 2)))
+        if not ending.done():  # streams that do not leave: they are told why, before gRPC ends them without a word
+            await self._engine.close(draining(), flush_timeout_s=FLUSH_TIMEOUT_S)
+        await ending
         handing_over.cancel()  # what waits for streams that have ended by now; policies that stop go on doing so
         await asyncio.wait([handing_over])
         await self._engine.close(draining(), flush_timeout_s=FLUSH_TIMEOUT_S)

@@ -59,6 +59,17 @@ class ServiceError(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after_s = retry_after_s
 
+    def again(self) -> "ServiceError":
+        """The same error for another caller: one that is raised often would keep the frames of all who got it."""
+        return ServiceError(
+            self.code,
+            self.reason,
+            str(self),
+            violations=self.violations,
+            metadata=self.metadata,
+            retry_after_s=self.retry_after_s,
+        )
+
 
 def invalid(reason: str, field: str, description: str) -> ServiceError:
     """INVALID_ARGUMENT for one field; `description` names the value and the rule."""

@@ -5,6 +5,7 @@ from __future__ import annotations  # grpc's classes are generic for the type ch
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -160,6 +161,9 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
                 code = context.code() or grpc.StatusCode.UNKNOWN
                 raise
             except Exception:
+                if context.cancelled():  # the caller has left in the middle of an answer: no fault of ours
+                    code = grpc.StatusCode.CANCELLED
+                    raise
                 code = grpc.StatusCode.INTERNAL
                 await abort(context, _bug(call))
             finally:
@@ -199,8 +203,9 @@ async def _invoke(behavior: Callable[..., Any], request: Any, context: grpc.aio.
         raise request.error()
     result = behavior(request, context)
     if hasattr(result, "__aiter__"):
-        async for message in result:
-            await context.write(message)
+        async with aclosing(result):
+            async for message in result:
+                await context.write(message)
         return None
     return await result
 

@@ -4,7 +4,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from contextvars import Context
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -83,6 +84,7 @@ class Engine:
         self._draining = False
         self._telemetry = telemetry
         self._wall_clock = wall_clock
+        self._loop = asyncio.get_running_loop()
         self._runners: dict[str, PolicyRunner] = {}
         self._loads: dict[str, tuple[Loading, asyncio.Task[PolicyRunner]]] = {}
 
@@ -166,12 +168,14 @@ class Engine:
 
         Raises ServiceError: POLICY_NOT_FOUND, UID_MISMATCH, NOT_OWNER, DRAINING; LOADING after `wait_s`.
         """
-        wait_s = self.limits.load_wait_s if wait_s is None else wait_s
-        if (leaving := self._runners.get(name)) and leaving.closed is not None:
-            await leaving.wait_closed(timeout_s=wait_s)
-        runner = self._runners.get(name) or await self._load_or_wait(name, wait_s)
-        if uid and uid != runner.policy.uid:
-            raise uid_mismatch(name, runner.policy.uid, uid)
+        end = self._loop.time() + (self.limits.load_wait_s if wait_s is None else wait_s)
+        runner = await self._runner(name, end)
+        while uid and uid != runner.policy.uid:
+            with suppress(ServiceError):  # it ends here, if the store knows better
+                await runner.check_fence()
+            if runner.closed is None:
+                raise uid_mismatch(name, runner.policy.uid, uid)
+            runner = await self._runner(name, end)
         return runner
 
     async def delete(self, name: str, *, uid: str = "") -> str:
@@ -185,16 +189,21 @@ class Engine:
             raise policy_not_found(name) from error
         except StoreError as error:
             raise store_down(str(error)) from error
-        await self._end_load(name)
+        if (entry := self._loads.get(name)) and entry[0].uid == deleted:
+            await self._end_load(name)
         if (runner := self._runners.get(name)) and runner.policy.uid == deleted:
             await runner.stop(policy_deleted(name))
+        log.info("deleted", policy=name, uid=deleted)
         return deleted
 
     async def unload_idle(self, *, idle_s: float) -> None:
-        """Lets go of policies that nobody has used for `idle_s` and that are wholly in the store."""
+        """Lets go of policies that nobody has used for `idle_s` and that are in the store, and of idle trainers."""
         for runner in self.runners:
             if runner.is_idle(idle_s):
                 await runner.stop(unloaded(runner.spec_name), flush_timeout_s=UNLOAD_FLUSH_S)
+            elif runner.closed is None:
+                with suppress(ServiceError):  # it ends just now
+                    await runner.forget_idle()
 
     async def check_fences(self) -> None:
         """Lets go of policies that another server has acquired, or that were deleted. Raises StoreError."""
@@ -222,20 +231,24 @@ class Engine:
             await self._end_load(name)
         await asyncio.gather(*(runner.stop(error, flush_timeout_s=flush_timeout_s) for runner in self.runners))
 
-    async def _load_or_wait(self, name: str, wait_s: float) -> PolicyRunner:
-        if self._draining:
-            raise draining()
-        if name not in self._loads:
-            self._loads[name] = self._start_load(name)
-        loading, task = self._loads[name]
-        done, _ = await asyncio.wait([task], timeout=wait_s)
-        if not done:
-            raise loading.not_yet()
-        if task.cancelled():
-            raise policy_not_found(name) if not self._draining else draining()
-        return task.result()
+    async def _runner(self, name: str, end: float) -> PolicyRunner:
+        """The policy in service, until a moment (loop time, seconds)."""
+        if (leaving := self._runners.get(name)) and leaving.closed is not None:
+            await leaving.wait_closed(timeout_s=end - self._loop.time())
+        while (runner := self._runners.get(name)) is None:
+            if self._draining:
+                raise draining()
+            if name not in self._loads:
+                self._start_load(name)
+            loading, task = self._loads[name]
+            done, _ = await asyncio.wait([task], timeout=max(0.0, end - self._loop.time()))
+            if not done:
+                raise loading.not_yet()
+            if not task.cancelled():  # else what was loaded has been deleted, or the server stops
+                return task.result()
+        return runner
 
-    def _start_load(self, name: str) -> "tuple[Loading, asyncio.Task[PolicyRunner]]":
+    def _start_load(self, name: str) -> None:
         loading = Loading(
             name,
             store=self._store,
@@ -246,9 +259,16 @@ class Engine:
             max_backlog_bytes=self.limits.max_backlog_bytes,
             wall_clock=self._wall_clock,
         )
-        task = asyncio.get_running_loop().create_task(self._load(loading))
-        task.add_done_callback(lambda task: None if task.cancelled() else task.exception())  # told to who waits
-        return loading, task
+        # A context of its own: the log must not name the request that happened to come first for all that follows.
+        task = self._loop.create_task(self._load(loading), context=Context())
+        self._loads[name] = loading, task
+        task.add_done_callback(lambda task: self._load_ended(name, task))
+
+    def _load_ended(self, name: str, task: "asyncio.Task[PolicyRunner]") -> None:
+        if not task.cancelled():
+            task.exception()  # told to who waits
+        if name in self._loads and self._loads[name][1] is task:
+            del self._loads[name]
 
     async def _load(self, loading: Loading) -> PolicyRunner:
         started = time.monotonic()
@@ -269,8 +289,6 @@ class Engine:
             error_id = logs.new_id()
             log.exception("a policy cannot be loaded", policy=loading.name, error_id=error_id)
             raise internal(error_id) from error
-        finally:
-            self._loads.pop(loading.name, None)
         self._runners[loading.name] = runner
         self._telemetry.loaded(seconds=time.monotonic() - started)
         return runner
@@ -278,7 +296,8 @@ class Engine:
     async def _end_load(self, name: str) -> None:
         if name in self._loads:
             _, task = self._loads[name]
-            task.cancel()
+            if not task.cancelling():
+                task.cancel()
             await asyncio.wait([task])
 
     def _forget(self, runner: PolicyRunner) -> None:

@@ -79,6 +79,8 @@ class Loading:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.name = name
+        self.uid = ""
+        """Of the incarnation that is being loaded; empty until it was acquired."""
         self.entries = 0
         """Log entries to replay, as far as is known."""
         self.replayed = 0
@@ -109,6 +111,7 @@ class Loading:
             raise policy_not_found(self.name) from error
         except StoreError as error:
             raise store_down(str(error)) from error
+        self.uid = owner.uid
         try:
             return await self._load(owner)
         except NotFound as error:
@@ -207,5 +210,6 @@ class Loading:
                 return answer
 
     async def _release(self, owner: Ownership) -> None:
+        """Goes on when the loading is cancelled once more."""
         with suppress(StoreError):
-            await self._store.release(owner)
+            await asyncio.shield(self._store.release(owner))

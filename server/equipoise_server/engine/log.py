@@ -156,7 +156,7 @@ class LogWriter:
         telemetry: Telemetry,
         republish: Callable[[Callable[[], None]], Awaitable[tuple[Ownership, int]]],
         on_rollback: Callable[[], None],
-        is_long: Callable[[], bool],
+        is_long: Callable[[StoreRecord], bool],
     ) -> None:
         self.record = record
         self.tail = tail
@@ -180,6 +180,8 @@ class LogWriter:
         self._overrun = False
         self._failing_since = 0.0
         self._ended = False
+        if is_long(record):
+            self.long.set()
 
     @property
     def backlog(self) -> int:
@@ -239,8 +241,14 @@ class LogWriter:
         self.record.trimmed(version)
         self.tail.forget(version)
         self.long.clear()
-        if self._is_long():
+        if self._is_long(self.record):
             self.long.set()
+
+    def lose(self, last_version: int | None) -> None:
+        """The store was found to have lost what is above a version; None: everything."""
+        if not self.record.republishing:
+            self._rewind(last_version)
+            self._wake.set()
 
     def end(self) -> None:
         """Nothing is written any more: nobody waits longer."""
@@ -257,10 +265,14 @@ class LogWriter:
                 await self._write_backlog()
                 backoff_s = FIRST_BACKOFF_S
                 self._wake.clear()
-                if not self.backlog:
+                if not self.is_behind:
                     await self._wake.wait()
             except LogLost as lost:
+                again = self._overrun  # even a policy that is written anew is lost again and again: not in a hurry
                 self._rewind(lost.last_version)
+                if again:
+                    await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+                    backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
             except Fenced:
                 self._telemetry.fenced()
                 raise
@@ -307,7 +319,7 @@ class LogWriter:
         while self._waiters and self._waiters[0].version <= version:
             self._waiters.popleft().release()
         self._let_go()
-        if self._is_long():
+        if self._is_long(self.record):
             self.long.set()
         self._note_change()
 
@@ -319,7 +331,7 @@ class LogWriter:
             self.record.changes += 1
             self._overrun = True
         else:
-            self.record.went_back(last_version)
+            self.record.went_back(min(last_version, self.record.durable_version))
         self._note_change()
 
     def _let_go(self) -> None:

@@ -9,12 +9,12 @@ import structlog
 from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.limits import EngineLimits
 from equipoise_server.engine.loading import Loaded
-from equipoise_server.engine.log import LogWriter
+from equipoise_server.engine.log import LogWriter, StoreRecord
 from equipoise_server.engine.snapshot import read_pages
 from equipoise_server.engine.sweep import sweep
 from equipoise_server.engine.telemetry import Telemetry
 from equipoise_server.errors import ServiceError, fenced, policy_deleted
-from equipoise_server.store import Fence, Fenced, Ownership, Page, RedisStore, StoreError
+from equipoise_server.store import Fence, Fenced, LogLost, Ownership, Page, RedisStore, StoreError
 
 log = structlog.get_logger("equipoise.policy")
 
@@ -44,8 +44,9 @@ class Persistence:
         self._telemetry = telemetry
         self._max_log_bytes = loaded.policy.rule.max_log_bytes(loaded.policy.state)
         self._table_bytes = loaded.policy.state.nbytes
-        self._sweeping = False
+        self._sweeping = asyncio.Lock()
         self._page_written = asyncio.Event()
+        self._asking: set[asyncio.Future[list[Fence]]] = set()
         self.log = LogWriter(
             store,
             loaded.record,
@@ -81,27 +82,28 @@ class Persistence:
             await self.log.long.wait()
             try:
                 await self.sweep()
-            except StoreError as error:  # the log writer deals with the store; the pages are dirty again
+            except StoreError as error:
+                if isinstance(error, LogLost):
+                    self.log.lose(error.last_version)
                 log.warning("a sweep did not end", policy=self._policy.spec.name, error=str(error))
                 self._telemetry.swept(ok=False)
                 await asyncio.sleep(SWEEP_RETRY_S)
 
     async def sweep(self, *, bytes_per_s: float | None = None) -> None:
-        """Writes changed pages and trims the log, now."""
+        """Writes changed pages and trims the log, now; one sweep at a time."""
         started = asyncio.get_running_loop().time()
-        self._sweeping = True
-        try:
-            swept = await sweep(
-                self._policy,
-                log=self.log,
-                store=self._store,
-                device=self._device,
-                bytes_per_s=bytes_per_s or self._limits.sweep_bytes_per_s,
-                on_page=self._page_written.set,
-            )
-        finally:
-            self._sweeping = False
-            self._page_written.set()
+        async with self._sweeping:
+            try:
+                swept = await sweep(
+                    self._policy,
+                    log=self.log,
+                    store=self._store,
+                    device=self._device,
+                    bytes_per_s=bytes_per_s or self._limits.sweep_bytes_per_s,
+                    on_page=self._page_written.set,
+                )
+            finally:
+                self._page_written.set()
         self._telemetry.swept(ok=True)
         seconds = round(asyncio.get_running_loop().time() - started, 3)
         through = self.log.record.base
@@ -114,7 +116,7 @@ class Persistence:
         """
         await self.log.room()
         most, record = self._max_log_bytes, self.log.record
-        while most and record.log_bytes > LOG_ROOM * most and self._sweeping and not self.log.failing:
+        while most and record.log_bytes > LOG_ROOM * most and self._sweeping.locked() and not self.log.failing:
             self._page_written.clear()
             try:
                 async with asyncio.timeout(self._limits.log_timeout_s):
@@ -125,7 +127,9 @@ class Persistence:
     async def finish(self, *, timeout_s: float) -> None:
         """Writes everything, and pages too where the log is long, for so many seconds; the sweeper has ended."""
         end = asyncio.get_running_loop().time() + timeout_s
-        if not await self.log.flush(timeout_s=timeout_s):
+        if await self.check_fence() is Fence.FORGOTTEN:  # nobody else would notice: there is nothing to append
+            self.log.lose(None)
+        if not await self.log.flush(timeout_s=end - asyncio.get_running_loop().time()):
             name, versions = self._policy.spec.name, self.log.backlog
             log.warning("stopped before redis had everything", policy=name, versions=versions)
         elif self.log.record.log_replay_s > FINAL_REPLAY_S:
@@ -135,11 +139,16 @@ class Persistence:
 
     async def check_fence(self) -> Fence | None:
         """Whose the policy is; None: the store does not tell within `log_timeout_s`."""
-        with suppress(StoreError, TimeoutError):
-            async with asyncio.timeout(self._limits.log_timeout_s):
-                (found,) = await self._store.check_fences([self.owner])
-                return found
-        return None
+        asking = asyncio.ensure_future(self._store.check_fences([self.owner]))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asked)
+        await asyncio.wait([asking], timeout=self._limits.log_timeout_s)
+        return asking.result()[0] if asking.done() and asking.exception() is None else None
+
+    def _asked(self, asking: "asyncio.Future[list[Fence]]") -> None:
+        self._asking.discard(asking)
+        if not asking.cancelled():
+            asking.exception()  # a store that does not answer is no news
 
     def lost(self, found: Fence) -> ServiceError:
         """Why the policy cannot be served here any more."""
@@ -152,16 +161,15 @@ class Persistence:
         with suppress(StoreError):
             await self._store.release(self.owner)
 
-    def _log_is_long(self) -> bool:
+    def _log_is_long(self, record: StoreRecord) -> bool:
         max_bytes = self._max_log_bytes or max(self._limits.sweep_min_bytes, self._table_bytes)
-        record = self.log.record
         return record.log_bytes > max_bytes or record.log_replay_s > self._limits.max_replay_s
 
     async def _republish(self, on_page: Callable[[], None]) -> tuple[Ownership, int]:
-        """Writes everything anew; what is not written then is dirty again."""
+        """Writes everything anew, as of one version."""
         name = self._policy.spec.name
         log.warning("writing the whole policy to redis again", policy=name, version=self._policy.version)
-        snapshot = await self._device.run(self._policy.snapshot_all)
+        snapshot = await self._device.run(self._policy.snapshot)
         version = snapshot.header.version
 
         async def pages() -> AsyncIterator[tuple[int, Page]]:
@@ -173,13 +181,11 @@ class Persistence:
             renewed = await self._store.republish(
                 self.owner, self._stored, version=version, pages=pages(), header=snapshot.header.to_fields()
             )
-        except BaseException:
-            self._distrust_pages()
-            raise
         finally:
             self._policy.close_snapshot(snapshot)
+        self._policy.stored_at[:] = version
         log.info("redis has the whole policy again", policy=name, version=version)
         return renewed, version
 
     def _distrust_pages(self) -> None:
-        self._policy.dirty_pages[:] = True
+        self._policy.stored_at[:] = -1

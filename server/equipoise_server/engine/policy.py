@@ -69,9 +69,10 @@ class Policy:
         self.progress = Progress()
         settings = rule.settings
         self._guard_stretch = float(settings["guard_stretch"]) if settings["guard"] else None
-        self.dirty_pages: NDArray[np.bool_] = np.zeros(state.num_pages, dtype=np.bool_)
-        """Pages that changed since they were last captured for the store."""
-        self._page_versions: NDArray[np.int64] = np.zeros(state.num_pages, dtype=np.int64)
+        self._changed_at: NDArray[np.int64] = np.zeros(state.num_pages, dtype=np.int64)
+        """Version of the last step that changed each page."""
+        self.stored_at: NDArray[np.int64] = np.zeros(state.num_pages, dtype=np.int64)
+        """Version at which the store holds each page; -1: not known."""
         self._snapshots: list[Snapshot] = []
 
     @property
@@ -135,16 +136,23 @@ class Policy:
         header.put_into(self.state, self.trainers)
         self.progress = header.progress
         for index, version in pages.items():
-            self._page_versions[index] = version
+            self.stored_at[index] = self._changed_at[index] = version
         self.state = yield from self.rule.restore_slices(self.state)
 
     def drop(self) -> None:
         """Lets go of the tables at once; nothing works afterwards."""
         device = self.state.device
         self.state.columns.clear()
+        for snapshot in self._snapshots:
+            snapshot.drop()
         self._snapshots.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def dirty_pages(self) -> NDArray[np.bool_]:
+        """Which pages the store does not hold as they are now, bool [P]."""
+        return self._changed_at > self.stored_at
 
     def weights(self, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """Served weights; see `Rule.weights`."""
@@ -175,14 +183,9 @@ class Policy:
 
     def snapshot(self) -> Snapshot:
         """The policy as it is now, for reading while steps go on; to be closed."""
-        snapshot = Snapshot(self.rule, self.state, self.header)
+        snapshot = Snapshot(self.spec.name, self.rule, self.state, self.header)
         self._snapshots.append(snapshot)
         return snapshot
-
-    def snapshot_all(self) -> Snapshot:
-        """As `snapshot`, to write every page anew: all pages are clean from now on."""
-        self.dirty_pages[:] = False
-        return self.snapshot()
 
     @property
     def has_snapshots(self) -> bool:
@@ -213,8 +216,7 @@ class Policy:
                 snapshot.keep(index, copy)
 
     def capture_page(self, index: int) -> tuple[int, dict[str, bytes]]:
-        """A page's version and columns; the page is clean from now on."""
-        self.dirty_pages[index] = False
+        """A page's version and columns."""
         return self.version, tables.capture_page(self.state, index)
 
     def _update(self, step: Step, *, with_evidence: bool) -> tuple[Scalars, Evidence | None]:
@@ -228,7 +230,7 @@ class Policy:
             for _ in self.preserve([statistics]):
                 pass
             self.state = self.rule.apply(self.state, statistics, scalars)
-            self._mark(statistics)
+            self._mark(statistics, version=self.version + 1)
         self._watch_guard(step)
         self.progress = self.progress.after(step, found)
         return scalars, found
@@ -237,10 +239,10 @@ class Policy:
         applied = []
         for version, logged in chunk:
             if (statistics := logged.step.statistics) is not None:
-                behind = self._page_versions < version
+                behind = self.stored_at < version
                 pages = None if behind.all() else behind
                 applied.append(LoggedStatistics(statistics=statistics, scalars=logged.scalars, pages=pages))
-                self._mark(statistics, among=behind)
+                self._mark(statistics, version=version, among=pages)
         self.state = self.rule.replay(self.state, applied)
         for version, logged in chunk:
             self._follow(version, logged)
@@ -275,10 +277,12 @@ class Policy:
             self.state.guard = self.state.guard.after(step.guard_loss, stretch=self._guard_stretch)
             self.state.guard_strength = self.state.guard.strength
 
-    def _mark(self, statistics: Statistics, among: NDArray[np.bool_] | None = None) -> None:
-        if len(self.dirty_pages):
+    def _mark(self, statistics: Statistics, *, version: int, among: NDArray[np.bool_] | None = None) -> None:
+        if len(self._changed_at):
             touched = self.rule.touched_pages(self.state, statistics)
-            self.dirty_pages[touched] = True if among is None else self.dirty_pages[touched] | among[touched]
+            self._changed_at[touched] = (
+                version if among is None else np.where(among, version, self._changed_at)[touched]
+            )
 
     def _answer_duplicate(self, step: Step) -> Answer:
         """A step that is sent again has no effect; one that was refused then is refused again."""

@@ -109,7 +109,7 @@ class StepQueue:
 
     def _append(self, step: Step) -> asyncio.Future[Answer]:
         if self.closed is not None:
-            raise self.closed
+            raise self.closed.again()
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         pending = Pending(step, answer, self._clock())
         self._waiting.append(pending)

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from contextvars import Context
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 log = structlog.get_logger("equipoise.policy")
 
+MAX_SNAPSHOTS = 8
+"""Readers of whole policies at once: exports, forks and samples."""
 STEPS_PER_CALL = 64
 """Most steps applied in one device call, so that answers are not held back for too long."""
 CALL_S = 0.005
@@ -93,6 +96,7 @@ class PolicyRunner:
             durable={key: trainer.last_sequence for key, trainer in policy.trainers.known.items()}
         )
         self._used_at = self._loop.time()
+        self._snapshots = asyncio.Semaphore(MAX_SNAPSHOTS)
         self._vacant = asyncio.Event()
         self._vacant.set()
         self._stopping: asyncio.Task[None] | None = None
@@ -144,17 +148,23 @@ class PolicyRunner:
         self._vacant.clear()
         try:
             await self.check_fence()
-            here = self.sessions.keys() - {trainer_id}
-            for idle in await self.read(lambda policy: policy.trainers.forget_idle(self._wall_clock(), here=here)):
-                self._sequences.forget(idle)
+            await self.forget_idle(but=trainer_id)
             opening = Step(kind=Kind.READ, trainer_id=trainer_id, wants_weights=False)
             answer = await (await self.submit(opening))
+            if self.state is not State.SERVING:
+                raise draining()
             if not answer.last_sequence:
                 self._sequences.forget(trainer_id)
             return session, answer
         except BaseException:
             self.close_session(session)
             raise
+
+    async def forget_idle(self, *, but: str = "") -> None:
+        """Forgets trainers that are idle for too long and have no open stream, or open one just now (`but`)."""
+        here = self.sessions.keys() - {but}
+        for idle in await self.read(lambda policy: policy.trainers.forget_idle(self._wall_clock(), here=here)):
+            self._sequences.forget(idle)
 
     def close_session(self, session: Session) -> None:
         """The stream has ended."""
@@ -181,22 +191,49 @@ class PolicyRunner:
     async def read_slices(self, slices: Slices[T]) -> T:
         """What long work reads, for example of a snapshot; steps go on between two pieces."""
         self._check_open()
-        return await self._device.run_slices(slices)
+        return await self._device.run_slices(self._while_here(slices))
+
+    def _while_here(self, slices: Slices[T]) -> Slices[T]:
+        with closing(slices):
+            while True:
+                self._here()
+                try:
+                    next(slices)
+                except StopIteration as ended:
+                    result: T = ended.value
+                    return result
+                yield
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
-        """The policy of now, for reading while steps go on."""
-        snapshot = await self.read(lambda policy: policy.snapshot())
-        try:
-            yield snapshot
-        finally:
-            self.policy.close_snapshot(snapshot)
+        """The policy of now, for reading while steps go on.
 
-    async def pages(self, snapshot: Snapshot, *, version: int) -> AsyncIterator[tuple[int, Page]]:
+        Raises ServiceError (TOO_MANY_READERS) when others hold so many for so long: each may come to be a copy of the
+        tables.
+        """
+        try:
+            async with asyncio.timeout(self._limits.load_wait_s):
+                await self._snapshots.acquire()
+        except TimeoutError:
+            message = f"policy {self.spec_name!r} is being exported, forked or sampled {MAX_SNAPSHOTS} times already"
+            raise ServiceError(Code.RESOURCE_EXHAUSTED, "TOO_MANY_READERS", message, retry_after_s=1.0) from None
+        taking = asyncio.ensure_future(self.read(lambda policy: policy.snapshot()))
+        try:
+            yield await asyncio.shield(taking)
+        finally:
+            taking.add_done_callback(self._close_snapshot)  # also one that comes after its caller has gone
+
+    def _close_snapshot(self, taking: "asyncio.Future[Snapshot]") -> None:
+        self._snapshots.release()
+        if not taking.cancelled() and taking.exception() is None:
+            self.policy.close_snapshot(taking.result())
+
+    async def pages(self, snapshot: Snapshot, *, version: int) -> AsyncGenerator[tuple[int, Page], None]:
         """A snapshot's pages, each once, said to be of a version."""
-        async for numbered in read_pages(snapshot, self._device, version=version):
-            self._check_open()
-            yield numbered
+        async with aclosing(read_pages(snapshot, self._device, version=version)) as pages:
+            async for numbered in pages:
+                self._check_open()
+                yield numbered
 
     async def check_fence(self) -> None:
         """Ends the policy here if it is another server's or was deleted; returns unknowing if the store stalls."""
@@ -205,8 +242,12 @@ class PolicyRunner:
         self._check_open()
 
     def fence(self, found: Fence) -> None:
-        """The store has told how the ownership stands."""
-        if found is not Fence.HELD and self._stopping is None:
+        """The store has told how the ownership stands: what it forgot is written anew, a lost policy ends here."""
+        if self._stopping is not None:
+            return
+        if found is Fence.FORGOTTEN:
+            self.log.lose(None)
+        elif found is not Fence.HELD:
             self._begin_stop(self._persistence.lost(found))
 
     # The end.
@@ -215,7 +256,7 @@ class PolicyRunner:
         """Asks every stream to reconnect elsewhere, and takes no more of them."""
         self.state = State.DRAINING
         for session in self.sessions.values():
-            session.on_drain()
+            session.drain()
 
     async def hand_over(self, error: ServiceError, *, flush_timeout_s: float) -> None:
         """Waits until the last stream has ended, then stops."""
@@ -238,21 +279,22 @@ class PolicyRunner:
         if self._stopping is not None:
             await asyncio.wait([self._stopping], timeout=timeout_s)
         if self.state is not State.CLOSED and self.closed is not None:
-            raise self.closed
+            raise self.closed.again()
 
     def _begin_stop(self, error: ServiceError, *, flush_timeout_s: float = 0.0) -> None:
         if self._stopping is None:
             self.state = State.DRAINING
             self.queue.refuse(error)
-            self._stopping = self._loop.create_task(self._stop(error, flush_timeout_s))
+            self._stopping = self._loop.create_task(self._stop(error, flush_timeout_s), context=Context())
 
     async def _stop(self, error: ServiceError, flush_timeout_s: float) -> None:
         with self._whatever_happens():
             if flush_timeout_s:
+                end = self._loop.time() + flush_timeout_s
                 await asyncio.wait([self._applying], timeout=flush_timeout_s)  # what is being applied comes first
                 self._sweeper.cancel()
                 await asyncio.wait([self._sweeper])
-                await self._persistence.finish(timeout_s=flush_timeout_s)
+                await self._persistence.finish(timeout_s=max(0.0, end - self._loop.time()))
         self.log.end()
         self.queue.close(error)
         for session in list(self.sessions.values()):
@@ -304,12 +346,12 @@ class PolicyRunner:
     def _check_open(self) -> None:
         self._used_at = self._loop.time()
         if self.closed is not None:
-            raise self.closed
+            raise self.closed.again()
 
     def _here(self) -> Policy:
         """The policy, unless its tables have left memory while a call waited for the device."""
         if self.closed is not None:
-            raise self.closed
+            raise self.closed.again()
         return self.policy
 
     # Steps.

@@ -15,8 +15,20 @@ class Session:
         self.trainer_id = trainer_id
         self.ended: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
         """Why the stream has to end, once it has to."""
-        self.on_drain: Callable[[], None] = lambda: None
-        """Asks the trainer to reconnect."""
+        self._on_drain: Callable[[], None] | None = None
+        self._draining = False
+
+    def when_draining(self, call: Callable[[], None]) -> None:
+        """Calls back, once, when the trainer is to be asked to reconnect: at once if it is already."""
+        self._on_drain = call
+        if self._draining:
+            call()
+
+    def drain(self) -> None:
+        """The trainer is to reconnect elsewhere."""
+        self._draining = True
+        if self._on_drain is not None:
+            self._on_drain()
 
     def end(self, error: ServiceError) -> None:
         """Tells the stream to end."""

@@ -1,6 +1,6 @@
 """A policy at one version, read page by page while steps go on: for forks, exports, samples and republications."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from equipoise_server.engine import tables
 from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.header import Header
+from equipoise_server.errors import unloaded
 from equipoise_server.rules import PAGE_EXAMPLES, Rule, Slices, TableState
 from equipoise_server.store import Page
 
@@ -30,8 +31,10 @@ class Snapshot:
         page_bytes: of a page, about.
     """
 
-    def __init__(self, rule: Rule, state: TableState, header: Header) -> None:
+    def __init__(self, name: str, rule: Rule, state: TableState, header: Header) -> None:
         self.header = header
+        self._name = name
+        self._dropped = False
         self.num_pages = state.num_pages
         self.page_bytes = max(1, state.nbytes // max(state.num_pages, 1))
         self._rule = rule
@@ -58,8 +61,18 @@ class Snapshot:
         self._settled[index] = True
 
     def columns(self, index: int) -> Mapping[str, torch.Tensor]:
-        """A page's tables: the copy, or those in use, which nobody changes before the call on the device ends."""
+        """A page's tables: the copy, or those in use, which nobody changes before the call on the device ends.
+
+        Raises ServiceError (UNLOADED) when the policy has left memory.
+        """
+        if self._dropped:
+            raise unloaded(self._name)
         return self._copies.get(index) or tables.page_columns(self._state, index)
+
+    def drop(self) -> None:
+        """The policy leaves memory, and this with it."""
+        self._copies.clear()
+        self._dropped = True
 
     def page(self, index: int, *, version: int) -> Page:
         """A page as the store takes it, said to be of a version."""
@@ -87,7 +100,9 @@ class Snapshot:
         return self._rule.weights(view, np.arange(stop - start))
 
 
-async def read_pages(snapshot: Snapshot, device: DeviceThread, *, version: int) -> AsyncIterator[tuple[int, Page]]:
+async def read_pages(
+    snapshot: Snapshot, device: DeviceThread, *, version: int
+) -> AsyncGenerator[tuple[int, Page], None]:
     """All pages, each once and for good, said to be of a version."""
     step = max(1, READ_BYTES // snapshot.page_bytes)
 

@@ -9,7 +9,7 @@ import numpy as np
 from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.log import LogWriter
 from equipoise_server.engine.policy import Policy
-from equipoise_server.store import LogLost, Page, RedisStore
+from equipoise_server.store import Page, PageBatch, RedisStore, SweepVoid
 
 CAPTURE_BYTES = 4 << 20
 """Bytes of pages copied in one device call: they wait together until the log has reached their version."""
@@ -29,40 +29,40 @@ async def sweep(
     The header comes last: until it is written, a restore starts from the old one, for which the log is still there,
     and skips for each page what it already holds. A page is written only after the log has reached its version, so
     that no page is ever ahead of the log. Clean pages are trusted to be in the store only while it has not gone back:
-    neither behind the last sweep nor, as the store's record tells, during this one. Calls `on_page` after every page.
+    neither behind the last sweep nor, as the store's record and the count of what was written tell, during this one.
+    Calls `on_page` after every page.
 
-    Returns the number of pages written. Raises StoreError, and whatever the device raises; then all pages that it has
-    begun with are dirty again: some may have been written where nobody reads any more.
+    Returns the number of pages written. Raises StoreError (SweepVoid when the store changed behind it), and whatever
+    the device raises; pages that are not known to be in the store stay dirty.
     """
     record, changes, owner = log.record, log.record.changes, log.record.owner
 
     def check(version: int = 0) -> None:
         if record.republishing or record.changes != changes or record.durable_version < version:
-            raise LogLost(owner.policy, last_version=record.durable_version)
+            raise SweepVoid(f"policy {owner.policy!r}: what the store holds has changed during a sweep")
 
     check()
     if await _has_lost_a_sweep(store, log):
-        policy.dirty_pages[:] = True
+        policy.stored_at[:] = -1
     header = await device.run(lambda: policy.header)
     dirty = np.flatnonzero(policy.dirty_pages)
-    try:
-        for indices in _batches(dirty.tolist(), policy):
-            captured = await device.run(lambda indices=indices: [policy.capture_page(i) for i in indices])  # type: ignore[misc]
-            for index, (version, columns) in zip(indices, captured, strict=True):
-                await log.wait_durable(version, changes=changes)
-                check(version)
-                await store.write_page(owner, index, Page(version=version, columns=columns))
-                on_page()
-                await asyncio.sleep(sum(map(len, columns.values())) / bytes_per_s)
-        await log.wait_durable(header.version, changes=changes)
-        check(header.version)
-        await store.write_header(owner, header.to_fields())
-        check()
-        await store.trim(owner, through_version=header.version)
-        check()
-    except BaseException:
-        policy.dirty_pages[dirty] = True
-        raise
+    batch = PageBatch()
+    for indices in _batches(dirty.tolist(), policy):
+        captured = await device.run(lambda indices=indices: [policy.capture_page(i) for i in indices])  # type: ignore[misc]
+        for index, (version, columns) in zip(indices, captured, strict=True):
+            await log.wait_durable(version, changes=changes)
+            check(version)
+            await store.write_page(owner, index, Page(version=version, columns=columns), batch=batch)
+            check()
+            policy.stored_at[index] = version
+            on_page()
+            await asyncio.sleep(sum(map(len, columns.values())) / bytes_per_s)
+    await log.wait_durable(header.version, changes=changes)
+    check(header.version)
+    await store.write_header(owner, header.to_fields(), version=header.version, batch=batch)
+    check()
+    await store.trim(owner, through_version=header.version)
+    check()
     log.trimmed(header.version)
     return len(dirty)
 

@@ -88,7 +88,7 @@ class Exchange:
     async def _serve(self, runner: PolicyRunner, session: Session) -> None:
         reader = asyncio.create_task(self._read(runner, session.trainer_id))
         writer = asyncio.create_task(self._write(runner, session.trainer_id))
-        session.on_drain = self._ask_to_reconnect
+        session.when_draining(self._ask_to_reconnect)
         try:
             ends: set[asyncio.Future[Any]] = {reader, writer, session.ended}
             while not writer.done():

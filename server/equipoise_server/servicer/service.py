@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -173,8 +174,9 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[pb.ExportPolicyResponse]:
         """See the contract."""
         runner = await self._runner(request.policy, context)
-        async for message in transfer.export_messages(runner):
-            yield message
+        async with aclosing(transfer.export_messages(runner)) as messages:
+            async for message in messages:
+                yield message
 
     async def ImportPolicy(  # noqa: N802
         self, request_iterator: AsyncIterator[object], context: Context

@@ -1,6 +1,7 @@
 """Whole policies over the wire: exports and imports."""
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +48,9 @@ class ImportedPolicy:
             yield index, Page(version=0, columns=columns)
 
 
-async def export_messages(runner: PolicyRunner) -> AsyncIterator[pb.ExportPolicyResponse]:
+async def export_messages(runner: PolicyRunner) -> AsyncGenerator[pb.ExportPolicyResponse, None]:
     """The header and the columns of one version, page after page; steps go on meanwhile."""
-    async with runner.snapshot() as snapshot:
+    async with runner.snapshot() as snapshot, aclosing(runner.pages(snapshot, version=0)) as pages:
         spec, version = runner.policy.spec, snapshot.header.version
         outline = spec.outline()
         yield pb.ExportPolicyResponse(
@@ -62,7 +63,7 @@ async def export_messages(runner: PolicyRunner) -> AsyncIterator[pb.ExportPolicy
             )
         )
         sent = dict.fromkeys(outline.columns, 0)
-        async for _, page in runner.pages(snapshot, version=version):
+        async for _, page in pages:
             for column, data in page.columns.items():
                 size = outline.columns[column].element_size()
                 step = CHUNK_BYTES - CHUNK_BYTES % size

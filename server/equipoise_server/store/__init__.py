@@ -16,12 +16,13 @@ from equipoise_server.store.errors import (
     NotFound,
     OwnedElsewhere,
     StoreError,
+    SweepVoid,
     Unavailable,
 )
 from equipoise_server.store.limits import MAX_APPEND_BYTES, MAX_COMMAND_BYTES
 from equipoise_server.store.log import entry_bytes
 from equipoise_server.store.observer import Observer
-from equipoise_server.store.records import Fence, LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
+from equipoise_server.store.records import Fence, LogEntry, LogState, Owner, Ownership, Page, PageBatch, StoredPolicy
 from equipoise_server.store.redis_binary import RedisBinaryMissing
 from equipoise_server.store.redis_store import RedisStore
 
@@ -48,10 +49,12 @@ __all__ = [
     "Owner",
     "Ownership",
     "Page",
+    "PageBatch",
     "RedisBinaryMissing",
     "RedisStore",
     "StoreError",
     "StoredPolicy",
+    "SweepVoid",
     "Unavailable",
     "entry_bytes",
     "without_password",

@@ -72,6 +72,10 @@ class LogLost(StoreError):
         self.last_version = last_version
 
 
+class SweepVoid(StoreError):
+    """What the store holds has changed while pages were written: they cannot be trusted, and are written again."""
+
+
 class NotFound(StoreError):
     """No policy of that name (or of that uid) is stored."""
 

@@ -40,8 +40,8 @@ class PolicyLog:
                 "append",
                 scripts.APPEND,
                 policy=owner.policy,
-                keys=[keys.owner, keys.log(owner.generation)],
-                arguments=[owner.token, owner.epoch, batch[0].version, *_flat(batch)],
+                keys=[keys.owner, keys.log(owner.generation), keys.spec],
+                arguments=[owner.token, owner.epoch, owner.generation, batch[0].version, *_flat(batch)],
             )
 
     async def read(self, policy: str, generation: str, *, after: int) -> AsyncIterator[LogEntry]:
@@ -96,8 +96,8 @@ class PolicyLog:
             "trim",
             scripts.TRIM,
             policy=owner.policy,
-            keys=[keys.owner, keys.log(owner.generation)],
-            arguments=[owner.token, owner.epoch, through_version + 1],
+            keys=[keys.owner, keys.log(owner.generation), keys.spec],
+            arguments=[owner.token, owner.epoch, owner.generation, through_version + 1],
         )
 
     async def state(self, policy: str, generation: str) -> LogState:

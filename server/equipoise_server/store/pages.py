@@ -7,14 +7,14 @@ command. A header is cut alike.
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from weakref import WeakValueDictionary
 
 from equipoise_server.store import scripts
-from equipoise_server.store.commands import Commands
+from equipoise_server.store.commands import Argument, Commands
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.limits import MAX_COMMAND_BYTES
-from equipoise_server.store.records import Ownership, Page
+from equipoise_server.store.records import Ownership, Page, PageBatch
 
 # Room for the protocol's framing, the keys and the fixed arguments of one command.
 _OVERHEAD_BYTES = 4096
@@ -35,16 +35,27 @@ class PageTable:
         # A policy has one staging key: its pages are written one after another.
         self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def write_page(self, owner: Ownership, index: int, page: Page) -> None:
+    async def write_page(
+        self, owner: Ownership, index: int, page: Page, *, batch: PageBatch, published: bool = True
+    ) -> None:
         """Replace a page; readers see the old or the new one, whole.
+
+        Args:
+            owner: the right to write.
+            index: of the page.
+            page: what to write.
+            batch: the pages of one sweep or republication, which Redis counts.
+            published: whether the owner's generation is the policy's; else it is about to become it.
 
         Raises:
             Fenced: another owner, or deleted.
-            LogLost: the owner's record is gone.
+            LogLost: the owner's record is gone, or the log ends before the page's version.
         """
         target = PolicyKeys(self._prefix, owner.policy).page(owner.generation, index)
         fixed = {_VERSION: str(page.version).encode()}
-        await self._write(owner, target, fixed=fixed, columns=page.columns, pages=index + 1)
+        arguments: list[Argument] = [page.version, batch.id, "", f"pages:{owner.generation}", index + 1]
+        await self._write(owner, target, fixed, page.columns, arguments=arguments, published=published)
+        batch.pages += 1
 
     async def read_page(self, policy: str, generation: str, index: int) -> Page | None:
         """A page; None where none was written."""
@@ -53,10 +64,22 @@ class PageTable:
             return None
         return Page(version=int(fields[_VERSION.encode()]), columns=_joined(fields))
 
-    async def write_header(self, owner: Ownership, fields: Mapping[str, bytes]) -> None:
-        """Replace what belongs to no page; errors as for `write_page`."""
+    async def write_header(
+        self,
+        owner: Ownership,
+        fields: Mapping[str, bytes],
+        *,
+        version: int,
+        batch: PageBatch,
+        published: bool = True,
+    ) -> None:
+        """Replace what belongs to no page, as of a version, behind the pages of a batch.
+
+        Errors as for `write_page`, and LogLost when Redis has not all of the batch's pages.
+        """
         target = PolicyKeys(self._prefix, owner.policy).header(owner.generation)
-        await self._write(owner, target, fixed={"format": b"1"}, columns=fields, pages=0)
+        arguments: list[Argument] = [version, batch.id, batch.pages, f"pages:{owner.generation}", 0]
+        await self._write(owner, target, {"format": b"1"}, fields, arguments=arguments, published=published)
 
     async def read_header(self, policy: str, generation: str) -> dict[str, bytes]:
         """What belongs to no page; empty where nothing was written."""
@@ -67,23 +90,30 @@ class PageTable:
         return fields
 
     async def _write(
-        self, owner: Ownership, target: str, *, fixed: Mapping[str, bytes], columns: Mapping[str, bytes], pages: int
+        self,
+        owner: Ownership,
+        target: str,
+        fixed: Mapping[str, bytes],
+        columns: Mapping[str, bytes],
+        *,
+        arguments: Sequence[Argument],
+        published: bool,
     ) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)
         attempt = secrets.token_hex(8)
         commands = list(_commands(fixed, columns))
+        generation = owner.generation if published else ""
         lock = self._writing.setdefault(owner.policy, asyncio.Lock())
         async with lock:
             for position, pieces in enumerate(commands):
                 first = "1" if position == 0 else ""
                 last = "1" if position == len(commands) - 1 else ""
-                counter = f"pages:{owner.generation}"
                 await self._commands.script(
                     "stage",
                     scripts.STAGE,
                     policy=owner.policy,
-                    keys=[keys.owner, keys.staging, target],
-                    arguments=[owner.token, owner.epoch, attempt, first, last, counter, pages, *pieces],
+                    keys=[keys.owner, keys.staging, target, keys.spec, keys.log(owner.generation)],
+                    arguments=[owner.token, owner.epoch, generation, attempt, first, last, *arguments, *pieces],
                 )
 
 

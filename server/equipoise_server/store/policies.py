@@ -120,7 +120,7 @@ class PolicyTable:
         )
 
     async def check_fences(self, owners: Sequence[Ownership]) -> list[Fence]:
-        """Whether others have acquired or deleted policies since; what Redis has forgotten counts as held."""
+        """Whether others have acquired or deleted policies since, or Redis has forgotten them."""
         commands: list[tuple[str, ...]] = []
         for owner in owners:
             keys = self._keys(owner.policy)
@@ -170,12 +170,18 @@ class PolicyTable:
         """Put a name into the index; harmless for names without a policy."""
         await self._commands.run("index", "ZADD", index_key(self._prefix), 0, name)
 
-    async def collect(self, name: str) -> None:
-        """Unlink the generations of keys that no spec refers to: of a deleted policy or an abandoned republication."""
+    async def collect(self, name: str, *, keep: str = "") -> None:
+        """Unlink the generations of keys that no spec refers to: of a deleted policy or an abandoned republication.
+
+        Args:
+            name: of the policy.
+            keep: a generation that is being written; empty: none.
+        """
         keys = self._keys(name)
         _, *found = await self._commands.script("collect", scripts.GARBAGE, policy=name, keys=[keys.spec, keys.owner])
         for generation, pages in zip(found[::2], found[1::2], strict=True):
-            await self._unlink(keys, generation.decode(), pages=int(pages))
+            if generation.decode() != keep:
+                await self._unlink(keys, generation.decode(), pages=int(pages))
 
     async def _unlink(self, keys: PolicyKeys, generation: str, *, pages: int) -> None:
         doomed = [keys.log(generation), keys.header(generation)]
@@ -217,8 +223,10 @@ def _fence(owner: Ownership, held: Sequence[bytes | None], uid: bytes | None) ->
     token, epoch, deleted = held
     if uid is not None and uid.decode() != owner.uid:
         return Fence.DELETED
-    if epoch is None or int(epoch) < owner.epoch or (token is not None and token.decode() == owner.token):
-        return Fence.HELD
+    if epoch is None or int(epoch) < owner.epoch:
+        return Fence.FORGOTTEN
+    if token is not None and token.decode() == owner.token:
+        return Fence.FORGOTTEN if uid is None else Fence.HELD
     return Fence.FENCED if deleted is None else Fence.DELETED
 
 

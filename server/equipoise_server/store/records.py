@@ -1,7 +1,8 @@
 """What the store keeps, as values; all payloads are opaque to it."""
 
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -54,6 +55,8 @@ class Fence(Enum):
     """Another server has."""
     DELETED = "deleted"
     """The policy was deleted, and perhaps created again."""
+    FORGOTTEN = "forgotten"
+    """Redis has lost the policy, or was rolled back behind its acquisition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,3 +111,16 @@ class LogState:
     last_version: int
     entries: int
     bytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class PageBatch:
+    """Pages that are written one after another and trusted together.
+
+    Attributes:
+        id: random.
+        pages: how many were written.
+    """
+
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    pages: int = 0

@@ -1,20 +1,22 @@
 """The store: policies, their logs and pages, in Redis."""
 
+import asyncio
 import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 
 from equipoise_server.store import scripts
 from equipoise_server.store.commands import Client, Commands
 from equipoise_server.store.connect import COMMAND_TIMEOUT_S, client_for, close_client
+from equipoise_server.store.errors import StoreError
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.locks import Locks
 from equipoise_server.store.log import PolicyLog
 from equipoise_server.store.observer import Observer
 from equipoise_server.store.pages import PageTable
 from equipoise_server.store.policies import PolicyTable
-from equipoise_server.store.records import Fence, LogEntry, LogState, Owner, Ownership, Page, StoredPolicy
+from equipoise_server.store.records import Fence, LogEntry, LogState, Owner, Ownership, Page, PageBatch, StoredPolicy
 
 
 class RedisStore:
@@ -127,7 +129,7 @@ class RedisStore:
         await self._policies.release(owner)
 
     async def check_fences(self, owners: Sequence[Ownership]) -> list[Fence]:
-        """Whether others have acquired or deleted these policies since; what Redis has forgotten counts as held."""
+        """Whether others have acquired or deleted these policies since, or Redis has forgotten them."""
         return await self._policies.check_fences(owners)
 
     async def heartbeat(self, instance: str, *, address: str, ttl_s: float) -> bool:
@@ -182,9 +184,9 @@ class RedisStore:
         """Drop the log's entries up to and with `through_version`; the last version stays known."""
         await self._log.trim(owner, through_version=through_version)
 
-    async def write_page(self, owner: Ownership, index: int, page: Page) -> None:
-        """Replace a page; readers see the old or the new one, whole."""
-        await self._pages.write_page(owner, index, page)
+    async def write_page(self, owner: Ownership, index: int, page: Page, *, batch: PageBatch) -> None:
+        """Replace a page; readers see the old or the new one, whole. See `PageTable.write_page`."""
+        await self._pages.write_page(owner, index, page, batch=batch)
 
     async def num_pages(self, owner: Ownership) -> int:
         """Pages written so far have indices below this."""
@@ -194,9 +196,11 @@ class RedisStore:
         """A page; None where none was written."""
         return await self._pages.read_page(*await self._locate(policy), index)
 
-    async def write_header(self, owner: Ownership, fields: Mapping[str, bytes]) -> None:
-        """Replace what belongs to no page, whole."""
-        await self._pages.write_header(owner, fields)
+    async def write_header(
+        self, owner: Ownership, fields: Mapping[str, bytes], *, version: int, batch: PageBatch
+    ) -> None:
+        """Replace what belongs to no page, whole, behind a batch of pages. See `PageTable.write_header`."""
+        await self._pages.write_header(owner, fields, version=version, batch=batch)
 
     async def read_header(self, policy: Ownership | str) -> dict[str, bytes]:
         """What belongs to no page; empty where nothing was written."""
@@ -230,13 +234,7 @@ class RedisStore:
             Fenced: somebody else acquired, deleted or newly created the policy meanwhile.
         """
         renewed = dataclasses.replace(owner, generation=f"{policy.uid}.{secrets.token_hex(4)}")
-        await self._begin_republication(renewed, version=version)
-        async for index, page in _each(pages):
-            await self._pages.write_page(renewed, index, page)
-        await self._pages.write_header(renewed, header)
-        await self._policies.enter_index(policy.name)
-        await self._end_republication(renewed, policy)
-        await self._policies.collect(policy.name)
+        await self._write_anew(renewed, policy, version=version, pages=pages, header=header)
         return renewed
 
     async def publish(
@@ -261,7 +259,33 @@ class RedisStore:
             generation=policy.uid,
             address=address,
         )
-        return await self.republish(claim, policy, version=0, pages=pages, header=header)
+        try:
+            await self._write_anew(claim, policy, version=0, pages=pages, header=header)
+        except BaseException:  # also a caller who has gone: nobody else would remove what is there
+            with suppress(StoreError):
+                await asyncio.shield(self._policies.collect(policy.name))
+            raise
+        return claim
+
+    async def _write_anew(
+        self,
+        owner: Ownership,
+        policy: StoredPolicy,
+        *,
+        version: int,
+        pages: Iterable[tuple[int, Page]] | AsyncIterable[tuple[int, Page]],
+        header: Mapping[str, bytes],
+    ) -> None:
+        await self._begin_republication(owner, version=version)
+        await self._policies.collect(policy.name, keep=owner.generation)  # what earlier attempts have left
+        batch = PageBatch()
+        async for index, page in _each(pages):
+            await self._pages.write_page(owner, index, page, batch=batch, published=False)
+        await self._pages.write_header(owner, header, version=version, batch=batch, published=False)
+        await self._policies.enter_index(policy.name)
+        await self._end_republication(owner, policy, batch)
+        with suppress(StoreError):  # the next one does it
+            await self._policies.collect(policy.name)
 
     async def _begin_republication(self, owner: Ownership, *, version: int) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)
@@ -273,9 +297,9 @@ class RedisStore:
             arguments=[owner.uid, owner.token, owner.epoch, owner.address, owner.generation, version, owner.instance],
         )
 
-    async def _end_republication(self, owner: Ownership, policy: StoredPolicy) -> None:
+    async def _end_republication(self, owner: Ownership, policy: StoredPolicy, batch: PageBatch) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)
-        settings = [repr(policy.create_time), policy.spec, owner.generation]
+        settings = [repr(policy.create_time), policy.spec, owner.generation, batch.id, str(batch.pages)]
         await self._commands.script(
             "republish",
             scripts.REPUBLISH_END,

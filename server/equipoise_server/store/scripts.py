@@ -21,11 +21,16 @@ class Script:
         return sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
-# A token that differs under a *lower* epoch than ours is no rival: Redis was rolled back behind our acquisition.
+# A token that differs under a *lower* epoch than ours is no rival: Redis was rolled back behind our acquisition. Keys
+# that the spec does not name are not read: Redis was rolled back behind the end of a republication. A generation of ''
+# is not compared: it is about to become the spec's.
 _FENCE_CHECK = """
-local function fence_check(owner, token, epoch)
+local function fence_check(owner, token, epoch, spec, generation)
   local held = redis.call('HMGET', owner, 'token', 'epoch', 'deleted')
-  if held[1] and held[1] == token then return nil end
+  if held[1] and held[1] == token then
+    if generation ~= '' and redis.call('HGET', spec, 'generation') ~= generation then return {'LOST', -1} end
+    return nil
+  end
   if not held[2] or tonumber(held[2]) < tonumber(epoch) then return {'LOST', -1} end
   if held[3] then return {'DELETED'} end
   return {'FENCED', held[2]}
@@ -122,19 +127,20 @@ end
 return found
 """)
 
-# KEYS owner, log; ARGV token, epoch, version of the first entry, then per entry: number of strings, the strings.
+# KEYS owner, log, spec; ARGV token, epoch, generation, version of the first entry, then per entry: number of strings,
+# the strings.
 # Entries the log has already are skipped: the same token means the same writer, hence the same entries.
 APPEND = Script(
     _FENCE_CHECK
     + _LAST_VERSION
     + """
-local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2])
+local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2], KEYS[3], ARGV[3])
 if refusal then return refusal end
 local last = last_version(KEYS[2])
 if not last then return {'LOST', -1} end
-local version = tonumber(ARGV[3])
+local version = tonumber(ARGV[4])
 if last < version - 1 then return {'LOST', last} end
-local at = 4
+local at = 5
 while at <= #ARGV do
   local count = tonumber(ARGV[at])
   if version > last then
@@ -147,13 +153,13 @@ return {'OK'}
 """
 )
 
-# KEYS owner, log; ARGV token, epoch, first version to keep.
+# KEYS owner, log, spec; ARGV token, epoch, generation, first version to keep.
 TRIM = Script(
     _FENCE_CHECK
     + """
-local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2])
+local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2], KEYS[3], ARGV[3])
 if refusal then return refusal end
-return {'OK', redis.call('XTRIM', KEYS[2], 'MINID', ARGV[3] .. '-0')}
+return {'OK', redis.call('XTRIM', KEYS[2], 'MINID', ARGV[4] .. '-0')}
 """
 )
 
@@ -167,25 +173,45 @@ return {'OK', last, redis.call('XLEN', KEYS[1]), redis.call('MEMORY', 'USAGE', K
 """
 )
 
-# KEYS owner, staging, target; ARGV token, epoch, attempt, first ('1' or ''), last ('1' or ''), field of the owner that
-# counts the pages, pages (at least), then fields and values. A late command of an abandoned attempt finds another
-# attempt's name in the staging key and changes nothing, so pages are never mixed.
+# How many pages of a batch Redis has taken, and still has: a Redis that was rolled back in between counts fewer.
+_BATCHED = """
+local function batched(owner, batch)
+  local held = redis.call('HMGET', owner, 'batch', 'batched')
+  return held[1] == batch and tonumber(held[2]) or 0
+end
+"""
+
+# KEYS owner, staging, target, spec, log; ARGV token, epoch, generation, attempt, first ('1' or ''), last ('1' or ''),
+# version of what is written, batch, pages that the batch must have ('' while it grows), field of the owner that counts
+# the pages, pages (at least), then fields and values. A late command of an abandoned attempt finds another attempt's
+# name in the staging key and changes nothing, so pages are never mixed. Nothing is written that is ahead of the log.
 STAGE = Script(
     _FENCE_CHECK
+    + _LAST_VERSION
+    + _BATCHED
     + """
-local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2])
+local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2], KEYS[4], ARGV[3])
 if refusal then return refusal end
-if ARGV[4] == '1' then
+if ARGV[5] == '1' then
   redis.call('UNLINK', KEYS[2])
-  redis.call('HSET', KEYS[2], 'attempt', ARGV[3])
-elseif redis.call('HGET', KEYS[2], 'attempt') ~= ARGV[3] then
+  redis.call('HSET', KEYS[2], 'attempt', ARGV[4])
+elseif redis.call('HGET', KEYS[2], 'attempt') ~= ARGV[4] then
   return {'INTERRUPTED'}
 end
-redis.call('HSET', KEYS[2], unpack(ARGV, 8))
-if ARGV[5] == '1' then
+redis.call('HSET', KEYS[2], unpack(ARGV, 12))
+if ARGV[6] == '1' then
+  local last = last_version(KEYS[5])
+  if not last then return {'LOST', -1} end
+  if last < tonumber(ARGV[7]) then return {'LOST', last} end
+  local count = batched(KEYS[1], ARGV[8])
+  if ARGV[9] ~= '' then
+    if count ~= tonumber(ARGV[9]) then return {'LOST', last} end
+  else
+    redis.call('HSET', KEYS[1], 'batch', ARGV[8], 'batched', count + 1)
+  end
   redis.call('HDEL', KEYS[2], 'attempt')
-  local pages = tonumber(redis.call('HGET', KEYS[1], ARGV[6]) or 0)
-  if tonumber(ARGV[7]) > pages then redis.call('HSET', KEYS[1], ARGV[6], ARGV[7]) end
+  local pages = tonumber(redis.call('HGET', KEYS[1], ARGV[10]) or 0)
+  if tonumber(ARGV[11]) > pages then redis.call('HSET', KEYS[1], ARGV[10], ARGV[11]) end
   redis.call('RENAME', KEYS[2], KEYS[3])
 end
 return {'OK'}
@@ -221,14 +247,18 @@ return {'OK'}
 """
 )
 
-# KEYS spec, owner, log of the new generation; ARGV uid, token, epoch, create_time, spec, new generation.
+# KEYS spec, owner, log of the new generation; ARGV uid, token, epoch, create_time, spec, new generation, batch, its
+# pages.
 REPUBLISH_END = Script(
     _FENCE_CHECK
     + _RIVAL
+    + _BATCHED
     + """
-local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3]) or fence_check(KEYS[2], ARGV[2], ARGV[3])
+local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3])
+  or fence_check(KEYS[2], ARGV[2], ARGV[3], KEYS[1], '')
 if refusal then return refusal end
 if redis.call('EXISTS', KEYS[3]) == 0 then return {'LOST', -1} end
+if batched(KEYS[2], ARGV[7]) ~= tonumber(ARGV[8]) then return {'LOST', -1} end
 redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[4], 'spec', ARGV[5], 'generation', ARGV[6])
 return {'OK'}
 """

@@ -1,12 +1,12 @@
 """The history checker: replays what was sent in the order of the log, and tells what does not fit.
 
 The log is what Redis took; the model is the reference rule in this process. What the checker finds is a sentence each:
-a durable step that is missing, applied twice or out of order; an (epoch, version) that went back; a weight that is not
-finite, negative, or not the model's.
+a durable step that is missing, applied twice or out of order; an answer that an orderly stop did not write; an (epoch,
+version) that went back; a weight that is not finite, negative, or not the model's.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,13 +69,15 @@ class Findings:
     forgone: int = 0
 
 
-def check(history: History, log: Log, *, rule: Rule, num_examples: int) -> Findings:
-    """Replays the log on a model; see the module."""
+def check(
+    history: History, log: Log, *, rule: Rule, num_examples: int, orderly: Collection[int] = frozenset()
+) -> Findings:
+    """Replays the log on a model; see the module. `orderly`: epochs that ended with an orderly stop of their owner."""
     findings = Findings(Model.of(rule, num_examples))
     findings.violations += _order(log.entries)
     findings.violations += _missing(history, log.entries)
     findings.violations += _going_back(history)
-    due = _due(findings, history, log)
+    due = _due(findings, history, log, orderly)
     _compare(findings, history, due.pop(0, ()))
     for entry in log.entries:
         sent = history.sent[entry.trainer_id]
@@ -90,7 +92,9 @@ def check(history: History, log: Log, *, rule: Rule, num_examples: int) -> Findi
     return findings
 
 
-def _due(findings: Findings, history: History, log: Log) -> dict[int, list[tuple[str, Answered]]]:
+def _due(
+    findings: Findings, history: History, log: Log, orderly: Collection[int]
+) -> dict[int, list[tuple[str, Answered]]]:
     """The server's answers by the version of the log that they must show."""
     due: dict[int, list[tuple[str, Answered]]] = defaultdict(list)
     for trainer_id, answers in history.answered.items():
@@ -102,6 +106,9 @@ def _due(findings: Findings, history: History, log: Log) -> dict[int, list[tuple
                 findings.violations.append(f"{what}: a weight is not finite or negative: {answer.weights}")
             if log.keeps(answer.epoch, answer.version):
                 due[answer.version].append((trainer_id, answer))
+            elif answer.epoch in orderly:
+                what = f"{trainer_id}, step {answer.sequence}, epoch {answer.epoch}, version {answer.version}"
+                findings.violations.append(f"{what}: was answered before an orderly stop, and is not in the log")
             else:
                 findings.forgone += 1
     return due

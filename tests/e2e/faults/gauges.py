@@ -12,19 +12,22 @@ MIB = 1 << 20
 PREFIX = "equipoise_server_"
 
 
-def gauges(server: ForkedServer) -> dict[str, float]:
+def gauges(server: ForkedServer, *, timeout_s: float = 10.0) -> dict[str, float]:
     """The metrics without labels, by name without the common prefix."""
-    return {name: float(value) for name, value in re.findall(rf"^{PREFIX}(\w+) (\S+)$", _page(server), re.MULTILINE)}
+    found = re.findall(rf"^{PREFIX}(\w+) (\S+)$", _page(server, timeout_s), re.MULTILINE)
+    return {name: float(value) for name, value in found}
 
 
 def calls_begun(server: ForkedServer, method: str) -> int:
     """How many calls of an RPC have reached the server's code."""
-    found = re.search(rf'^grpc_server_started_total{{.*grpc_method="{method}".*}} (\S+)$', _page(server), re.MULTILINE)
+    found = re.search(
+        rf'^grpc_server_started_total{{.*grpc_method="{method}".*}} (\S+)$', _page(server, 10.0), re.MULTILINE
+    )
     return int(float(found[1])) if found else 0
 
 
-def _page(server: ForkedServer) -> str:
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as page:
+def _page(server: ForkedServer, timeout_s: float) -> str:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=timeout_s) as page:
         text: str = page.read().decode()
     return text
 

@@ -4,9 +4,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -19,9 +18,12 @@ from equipoise_server.rules import build
 from equipoise_server.store import scripts
 from tests.e2e.faults.aof import Log, read_log
 from tests.e2e.faults.checker import Findings, check
+from tests.e2e.faults.gauges import gauges, log_start
 from tests.e2e.faults.history import History
+from tests.e2e.faults.postmortem import postmortem
 from tests.e2e.faults.proxy import At, FaultProxy, Way, until
 from tests.e2e.faults.redis_server import RedisServer
+from tests.e2e.faults.schedule import Fault
 from tests.e2e.faults.trainers import KINDS, Async, Trainer
 from tests.e2e.faults.zygote import ForkedServer, Zygote
 
@@ -33,42 +35,8 @@ SWEEP_MIN_BYTES = 2 << 20
 RESTORING = (b"XRANGE", b"HGETALL", scripts.ACQUIRE.sha.encode())
 SWEEPING = (scripts.STAGE.sha.encode(), scripts.TRIM.sha.encode())
 APPENDING = scripts.APPEND.sha.encode()
-
-
-class Fault(Enum):
-    """What a round does."""
-
-    BEFORE_APPEND = "server killed before its append reaches Redis"
-    BEFORE_REPLY = "server killed after its append, before Redis's reply"
-    BEFORE_ACKNOWLEDGEMENT = "server killed after Redis's reply, before the trainer's answer"
-    IN_SWEEP = "server killed in a sweep"
-    IN_RESTORE = "server killed in a restore"
-    ANY_TIME = "server killed at any time"
-    PAUSE = "server paused"
-    PAUSE_AND_KILL = "server paused, then killed"
-    REDIS_PAUSED = "Redis paused"
-    REDIS_KILLED = "Redis killed"
-    BOTH_KILLED = "server and Redis killed together"
-    TRAINERS_CUT = "connections of trainers reset"
-    REDIS_CUT = "connections to Redis reset"
-    REDIS_HALF_OPEN = "connections to Redis black-holed"
-    TRAINER_RESTARTED = "a trainer starts again from its checkpoint"
-
-
-KILLS_AND_PAUSES = (*list(Fault)[:11],)
-FORCED = (*list(Fault)[:5],)
-"""Failpoints: each is forced a given number of times."""
-
-
-def draw_schedule(seed: int, *, forced: int, kills: int) -> list[Fault]:
-    """Rounds in random order: each failpoint `forced` times, kills and pauses `kills` together, and other faults."""
-    random = np.random.default_rng(seed)
-    schedule = [fault for fault in FORCED for _ in range(forced)]
-    others = [fault for fault in Fault if fault not in FORCED]
-    while sum(fault in KILLS_AND_PAUSES for fault in schedule) < kills:
-        schedule.append(others[random.integers(len(others))])
-    random.shuffle(schedule)  # type: ignore[arg-type]  # a list is shuffled in place too
-    return schedule
+FAR_S = 0.010
+"""One way: a Redis 20 ms away."""
 
 
 @dataclass
@@ -95,6 +63,7 @@ class KillRun:
         self.rule = RULES[seed % len(RULES)]
         self.history = History()
         self.report = Report()
+        self._orderly: set[int] = set()
         # As the server's own Redis: it writes before it answers. Only a loss of power could tell whether it was synced.
         self.redis = RedisServer(directory / "redis", appendfsync="no")
         self.redis.start()
@@ -137,7 +106,10 @@ class KillRun:
         for trainer in self.trainers:
             trainer.stop()
         for trainer in self.trainers:
-            trainer.join()
+            try:
+                trainer.join()
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{postmortem(self.server, self.trainers)}") from error
 
     def close(self) -> None:
         """Ends every process."""
@@ -155,7 +127,8 @@ class KillRun:
 
     def check(self) -> Findings:
         """What the checker finds, after the run; the server's own tables are compared too."""
-        findings = check(self.history, self.log, rule=build(self.rule, {}), num_examples=NUM_EXAMPLES)
+        rule = build(self.rule, {})
+        findings = check(self.history, self.log, rule=rule, num_examples=NUM_EXAMPLES, orderly=self._orderly)
         for trainer in self.trainers:
             for stats in trainer.stats:
                 if stats.lost or stats.regressions or stats.forgotten:
@@ -205,12 +178,16 @@ class KillRun:
             Fault.REDIS_CUT: self.to_redis.reset,
             Fault.REDIS_HALF_OPEN: self._black_hole_redis,
             Fault.TRAINER_RESTARTED: self._restart_trainer,
+            Fault.REDIS_SLOW: self._slow_redis,
+            Fault.REDIS_FULL: self._fill_redis,
+            Fault.STOPPED: self._stop,
+            Fault.STOPPED_ALONE: self._stop_alone,
         }
         steps[fault]()
 
     def _kill_at(self, at: At) -> None:
         with self.to_redis.trap(APPENDING, at) as trap:
-            assert trap.caught.wait(30), "no append came"
+            self._wait_for(trap.caught.is_set, within_s=30, what="an append comes")
             self._kill()
             self._let_go(trap)
             self.server.start()
@@ -221,11 +198,11 @@ class KillRun:
 
     def _kill_before_acknowledgement(self) -> None:
         with self.to_redis.trap(APPENDING, At.REPLY) as trap:
-            assert trap.caught.wait(30), "no append came"
+            self._wait_for(trap.caught.is_set, within_s=30, what="an append comes")
             self.to_server.hold(Way.DOWN)
             before = self.to_server.taken[Way.DOWN]
             self.to_redis.free(trap)
-            until(lambda: self.to_server.taken[Way.DOWN] > before, what="an answer leaves the server")
+            self._wait_for(lambda: self.to_server.taken[Way.DOWN] > before, what="an answer leaves the server")
         self._kill()
         self.to_server.reset()
         self.to_server.release()
@@ -235,20 +212,11 @@ class KillRun:
         pattern = SWEEPING[int(self.random.integers(len(SWEEPING)))]
         at = (At.REQUEST, At.REPLY)[int(self.random.integers(2))]
         with self._hurry(), self.to_redis.trap(pattern, at) as trap:
-            assert trap.caught.wait(60), "no sweep came"
+            self._wait_for(trap.caught.is_set, within_s=60, what="a sweep comes")
             self._kill()
             self._let_go(trap)
         self.server.start()
-        before = self._log_start
-        until(lambda: self._log_start > before, what="a sweep ends well")
-
-    @property
-    def _log_start(self) -> int:
-        """First version that the log still has."""
-        with self.redis.client() as client:
-            keys = list(client.scan_iter(f"*{{{POLICY}}}*:log"))
-            entries = client.xrange(keys[0], count=1) if keys else []
-        return int(entries[0][0].split(b"-")[0]) if entries else 0
+        self._wait_for_sweep(after=log_start(self.redis, POLICY))
 
     def _kill_in_restore(self) -> None:
         self._kill()
@@ -256,7 +224,7 @@ class KillRun:
         at = (At.REQUEST, At.REPLY)[int(self.random.integers(2))]
         with self.to_redis.trap(pattern, at) as trap:
             self.server.start()
-            assert trap.caught.wait(30), "no restore came"
+            self._wait_for(trap.caught.is_set, within_s=30, what="a restore comes")
             self._kill()
             self._let_go(trap)
         self.server.start()
@@ -313,13 +281,61 @@ class KillRun:
         able = [trainer for trainer in self.trainers if not isinstance(trainer, Async)]
         able[int(self.random.integers(len(able)))].restart()
 
+    def _slow_redis(self) -> None:
+        with self._hurry() if self.random.integers(2) else nullcontext(), self._redis_far_away():
+            sleep(self.random.uniform(1.0, 3.0))
+
+    def _fill_redis(self) -> None:
+        # Not for long: once more has come than the memory for the log holds, the tables are written anew, and the log
+        # in Redis, which the checker reads, has a gap.
+        with self.to_redis.trap(SWEEPING[0], At.REQUEST) as trap:
+            with self._hurry():
+                self._wait_for(trap.caught.is_set, within_s=60, what="a sweep comes")
+            before = log_start(self.redis, POLICY)
+            self.redis.command("CONFIG", "SET", "maxmemory", "1mb")
+        sleep(self.random.uniform(0.2, 1.5))
+        self.redis.command("CONFIG", "SET", "maxmemory", 0)
+        self._wait_for_sweep(after=before)
+
+    def _stop(self) -> None:
+        """What was answered before is in the log, whatever the durability: the checker looks."""
+        epoch = self._epoch
+        status = self.server.stop()
+        assert status == 0, f"exit status {status}\n{postmortem(self.server, self.trainers)}"
+        self._orderly.add(epoch)
+        self.server.start()
+
+    def _stop_alone(self) -> None:
+        """With durability `behind` the server has something left to write."""
+        with self._redis_far_away():
+            with self._hurry():
+                sleep(self.random.uniform(0.2, 0.6))
+                self.to_server.refuse()
+                self._wait_for(self._is_alone, what="no stream is open")
+            self._stop()
+        self.to_server.accept()
+
+    def _is_alone(self) -> bool:
+        self.to_server.reset()  # what was on its way to the server when it was cut off, too
+        return gauges(self.server)["active_streams"] == 0
+
+    @property
+    def _epoch(self) -> int:
+        """Of the policy's owner, as Redis has it."""
+        with self.redis.client() as client:
+            (owner,) = client.scan_iter(f"*{{{POLICY}}}*:owner")
+            return int(client.hget(owner, "epoch") or 0)
+
+    def _wait_for_sweep(self, *, after: int) -> None:
+        self._wait_for(lambda: log_start(self.redis, POLICY) > after, within_s=60, what="a sweep ends well")
+
     def _kill(self) -> None:
         self._signal_in_flight(self.server.pid, signal.SIGKILL)
         self.server.kill()
 
     def _signal_in_flight(self, pid: int, number: signal.Signals) -> None:
         """Lands a signal while a step is in flight."""
-        until(lambda: self._in_flight, what="a step is in flight")
+        self._wait_for(lambda: self._in_flight, what="a step is in flight")
         os.kill(pid, number)
         self.report.in_flight.append(self._in_flight)
 
@@ -331,14 +347,26 @@ class KillRun:
         """Every fault ends in answers of the server to every trainer."""
         before = {trainer.trainer_id: self._served(trainer) for trainer in self.trainers}
         for trainer in self.trainers:
-            until(
+            self._wait_for(
                 lambda trainer=trainer: trainer.failure or self._served(trainer) > before[trainer.trainer_id],  # type: ignore[misc]
                 within_s=120,
                 what=f"{trainer.trainer_id} is answered after {after}",
             )
 
+    def _wait_for(self, condition: Callable[[], object], *, within_s: float = 30.0, what: str) -> None:
+        """Waits for a condition; when it does not come about, says how everybody was."""
+        until(condition, within_s=within_s, what=lambda: f"{what}\n{postmortem(self.server, self.trainers)}")
+
     def _served(self, trainer: Trainer) -> int:
         return sum(stats.applied + stats.duplicates for stats in trainer.stats)
+
+    @contextmanager
+    def _redis_far_away(self) -> Iterator[None]:
+        self.to_redis.delay_s = FAR_S
+        try:
+            yield
+        finally:
+            self.to_redis.delay_s = 0.0
 
     @contextmanager
     def _hurry(self) -> Iterator[None]:

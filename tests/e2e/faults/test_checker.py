@@ -136,6 +136,17 @@ def test_an_answer_whose_version_was_never_logged_promises_nothing(run: tuple[Hi
     assert "answers of version 23, which is not in the log" in violations(history, log)
 
 
+def test_an_answer_that_an_orderly_stop_did_not_write(run: tuple[History, Log]) -> None:
+    history, log = run
+    log.taken_over_at[2] = 20
+    history.answered["a"].append(replace(history.answered["a"][-1], version=23, weights=np.ones(5, np.float32)))
+    found = check(history, log, rule=build("ema_sign", {}), num_examples=NUM_EXAMPLES, orderly={1})
+    assert found.violations == [
+        "a, step 10, epoch 1, version 23: was answered before an orderly stop, and is not in the log"
+    ]
+    assert check(history, log, rule=build("ema_sign", {}), num_examples=NUM_EXAMPLES, orderly={2}).violations == []
+
+
 def test_a_refusal_that_the_rule_does_not_share(run: tuple[History, Log]) -> None:
     history, log = run
     log.entries[3] = replace(log.entries[3], refused=True)

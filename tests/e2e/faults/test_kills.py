@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.faults.kills import FORCED, KILLS_AND_PAUSES, KillRun, draw_schedule
+from tests.e2e.faults.kills import RULES, KillRun
+from tests.e2e.faults.schedule import FORCED, KILLS_AND_PAUSES, REGULAR, draw_schedule
 from tests.e2e.faults.zygote import Zygote
 
 
@@ -19,8 +20,8 @@ def seed() -> int:
     return int(os.environ.get("FAULTS_SEED") or secrets.randbits(31))
 
 
-def run(directory: Path, zygote: Zygote, *, seed: int, forced: int, kills: int, durability: str) -> None:
-    schedule = draw_schedule(seed, forced=forced, kills=kills)
+def run(directory: Path, zygote: Zygote, *, seed: int, forced: int, regular: int, kills: int, durability: str) -> None:
+    schedule = draw_schedule(seed, forced=forced, regular=regular, kills=kills)
     print(f"FAULTS_SEED={seed}: {len(schedule)} rounds, durability {durability}")
     killing = KillRun(directory, zygote, seed=seed, durability=durability)
     try:
@@ -30,6 +31,7 @@ def run(directory: Path, zygote: Zygote, *, seed: int, forced: int, kills: int, 
         assert not findings.violations, f"FAULTS_SEED={seed}, {len(findings.violations)} violations:\n{told}"
         assert sum(report.landed[fault] for fault in KILLS_AND_PAUSES) >= kills
         assert all(report.landed[fault] >= forced for fault in FORCED)
+        assert all(report.landed[fault] >= regular for fault in REGULAR)
         assert len(report.in_flight) >= kills
         assert min(report.in_flight) >= 1
         assert findings.compared > 1000
@@ -46,10 +48,11 @@ def run(directory: Path, zygote: Zygote, *, seed: int, forced: int, kills: int, 
 
 
 def test_twenty_kills(tmp_path: Path, zygote: Zygote, seed: int) -> None:
-    run(tmp_path, zygote, seed=seed, forced=2, kills=20, durability="logged")
+    durability = ("logged", "behind")[seed // len(RULES) % 2]  # the rule is drawn from the seed, too
+    run(tmp_path, zygote, seed=seed, forced=2, regular=1, kills=20, durability=durability)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("durability", ["logged", "behind"])
 def test_two_hundred_kills(tmp_path: Path, zygote: Zygote, seed: int, durability: str) -> None:
-    run(tmp_path, zygote, seed=seed, forced=15, kills=200, durability=durability)
+    run(tmp_path, zygote, seed=seed, forced=15, regular=5, kills=200, durability=durability)

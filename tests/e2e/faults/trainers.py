@@ -4,7 +4,7 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,18 @@ class Trainer(ABC):
     def stats(self) -> list[Stats]:
         """Counters of all its clients."""
         return [*self.past, self._client.stats]
+
+    def describe(self) -> str:
+        """How it stands with the server, without waiting for anything: what its client would not tell is looked up."""
+        session = self._client._session
+        link, outage = session._link, session._outage
+        planned = "none" if link.connect_at is None else f"in {link.connect_at - monotonic():.2f} s"
+        return (
+            f"{self.trainer_id}: {session.stats}; outage active: {outage.active}, attempts {outage._attempts}; "
+            f"stream {link.generation} is {link.state.value}, the next {planned}; in flight {len(session._in_flight)}, "
+            f"outbox {len(session._outbox)}, window {len(session._window)}; failure: {session.failure!r}, here "
+            f"{self.failure!r}; restart asked for: {self._restart.is_set()}"
+        )
 
     @abstractmethod
     def train(self) -> None:

@@ -21,8 +21,10 @@ from time import monotonic, sleep
 from typing import Any
 
 from equipoise.errors import UnavailableError
+from tests.e2e.faults import stacks
 
 START_SECONDS = 60.0
+STACKS_SECONDS = 3.0
 STOP_SECONDS = 40.0
 PR_SET_PDEATHSIG = 1
 
@@ -142,6 +144,18 @@ class ForkedServer:
         """Lets a paused server run again."""
         os.kill(self.pid, signal.SIGCONT)
 
+    def stacks(self) -> str:
+        """Where the server's threads and tasks are now; it writes them to its log, too."""
+        if not self.pid:
+            return "the server does not run"
+        before = len(self.log)
+        for number in (signal.SIGUSR2, signal.SIGUSR1):
+            os.kill(self.pid, number)
+        end = monotonic() + STACKS_SECONDS
+        while stacks.END not in (told := self.log[before:]) and monotonic() < end:
+            sleep(0.02)
+        return told if stacks.END in told else f"{told}\nits event loop does not turn"
+
     def _end(self, number: signal.Signals) -> int:
         if not self.pid:
             return 0
@@ -198,6 +212,7 @@ def become_server(arguments: list[str], log: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd in (1, 2):
         os.dup2(out, fd)
+    stacks.tell_on_signals()
     status = 1
     try:
         status = serve.main(arguments)

@@ -2,9 +2,10 @@
 
     python -m tests.e2e.soak --minutes 30
 
-Two servers, each with trainers that stay and trainers that come and go, half of them by SIGKILL. One server is killed
-and started again every 40 s or so; the other lives on, and its Redis is paused now and then. Ends with a table of
-samples and of what grew; the exit status is 1 when something did, or a trainer missed a step.
+Three servers, each with trainers that stay and trainers that come and go, half of them by SIGKILL. One server is killed
+and started again every 40 s or so; the others live on: the Redis of one is paused now and then, that of the other is 0,
+2 or 20 ms away in turn, while one of its trainers makes large steps in bursts. Ends with a table of samples and of what
+grew; the exit status is 1 when something did, or a trainer missed a step.
 """
 
 import argparse
@@ -12,13 +13,18 @@ import random
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 
 from rich.console import Console
 from rich.table import Table
 
 from equipoise.testing import serve
-from tests.e2e.soak.scene import Sample, Scene
+from tests.e2e.faults.proxy import FaultProxy
+from tests.e2e.faults.redis_server import RedisServer
+from tests.e2e.soak.scene import Distant, Killed, Sample, Scene, Steady
 from tests.e2e.soak.verdict import BOUNDS, Verdict, judge
 
 WARM_UP = 0.15
@@ -32,8 +38,21 @@ def soak(minutes: float, *, seed: int) -> tuple[dict[str, list[Sample]], list[st
     """Runs for so long: samples by scene, complaints, and how often what was done."""
     chance = random.Random(seed)
     taken: dict[str, list[Sample]] = {}
-    with serve(**SETTINGS) as one, serve(**SETTINGS) as other:
-        scenes = [Scene(one, kills=False, chance=chance), Scene(other, kills=True, chance=chance)]
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(TemporaryDirectory(prefix="equipoise-soak-")))
+        shared = RedisServer(directory, appendonly="no")  # its file would hold all that was ever written
+        shared.start()
+        stack.callback(shared.kill)
+        to_redis = stack.enter_context(FaultProxy(("127.0.0.1", shared.port)))
+        steady, killed, distant = (
+            stack.enter_context(serve(**SETTINGS, **more))
+            for more in ({}, {}, {"redis_url": f"redis://{to_redis.address}"})
+        )
+        scenes: list[Scene] = [
+            Steady(steady, chance=chance),
+            Killed(killed, chance=chance),
+            Distant(distant, redis=shared, to_redis=to_redis, chance=chance),
+        ]
         start = monotonic()
         due = start + WARM_UP * minutes * 60
         while monotonic() < start + minutes * 60:
@@ -47,7 +66,7 @@ def soak(minutes: float, *, seed: int) -> tuple[dict[str, list[Sample]], list[st
             sleep(0.1)
         for scene in scenes:
             scene.stop()
-    counts = {f"{scene.name}: {what}": count for scene in scenes for what, count in scene.counts.items() if count}
+    counts = {f"{scene.name}: {what}": count for scene in scenes for what, count in scene.counts.items()}
     return taken, [complaint for scene in scenes for complaint in scene.complaints], counts
 
 

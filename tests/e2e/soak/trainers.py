@@ -15,13 +15,15 @@ from equipoise.errors import EquipoiseError
 NUM_EXAMPLES = 50_000
 ROWS = 256
 PAUSE_S = 0.02
+BURST_STEPS, BURST_ROWS, BURST_EVERY_S = 100, 8192, 4.0
+"""10 MB, which a Redis 20 ms away takes in two seconds."""
 POLICIES = ("soak-a", "soak-b")
 PASSING = ("passing-1", "passing-2", "passing-3")
 """Names of policies that visitors create and delete again and again."""
 
 
 class Trainer:
-    """One trainer's process: `steady` until it is stopped, or a `visitor` that also does whatever else clients do."""
+    """One trainer's process: `steady` or `bursting` until it is stopped, or a `visitor`, who does other things too."""
 
     def __init__(self, kind: str, address: str, *, seed: int) -> None:
         command = [sys.executable, "-m", "tests.e2e.soak.trainers", kind, address, str(seed)]
@@ -60,6 +62,10 @@ def live(kind: str, address: str, seed: int) -> str:
     policy = POLICIES[seed % len(POLICIES)]
     with PolicyClient(address, policy=policy, num_examples=NUM_EXAMPLES, limits=limits) as client:
         while not asked.to_stop():
+            if kind == "bursting":
+                _burst(client, chance)
+                asked.wait(BURST_EVERY_S)
+                continue
             ids = np.array([chance.randrange(NUM_EXAMPLES) for _ in range(ROWS)])
             contributions = np.array([chance.gauss(0, 1) for _ in range(ROWS)], np.float32)
             if chance.random() < 0.5:
@@ -72,6 +78,14 @@ def live(kind: str, address: str, seed: int) -> str:
         stats = client.stats
     wrong = {name: getattr(stats, name) for name in ("lost", "regressions", "refused") if getattr(stats, name)}
     return f"after {stats.steps} steps: {wrong}" if wrong else ""
+
+
+def _burst(client: PolicyClient, chance: random.Random) -> None:
+    """More at once than the server keeps in memory, as fast as it goes."""
+    random_rows = np.random.default_rng(chance.randrange(2**31))
+    for _ in range(BURST_STEPS):
+        ids = random_rows.integers(0, NUM_EXAMPLES, BURST_ROWS)
+        client.submit(ids, contributions=random_rows.standard_normal(BURST_ROWS).astype(np.float32))
 
 
 def _look_around(address: str, policy: str, chance: random.Random) -> None:
@@ -102,6 +116,9 @@ class _Asked:
 
     def to_stop(self) -> bool:
         return self._event.is_set()
+
+    def wait(self, seconds: float) -> None:
+        self._event.wait(seconds)
 
 
 if __name__ == "__main__":

@@ -356,3 +356,71 @@ async def test_a_bug_in_a_read_is_its_caller_s_alone(servers: Servers, monkeypat
         with pytest.raises(ValueError, match="injected"):
             await send(runner, Step(kind=Kind.READ))
     assert (await send(runner, next(steps(NUM_EXAMPLES)))).outcome is Outcome.APPLIED
+
+
+async def test_a_load_that_is_cancelled_before_it_begins_does_not_stay(servers: Servers) -> None:
+    engine = await servers.make()
+    await engine.create(spec())
+    asking = asyncio.create_task(engine.runner("policy"))
+    while not engine._loads:
+        await asyncio.sleep(0)
+    engine._loads["policy"][1].cancel()
+    await asyncio.wait([asking])
+    assert (await asking).policy.version == 0
+
+
+async def test_a_stream_that_opens_while_the_policy_is_handed_over_is_asked_to_leave(servers: Servers) -> None:
+    engine = await servers.make()
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    session, _ = await runner.open("trainer")
+    runner.drain()
+    asked = []
+    session.when_draining(lambda: asked.append(True))  # the stream is only now set up
+    assert asked == [True]
+
+
+async def test_waiting_for_a_policy_ends_in_time_though_its_predecessor_had_to_leave(
+    servers: Servers, redis: EmbeddedRedis
+) -> None:
+    await swept(servers)
+    engine = await slow_engine(servers, redis, delay_s=60.0)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(ServiceError):
+        await engine.runner("policy", wait_s=0.2)
+    assert loop.time() - began < 20
+
+
+async def test_what_ends_a_policy_is_an_error_of_its_own_for_each_caller(servers: Servers) -> None:
+    engine = await servers.make()
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    await engine.delete("policy")
+    errors = []
+    for _ in range(3):
+        with pytest.raises(ServiceError) as caught:
+            await runner.read(lambda policy: None)
+        errors.append(caught.value)
+    assert len({id(error) for error in errors}) == 3
+    assert {error.reason for error in errors} == {"POLICY_DELETED"}
+
+
+async def test_a_policy_whose_end_goes_wrong_in_one_part_ends_all_the_same(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("finish", "release"):
+        engine = await servers.make()
+        await engine.create(spec(part))
+        runner = await engine.runner(part)
+        session, _ = await runner.open("trainer")
+
+        async def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("injected")
+
+        with monkeypatch.context() as bug:
+            bug.setattr(Persistence, part, fail)
+            await asyncio.wait_for(runner.stop(draining(), flush_timeout_s=20), 20)
+        assert runner.state is State.CLOSED
+        assert (await asyncio.wait_for(session.ended, 20)).reason == "DRAINING"
+        assert engine.runners == []

@@ -92,7 +92,7 @@ async def test_a_stopping_server_hands_over_when_its_last_stream_has_ended(first
     runner = await first.runner("policy")
     asked = asyncio.Event()
     session, _ = await runner.open("trainer")
-    session.on_drain = asked.set
+    session.when_draining(asked.set)
     handing_over = asyncio.create_task(first.hand_over(draining(), flush_timeout_s=20))
     await asyncio.wait_for(asked.wait(), 20)
     last = await send(runner, next(steps(1000, first=6)))

@@ -1,7 +1,9 @@
 """Snapshots: a policy at one version, while steps go on; and what is drawn from one."""
 
 import asyncio
+import threading
 import time
+from contextlib import AsyncExitStack
 from itertools import islice
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import torch
 
 from equipoise_server.engine import DeviceThread, Kind, Policy, Snapshot, Step
+from equipoise_server.engine.runner import MAX_SNAPSHOTS
 from equipoise_server.engine.sampling import draw
 from equipoise_server.errors import ServiceError
 from equipoise_server.rules import Slices, build, exhaust, names
+from tests.server.engine.conftest import Servers
 from tests.server.engine.runs import PAGE, apply, spec, steps, whole
 from tests.server.engine.test_policy import fresh
 from tests.server.engine.test_trajectory import spec as trajectory_spec
@@ -164,3 +168,61 @@ def test_reads_do_not_make_snapshots_copy() -> None:
     snapshot = policy.snapshot()
     apply(policy, Step(kind=Kind.READ, weights_for=np.arange(5)), now=0.0)
     assert not snapshot._copies
+
+
+async def test_a_caller_who_leaves_leaves_no_snapshot(servers: Servers) -> None:
+    engine = await servers.make()
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        release.wait(30)
+
+    holding = asyncio.create_task(runner._device.run(hold))
+    await asyncio.to_thread(held.wait, 30)
+
+    async def take() -> None:
+        async with runner.snapshot():
+            raise AssertionError("it was cancelled before")
+
+    taking = [asyncio.create_task(take()) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    for task in taking:
+        task.cancel()
+    await asyncio.wait(taking)
+    release.set()
+    await holding
+    await runner.read(lambda policy: None)
+    await asyncio.sleep(0)
+    assert not runner.policy.has_snapshots
+
+
+async def test_too_many_readers_of_whole_policies_are_turned_away(servers: Servers) -> None:
+    engine = await servers.make(load_wait_s=0.1)
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    async with AsyncExitStack() as stack:
+        for _ in range(MAX_SNAPSHOTS):
+            await stack.enter_async_context(runner.snapshot())
+        with pytest.raises(ServiceError) as caught:
+            async with runner.snapshot():
+                pass
+        assert (caught.value.reason, caught.value.retry_after_s) == ("TOO_MANY_READERS", 1.0)
+    async with runner.snapshot():
+        pass
+
+
+async def test_who_reads_a_policy_that_is_deleted_is_told_so(servers: Servers) -> None:
+    engine = await servers.make()
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    async with runner.snapshot() as snapshot:
+        await engine.delete("policy")
+        drawing = draw(snapshot, 5, num_examples=5, with_replacement=True, seed=1)
+        with pytest.raises(ServiceError) as caught:
+            await runner.read_slices(drawing)
+        assert caught.value.reason == "POLICY_DELETED"
+        with pytest.raises(ServiceError):
+            snapshot.page(0, version=0)

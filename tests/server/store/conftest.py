@@ -8,14 +8,14 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
-from equipoise_server.store import LogEntry, RedisStore, StoredPolicy
+from equipoise_server.store import LogEntry, Ownership, Page, PageBatch, RedisStore, StoredPolicy
 from equipoise_server.store.redis_binary import find_redis_server
 
 
@@ -132,6 +132,16 @@ def entries(first: int, last: int, *, size: int = 8) -> list[LogEntry]:
     return [
         LogEntry(version=v, fields={"ids": str(v).encode().rjust(size, b"."), "t": b""}) for v in range(first, last + 1)
     ]
+
+
+async def write_page(store: RedisStore, owner: Ownership, index: int, page: Page) -> None:
+    """A page by itself."""
+    await store.write_page(owner, index, page, batch=PageBatch())
+
+
+async def write_header(store: RedisStore, owner: Ownership, fields: Mapping[str, bytes]) -> None:
+    """A header by itself."""
+    await store.write_header(owner, fields, version=0, batch=PageBatch())
 
 
 async def logged(store: RedisStore, name: str = "lm", *, after: int = 0) -> list[LogEntry]:

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from equipoise_server.store import Page, RedisStore
-from tests.server.store.conftest import entries, eventually, logged, policy, running_redis
+from tests.server.store.conftest import entries, eventually, logged, policy, running_redis, write_header, write_page
 
 
 def free_port() -> int:
@@ -48,8 +48,8 @@ async def test_everything_works_on_a_cluster_and_a_policy_stays_in_one_slot(
     assert [found.name for found in await store.list_policies(limit=10)] == ["lm", "speech.v2", "vision"]
     owner = await store.acquire("lm", address="a:1")
     await store.append(owner, entries(1, 5))
-    await store.write_page(owner, 1, Page(version=5, columns={"raw": b"x" * 600_000}))
-    await store.write_header(owner, {"scalars": b"5"})
+    await write_page(store, owner, 1, Page(version=5, columns={"raw": b"x" * 600_000}))
+    await write_header(store, owner, {"scalars": b"5"})
     await store.trim(owner, through_version=4)
     assert await logged(store) == entries(5, 5)
     pages = [(index, Page(version=7, columns={"raw": b"y"})) for index in range(300)]

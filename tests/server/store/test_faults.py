@@ -6,7 +6,15 @@ import pytest
 from redis.asyncio import Redis
 
 from equipoise_server.store import UNAVAILABLE_KINDS, Page, RedisStore, Unavailable
-from tests.server.store.conftest import CountingObserver, RedisProcess, entries, logged, policy, running_redis
+from tests.server.store.conftest import (
+    CountingObserver,
+    RedisProcess,
+    entries,
+    logged,
+    policy,
+    running_redis,
+    write_page,
+)
 
 TIMEOUT_S = 0.3
 
@@ -52,7 +60,7 @@ async def test_full(store: RedisStore, admin: Redis) -> None:
     await admin.config_set("maxmemory", "2mb")
     try:
         with pytest.raises(Unavailable) as caught:
-            await store.write_page(owner, 0, Page(version=1, columns={"raw": b"x" * 3_000_000}))
+            await write_page(store, owner, 0, Page(version=1, columns={"raw": b"x" * 3_000_000}))
         assert caught.value.kind == "oom"
         await admin.config_set("maxmemory", "500kb")
         with pytest.raises(Unavailable) as caught:

@@ -7,7 +7,15 @@ import pytest
 from redis.asyncio import Redis
 
 from equipoise_server.store import Deleted, Fenced, NotFound, Ownership, Page, RedisStore
-from tests.server.store.conftest import CountingObserver, RedisProcess, entries, logged, policy
+from tests.server.store.conftest import (
+    CountingObserver,
+    RedisProcess,
+    entries,
+    logged,
+    policy,
+    write_header,
+    write_page,
+)
 
 
 async def test_creating_twice_returns_the_first(store: RedisStore) -> None:
@@ -34,8 +42,8 @@ async def test_each_acquisition_fences_the_last_owner_everywhere(store: RedisSto
     assert (owner.address, owner.epoch) == ("b:1", second.epoch)
     writes = [
         store.append(first, entries(1, 1)),
-        store.write_page(first, 0, Page(version=1, columns={"raw": b"x"})),
-        store.write_header(first, {"k": b"v"}),
+        write_page(store, first, 0, Page(version=1, columns={"raw": b"x"})),
+        write_header(store, first, {"k": b"v"}),
         store.trim(first, through_version=0),
     ]
     for write in writes:
@@ -61,8 +69,8 @@ async def filled(store: RedisStore, *, uid: str = "u1") -> Ownership:
     owner = await store.acquire("lm", address="a:1")
     await store.append(owner, entries(1, 3))
     for index in (0, 7):
-        await store.write_page(owner, index, Page(version=3, columns={"raw": b"old"}))
-    await store.write_header(owner, {"scalars": b"old"})
+        await write_page(store, owner, index, Page(version=3, columns={"raw": b"old"}))
+    await write_header(store, owner, {"scalars": b"old"})
     return owner
 
 
@@ -72,7 +80,7 @@ async def test_deletion_leaves_a_tombstone_and_nothing_else(store: RedisStore, a
     assert await admin.keys() == [b"equipoise:{lm}:owner"]
     assert await store.get("lm") is None
     assert await store.list_policies(limit=10) == []
-    for write in (store.append(owner, entries(4, 4)), store.write_page(owner, 1, Page(version=4, columns={}))):
+    for write in (store.append(owner, entries(4, 4)), write_page(store, owner, 1, Page(version=4, columns={}))):
         with pytest.raises(Deleted):
             await write
     with pytest.raises(NotFound):

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from redis.asyncio import Redis
 
-from equipoise_server.store import Deleted, Fenced, LogLost, Ownership, Page, RedisStore
-from tests.server.store.conftest import entries, logged, policy
+from equipoise_server.store import Deleted, Fenced, LogLost, Ownership, Page, PageBatch, RedisStore
+from tests.server.store.conftest import entries, logged, policy, write_header, write_page
 
 
 @pytest.fixture
@@ -13,8 +13,8 @@ async def owner(store: RedisStore) -> Ownership:
     await store.create(policy())
     found = await store.acquire("lm", address="a:1")
     await store.append(found, entries(1, 4))
-    await store.write_page(found, 0, page(4))
-    await store.write_header(found, {"scalars": b"4"})
+    await write_page(store, found, 0, page(4))
+    await write_header(store, found, {"scalars": b"4"})
     return found
 
 
@@ -142,3 +142,67 @@ async def test_of_two_who_republish_after_a_flush_the_later_epoch_stays(
         await store.append(old, entries(5, 5))
     await store.append(new, entries(10, 10))
     assert await store.read_page("lm", 0) == page(9)
+
+
+async def test_keys_that_the_spec_does_not_name_are_not_written(
+    store: RedisStore, owner: Ownership, admin: Redis
+) -> None:
+    """A Redis that was rolled back behind the end of a republication reads the keys of before."""
+    before = await admin.dump(b"equipoise:{lm}:spec")
+    renewed = await store.republish(owner, policy(), version=9, pages=[(0, page(9))], header={})
+    await admin.restore(b"equipoise:{lm}:spec", 0, before, replace=True)
+    batch = PageBatch()
+    for write in (
+        store.append(renewed, entries(10, 10)),
+        store.write_page(renewed, 0, page(9), batch=batch),
+        store.write_header(renewed, {}, version=9, batch=batch),
+        store.trim(renewed, through_version=9),
+    ):
+        with pytest.raises(LogLost) as caught:
+            await write
+        assert caught.value.last_version is None
+    again = await store.republish(renewed, policy(), version=9, pages=[(0, page(9))], header={})
+    await store.append(again, entries(10, 10))
+
+
+async def test_failed_republications_leave_one_set_of_keys_at_most(
+    store: RedisStore, owner: Ownership, admin: Redis
+) -> None:
+    for _ in range(3):
+        with pytest.raises(Crash):
+            await store.republish(owner, policy(), version=9, pages=crashing(), header={})
+    pages = await admin.keys("equipoise:{lm}:*:page:*")
+    assert len(pages) == 2  # what is in use, and the last attempt's
+    await store.republish(owner, policy(), version=9, pages=[(0, page(9))], header={})
+    assert len(await admin.keys("equipoise:{lm}:*:page:*")) == 1
+
+
+async def test_a_publication_that_is_given_up_leaves_nothing(store: RedisStore, admin: Redis) -> None:
+    reached = asyncio.Event()
+
+    async def endless() -> AsyncIterator[tuple[int, Page]]:
+        yield 0, page(0)
+        reached.set()
+        await asyncio.sleep(60)
+        yield 1, page(0)
+
+    publishing = asyncio.create_task(store.publish(policy("fork"), address="a:1", pages=endless(), header={}))
+    await asyncio.wait_for(reached.wait(), 20)
+    assert await admin.keys("equipoise:{fork}:*:page:*")
+    publishing.cancel()
+    await asyncio.wait([publishing])
+    assert not await admin.keys("equipoise:{fork}:*:page:*")
+    assert not await admin.keys("equipoise:{fork}:*:log")
+
+
+async def test_a_republication_whose_pages_were_lost_meanwhile_does_not_end(
+    store: RedisStore, owner: Ownership, admin: Redis
+) -> None:
+    async def forgetful() -> AsyncIterator[tuple[int, Page]]:
+        yield 0, page(9)
+        await admin.hset("equipoise:{lm}:owner", "batched", 0)  # as a Redis that went back
+        yield 1, page(9)
+
+    with pytest.raises(LogLost):
+        await store.republish(owner, policy(), version=9, pages=forgetful(), header={})
+    assert await store.read_header("lm") == {"scalars": b"4"}  # readers see what was there

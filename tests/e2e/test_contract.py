@@ -461,6 +461,14 @@ def test_a_fork_starts_from_the_source(stub: PolicyServiceStub, policy: str) -> 
     assert failure(lambda: stub.CreatePolicy(unequal))[1] == "POLICY_EXISTS"
 
 
+def test_a_fork_that_would_be_another_policy_is_refused(stub: PolicyServiceStub, policy: str) -> None:
+    other = f"{policy}-other"
+    stub.CreatePolicy(pb.CreatePolicyRequest(policy=pb.PolicySpec(name=other, num_examples=7)))
+    request = pb.CreatePolicyRequest(policy=pb.PolicySpec(name=other), **{"from": policy})
+    code, reason, _, _ = failure(lambda: stub.CreatePolicy(request))
+    assert (code, reason) == (grpc.StatusCode.ALREADY_EXISTS, "POLICY_EXISTS")
+
+
 def test_the_routing_header_must_agree(stub: PolicyServiceStub, policy: str) -> None:
     right, wrong = [("x-equipoise-policy", policy)], [("x-equipoise-policy", "another")]
     request = pb.GetPolicyRequest(policy=policy)

@@ -56,7 +56,9 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 raise
             stored, created = await self._create(request, context)
         if not created:
-            specs.check_same(message, PolicySpec.from_json(stored.spec))
+            existing = PolicySpec.from_json(stored.spec)
+            specs.check_same(message, existing)
+            await self._check_fork(getattr(request, "from"), existing)
         runner = await self._engine.runner(message.name, uid=stored.uid, wait_s=_wait_s(context))
         return pb.CreatePolicyResponse(status=specs.status_message(runner), created=created)
 
@@ -218,6 +220,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             sizes.extend(specs.num_weights(PolicySpec.from_json(stored.spec)) for stored in page)
             after = page[-1].name
         return sizes
+
+    async def _check_fork(self, source: str, existing: PolicySpec) -> None:
+        """Raises ServiceError (POLICY_EXISTS) when a policy cannot be the fork of `source` that is asked for again."""
+        if not source:
+            return
+        caller().check_policy(source, field="from")
+        origin = specs.spec_message(PolicySpec.from_json((await self._engine.find(source)).spec))
+        specs.check_same(pb.PolicySpec(num_examples=origin.num_examples, rule=origin.rule), existing)
 
     async def _create(self, request: pb.CreatePolicyRequest, context: Context) -> tuple[Any, bool]:
         if not request.HasField("policy") or not getattr(request, "from"):

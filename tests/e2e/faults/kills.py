@@ -73,6 +73,8 @@ class KillRun:
             directory / "server",
             redis_url=f"redis://{self.to_redis.address}",
             sweep_min_bytes=SWEEP_MIN_BYTES,
+            max_backlog_bytes=1
+            << 30,  # else the tables are written anew, and the log, which the checker reads, has gaps
             redis_timeout_s=0.5,
         )
         self.server.start()

@@ -35,7 +35,7 @@ def exported(server: ForkedServer) -> PolicyArchive:
 @pytest.mark.slow
 def test_redis_full_during_a_sweep_leaves_nothing_out_of_later_sweeps(house: House) -> None:
     """Data is visited in order, as by a curriculum: what a sweep wrote in vain, no later step touches again."""
-    server, _ = house.serve(sweep_min_bytes=MIB, sweep_bytes_per_s=4 * MIB)
+    server, _ = house.serve(sweep_min_bytes=MIB, sweep_bytes_per_s=4 * MIB, max_backlog_bytes=4 * MIB)
     with PolicyAdmin(server.address) as admin:
         admin.create(PolicySpec(name="p", num_examples=NUM_EXAMPLES, durability="behind"))
         with Flow(server.address, steps_of(ROWS, high=NUM_EXAMPLES)) as flow:

@@ -39,7 +39,7 @@ def create(address: str, *, durability: Durability) -> None:
 def test_memory_is_bounded_while_redis_is_slower_than_the_steps(
     house: House, durability: Durability, lasts_s: float
 ) -> None:
-    server, _ = house.serve(sweep_min_bytes=SWEEP_MIN_BYTES)
+    server, _ = house.serve(sweep_min_bytes=SWEEP_MIN_BYTES, max_backlog_bytes=4 * SWEEP_MIN_BYTES)
     create(server.address, durability=durability)
     with Flow(server.address, steps_of(ROWS, high=NUM_EXAMPLES)) as flow:
         flow.make(32)  # what the first steps bring into memory for good

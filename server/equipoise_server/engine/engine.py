@@ -255,8 +255,7 @@ class Engine:
             device=self.device,
             address=self.address,
             instance=self._instance,
-            trainer_idle_s=self.limits.trainer_idle_s,
-            max_backlog_bytes=self.limits.max_backlog_bytes,
+            limits=self.limits,
             wall_clock=self._wall_clock,
         )
         # A context of its own: the log must not name the request that happened to come first for all that follows.

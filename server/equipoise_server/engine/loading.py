@@ -13,6 +13,7 @@ import structlog
 from equipoise_server.engine import tables
 from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.header import Header
+from equipoise_server.engine.limits import EngineLimits
 from equipoise_server.engine.log import LogTail, StoreRecord
 from equipoise_server.engine.memory import check_room
 from equipoise_server.engine.policy import Policy
@@ -61,8 +62,7 @@ class Loading:
         device: where it goes.
         address: under which this server is reached.
         instance: this server's name in the store.
-        trainer_idle_s: a trainer idle for longer is forgotten.
-        max_backlog_bytes: log entries kept in memory.
+        limits: bounds.
         wall_clock: seconds since 1970.
     """
 
@@ -74,8 +74,7 @@ class Loading:
         device: DeviceThread,
         address: str,
         instance: str,
-        trainer_idle_s: float,
-        max_backlog_bytes: int,
+        limits: EngineLimits,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.name = name
@@ -91,8 +90,7 @@ class Loading:
         self._device = device
         self._address = address
         self._instance = instance
-        self._trainer_idle_s = trainer_idle_s
-        self._max_backlog_bytes = max_backlog_bytes
+        self._limits = limits
         self._wall_clock = wall_clock
 
     def not_yet(self) -> ServiceError:
@@ -152,7 +150,7 @@ class Loading:
         check_room(spec, self._device.device)
         rule = build(spec.rule, spec.settings)
         state = await self._device.run_slices(rule.init_slices(spec.num_examples, device=self._device.device))
-        return Policy(spec, uid, rule=rule, state=state, trainers=Trainers(self._trainer_idle_s))
+        return Policy(spec, uid, rule=rule, state=state, trainers=Trainers(self._limits.trainer_idle_s))
 
     async def _read_pages(self, owner: Ownership, policy: Policy) -> dict[int, int]:
         versions: dict[int, int] = {}
@@ -173,7 +171,7 @@ class Loading:
             replay_s = await self._device.run_slices(policy.replay(chunk))
             size = sum(tail.add(entry, replay_s=replay_s / len(chunk)) for entry in chunk)
             record.appended(chunk[-1].version, size=size, replay_s=replay_s)
-            if tail.size > self._max_backlog_bytes:
+            if tail.size > self._limits.max_backlog_bytes:
                 tail.forget(record.durable_version)
             self.replayed += len(chunk)
         return record or StoreRecord(owner=owner, base=policy.version, durable_version=policy.version), tail

@@ -35,7 +35,7 @@ class StoreRecord:
     Attributes:
         owner: the right to write; its generation is the set of keys that is written.
         base: pages and header hold every version up to it.
-        durable_version: the log holds the versions from there to this one.
+        durable_version: newest version that is in the log.
         log_bytes: bytes of these entries.
         log_replay_s: about how long their replay takes, seconds.
         changes: grows whenever the store turns out to hold less than was thought, and when everything is written anew.

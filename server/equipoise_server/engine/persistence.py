@@ -19,7 +19,7 @@ from equipoise_server.store import Fence, Fenced, LogLost, Ownership, Page, Redi
 log = structlog.get_logger("equipoise.policy")
 
 LOG_ROOM = 2
-"""Where a rule says how long its log should get: at so many times that, steps wait for the sweep to shorten it."""
+"""Steps wait for a sweep while the log is so many times as long as its rule wants it."""
 SWEEP_RETRY_S = 1.0
 """Pause after a sweep that the store ended."""
 FINAL_REPLAY_S = 0.1

@@ -46,8 +46,9 @@ class State(Enum):
 
     SERVING = "serving"
     DRAINING = "draining"
-    """Takes no new streams; once they have left, what was applied is written."""
+    """Takes no new streams, and soon nothing: it is being handed over, or it ends."""
     CLOSED = "closed"
+    """Has left memory."""
 
 
 class PolicyRunner:

@@ -1,4 +1,4 @@
-"""Tables as bytes: pages for the store, whole columns for forks and exports."""
+"""Tables as bytes, page by page."""
 
 import math
 from collections.abc import Mapping

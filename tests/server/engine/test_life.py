@@ -73,7 +73,13 @@ TASKS = {
 
 
 @pytest.mark.parametrize(
-    ("task", "durability"), [(task, Durability.LOGGED) for task in TASKS] + [("steps", Durability.BEHIND)]
+    ("task", "durability"),
+    [
+        ("steps", Durability.LOGGED),
+        ("steps", Durability.BEHIND),
+        ("log", Durability.LOGGED),
+        pytest.param("sweep", Durability.LOGGED, marks=pytest.mark.slow),  # some thirty awaits
+    ],
 )
 async def test_a_bug_at_any_await_ends_the_policy_with_an_id_and_it_comes_back_whole(
     servers: Servers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str,

@@ -75,7 +75,7 @@ async def test_a_slow_store_slows_the_steps_and_fills_no_memory(
     runner, store = await bad(servers, redis, max_backlog_bytes=bound)
     store.append_s = 0.03
     largest = 0
-    given = list(islice(steps(NUM_EXAMPLES, batch=batch), 400))
+    given = list(islice(steps(NUM_EXAMPLES, batch=batch), 150))
     futures = []
     for step in given:
         futures.append(await runner.submit(step))

@@ -182,9 +182,14 @@ async def swept(servers: Servers) -> Whole:
 
 async def test_loading_outlives_its_callers_who_are_told_how_far_it_is(servers: Servers, redis: EmbeddedRedis) -> None:
     expected = await swept(servers)
-    engine = await slow_engine(servers, redis, delay_s=0.1, load_wait_s=0.05)
-    with pytest.raises(ServiceError) as caught:
-        await engine.runner("policy")
+    engine = await slow_engine(servers, redis, delay_s=0.5, load_wait_s=0.0)
+    entries = "0"
+    async with asyncio.timeout(20):
+        while entries == "0":  # how many there are is what it asks first
+            await asyncio.sleep(0.01)
+            with pytest.raises(ServiceError) as caught:
+                await engine.runner("policy")
+            entries = caught.value.metadata["entries"]
     assert (caught.value.code, caught.value.reason) == (Code.UNAVAILABLE, "LOADING")
     assert caught.value.metadata == {"replayed": "0", "entries": "3"}
     assert caught.value.retry_after_s

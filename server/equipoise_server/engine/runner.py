@@ -162,9 +162,12 @@ class PolicyRunner:
             raise
 
     async def forget_idle(self, *, but: str = "") -> None:
-        """Forgets trainers that are idle for too long and have no open stream, or open one just now (`but`)."""
+        """Forgets trainers that are idle for too long and have no open stream, or open one just now (`but`).
+
+        No use of the policy: it may become idle all the same.
+        """
         here = self.sessions.keys() - {but}
-        for idle in await self.read(lambda policy: policy.trainers.forget_idle(self._wall_clock(), here=here)):
+        for idle in await self._device.run(lambda: self._here().trainers.forget_idle(self._wall_clock(), here=here)):
             self._sequences.forget(idle)
 
     def close_session(self, session: Session) -> None:

@@ -369,6 +369,29 @@ async def test_a_bug_in_a_read_is_its_caller_s_alone(servers: Servers, monkeypat
     assert (await send(runner, next(steps(NUM_EXAMPLES)))).outcome is Outcome.APPLIED
 
 
+async def test_looking_after_policies_keeps_none_of_them_in_use(servers: Servers) -> None:
+    engine = await servers.make()
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    async with asyncio.timeout(20):
+        while engine.runners:
+            await engine.check_fences()
+            await engine.unload_idle(idle_s=0.2)
+            await asyncio.sleep(0.02)
+    assert runner.state is State.CLOSED
+
+
+async def test_trainers_of_unary_calls_are_forgotten_too(servers: Servers) -> None:
+    now = 1e9
+    engine = await servers.make(wall_clock=lambda: now)
+    await engine.create(spec())
+    runner = await engine.runner("policy")
+    await send(runner, next(steps(NUM_EXAMPLES, trainer_id="unary")))
+    now += 90_000
+    await engine.unload_idle(idle_s=1e9)
+    assert not runner.policy.trainers.known
+
+
 async def test_a_load_that_is_cancelled_before_it_begins_does_not_stay(servers: Servers) -> None:
     engine = await servers.make()
     await engine.create(spec())

@@ -1,12 +1,16 @@
 """Calls by the generated stub alone, past everything that our client does about a failure."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic, sleep
+from typing import TypeVar
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
+
+T = TypeVar("T")
 
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 """Options of a channel that shares its connection with no other."""
@@ -26,3 +30,15 @@ def reason(failure: grpc.RpcError) -> str:
     for detail in status_pb2.Status.FromString(carried).details:
         detail.Unpack(info)
     return info.reason or failure.code().name
+
+
+def patiently(call: Callable[[], T], *, within_s: float = 120.0) -> T:
+    """Repeats a call that a server cannot carry out now: it loads the policy, or Redis is slow on a busy machine."""
+    end = monotonic() + within_s
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as failure:
+            if failure.code() is not grpc.StatusCode.UNAVAILABLE or monotonic() > end:
+                raise
+        sleep(0.05)

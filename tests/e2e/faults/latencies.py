@@ -29,7 +29,7 @@ import numpy as np
 from equipoise import PolicyAdmin, PolicySpec
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
-from tests.e2e.faults.calls import OWN_CONNECTION, reason
+from tests.e2e.faults.calls import OWN_CONNECTION, patiently
 from tests.e2e.faults.flow import Flow, steps_of
 from tests.e2e.faults.gauges import calls_begun
 from tests.e2e.faults.proxy import until
@@ -146,19 +146,6 @@ def delete(stub: PolicyServiceStub, examples: int, number: int) -> None:
 def drain(messages: Iterator[object]) -> None:
     for _ in messages:
         pass
-
-
-def patiently(call: Callable[[], object]) -> None:
-    """Repeats a call while the policy that it is about is being loaded."""
-    while True:
-        try:
-            call()
-        except grpc.RpcError as failure:
-            if reason(failure) != "LOADING":
-                raise
-            sleep(0.05)
-        else:
-            return
 
 
 def carry_out(operation: Operation, address: str, examples: int, number: int) -> float:

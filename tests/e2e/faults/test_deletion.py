@@ -8,9 +8,9 @@ from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import until
 
 CALLS = 8
-COSTLY = 5_000_000
-"""Examples of a policy of which each step takes some 100 ms."""
-PATIENCE_S = 30.0
+COSTLY = 3_000_000
+"""Examples of a policy of which each step takes some 50 ms."""
+PATIENCE_S = 60.0
 """A call that is still there after so long hangs: all of them together take 1 s where nothing else runs."""
 
 

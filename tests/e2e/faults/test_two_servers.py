@@ -8,9 +8,10 @@ from time import monotonic
 import grpc
 import pytest
 
+from equipoise import Source
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
-from tests.e2e.faults.calls import connected, reason
+from tests.e2e.faults.calls import connected, patiently, reason
 from tests.e2e.faults.flow import Flow, steps_of
 from tests.e2e.faults.house import House
 from tests.e2e.faults.incarnations import Observer, violations
@@ -90,10 +91,10 @@ def test_a_policy_deleted_through_another_server_is_gone_at_its_owner(
         if in_use:  # the next append meets the deletion; else nobody tells the owner
             flows[0].run()
             until(lambda: len(flows[0].replies) > 10, what="answers")
-        other.DeletePolicy(pb.DeletePolicyRequest(policy="p"), timeout=20)
+        delete(other, owner.GetPolicy(pb.GetPolicyRequest(policy="p"), timeout=20).status.uid)
         if created_again:
             spec = pb.PolicySpec(name="p", num_examples=SECOND)
-            assert other.CreatePolicy(pb.CreatePolicyRequest(policy=spec), timeout=20).created
+            patiently(lambda: other.CreatePolicy(pb.CreatePolicyRequest(policy=spec), timeout=20))
         heard: dict[str, Heard] = {}
 
         def knows_at_last() -> bool:
@@ -136,12 +137,11 @@ def test_nobody_hears_of_a_dead_incarnation_after_its_successor_and_every_traine
             owner = who_owns(observers, incarnations[-1])
             dead = observers[owner].last
             other = 1 - owner
-            deleted = stubs[other].DeletePolicy(pb.DeletePolicyRequest(policy="p"), timeout=20)
-            assert deleted.uid == incarnations[-1]
+            delete(stubs[other], incarnations[-1])
             incarnations.append(create([stubs[other], stubs[owner]]))
             wait_until_known(observers, incarnations[-1])
-            wait_until_served(trainings)
-            assert all(training.made[-1].result.epoch > dead.epoch for training in trainings)
+            for training in trainings:
+                assert served_epoch(training) > dead.epoch, f"{training.client.trainer_id}: {dead}"
     found = [
         f"{address}: {violation}"
         for address, observer in zip(addresses, observers, strict=True)
@@ -157,11 +157,16 @@ def create(stubs: Sequence[PolicyServiceStub]) -> str:
     request = pb.CreatePolicyRequest(policy=pb.PolicySpec(name="p", num_examples=FIRST))
     for stub in stubs:
         try:
-            return stub.CreatePolicy(request, timeout=20).status.uid
+            return patiently(lambda stub=stub: stub.CreatePolicy(request, timeout=20)).status.uid  # type: ignore[misc]
         except grpc.RpcError as failure:
             if reason(failure) != "NOT_OWNER":
                 raise
     raise AssertionError("each server says that the other one owns the policy")
+
+
+def delete(stub: PolicyServiceStub, uid: str) -> None:
+    request = pb.DeletePolicyRequest(policy="p", uid=uid)
+    assert patiently(lambda: stub.DeletePolicy(request, timeout=20)).uid == uid
 
 
 def who_owns(observers: Sequence[Observer], uid: str) -> int:
@@ -183,12 +188,13 @@ def wait_until_known(observers: Sequence[Observer], uid: str) -> None:
     )
 
 
-def wait_until_served(trainings: Sequence[Training]) -> None:
-    """Waits until steps that every trainer begins now are answered by a server."""
+def served_epoch(training: Training) -> int:
+    """Waits until a step that a trainer begins now is answered by a server; the epoch that it was told."""
     now = monotonic()
-    for training in trainings:
-        until(
-            lambda training=training: training.failure or training.served_since(now),  # type: ignore[misc]
-            within_s=60,
-            what=lambda training=training: f"{training.client.trainer_id} is served; {training.stats}",  # type: ignore[misc]
-        )
+    until(
+        lambda: training.failure or training.served_since(now),
+        within_s=60,
+        what=lambda: f"{training.client.trainer_id} is served; {training.stats}",
+    )
+    assert training.failure is None, training.failure
+    return next(made.result.epoch for made in training.made if made.at > now and made.result.source is Source.SERVED)

@@ -25,6 +25,8 @@ from tests.e2e.faults import stacks
 
 START_SECONDS = 60.0
 STACKS_SECONDS = 3.0
+END_SECONDS = 60.0
+"""Of the process that forks: all of it is unloading modules, on a busy machine."""
 STOP_SECONDS = 40.0
 PR_SET_PDEATHSIG = 1
 
@@ -55,7 +57,7 @@ class Zygote:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(END_SECONDS)
         self._process.stdout.close()
 
     def _ask(self, *order: Any) -> Any:

@@ -297,7 +297,8 @@ class Session:
 
     def _make_room(self, request: wire.Request) -> bool:
         while self._window.full_for(request):
-            if not self._window.forget_oldest():
+            # Without a stream nobody knows whether a server lives that has what was answered but is not durable.
+            if self._link.state is not LinkState.OPEN or not self._window.forget_oldest():
                 return False
             self._stats.forgotten += 1
             self._warn("forgotten", "steps are answered but not durable, and the window is full: letting the oldest go")

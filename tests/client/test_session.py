@@ -209,12 +209,29 @@ def test_wait_mode_gives_up_at_its_deadline_and_names_the_step() -> None:
 
 
 def test_a_window_that_is_full_in_wait_mode_is_an_error() -> None:
-    talk = opened("wait", window_steps=2)
+    talk = opened("wait", window_steps=3)
     talk.cut()
     talk.step(2, waits=False)
     talk.step(3, waits=False)
     with pytest.raises(errors.WindowFullError, match="window_steps"):
         talk.step(4, waits=False)
+
+
+def test_without_a_stream_nothing_that_was_answered_is_let_go_for_new_steps() -> None:
+    """The server may have died before it was durable: then it is sent again."""
+    talk = Conversation(make_session(window_steps=2))
+    talk.step(1, waits=False)
+    talk.step(2, waits=False)
+    talk.settle()
+    assert (len(talk.server.applied), talk.session.stats.undurable) == (2, 2)
+    talk.cut()
+    talk.server.crash()  # nothing was durable
+    for number in (3, 4, 5):
+        talk.step(number, waits=False)
+    talk.settle()
+    stats = talk.session.stats
+    assert (stats.lost, stats.forgotten, stats.dropped) == (0, 0, 3)
+    assert len(talk.server.applied) == 2
 
 
 def refuse(talk: Conversation) -> None:

@@ -153,8 +153,10 @@ class Persistence:
     def lost(self, found: Fence) -> ServiceError:
         """Why the policy cannot be served here any more."""
         name = self._policy.spec.name
-        log.warning("the policy is not ours any more", policy=name, epoch=self.owner.epoch, why=found.value)
-        return policy_deleted(name) if found is Fence.DELETED else fenced(name)
+        deleted = found is Fence.DELETED
+        told = "the policy was deleted" if deleted else "another server owns the policy now"
+        log.warning(told, policy=name, epoch=self.owner.epoch)
+        return policy_deleted(name) if deleted else fenced(name)
 
     async def release(self) -> None:
         """Leaves the policy to any server that is asked for it; a store that does not answer finds out by time."""

@@ -235,6 +235,7 @@ class Engine:
         """The policy in service, until a moment (loop time, seconds)."""
         if (leaving := self._runners.get(name)) and leaving.closed is not None:
             await leaving.wait_closed(timeout_s=end - self._loop.time())
+        began_before = name in self._loads
         while (runner := self._runners.get(name)) is None:
             if self._draining:
                 raise draining()
@@ -244,8 +245,12 @@ class Engine:
             done, _ = await asyncio.wait([task], timeout=max(0.0, end - self._loop.time()))
             if not done:
                 raise loading.not_yet()
-            if not task.cancelled():  # else what was loaded has been deleted, or the server stops
-                return task.result()
+            if task.cancelled():  # what was loaded has been deleted, or the server stops
+                continue
+            if began_before and _is_not_found(task.exception()):  # it may have been created since: look once more
+                began_before = False
+                continue
+            return task.result()
         return runner
 
     def _start_load(self, name: str) -> None:
@@ -316,3 +321,7 @@ class Engine:
             tables.load_page(state, index, page.columns)
             yield
         yield from rule.restore_slices(state)
+
+
+def _is_not_found(error: BaseException | None) -> bool:
+    return isinstance(error, ServiceError) and error.reason == "POLICY_NOT_FOUND"

@@ -226,7 +226,12 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         if not source:
             return
         caller().check_policy(source, field="from")
-        origin = specs.spec_message(PolicySpec.from_json((await self._engine.find(source)).spec))
+        try:
+            origin = specs.spec_message(PolicySpec.from_json((await self._engine.find(source)).spec))
+        except ServiceError as error:
+            if error.reason == "POLICY_NOT_FOUND":  # deleted since: the request is repeated, and there is its policy
+                return
+            raise
         specs.check_same(pb.PolicySpec(num_examples=origin.num_examples, rule=origin.rule), existing)
 
     async def _create(self, request: pb.CreatePolicyRequest, context: Context) -> tuple[Any, bool]:

@@ -216,9 +216,7 @@ class Engine:
 
     async def hand_over(self, error: ServiceError, *, flush_timeout_s: float) -> None:
         """Asks every stream to reconnect elsewhere, and gives each policy up once its last stream has ended."""
-        self._draining = True
-        for name in list(self._loads):
-            await self._end_load(name)
+        await self._end_loads()
         runners = self.runners
         for runner in runners:
             runner.drain()
@@ -226,9 +224,7 @@ class Engine:
 
     async def close(self, error: ServiceError, *, flush_timeout_s: float) -> None:
         """Writes what is not in the store yet, then stops every policy."""
-        self._draining = True
-        for name in list(self._loads):
-            await self._end_load(name)
+        await self._end_loads()
         await asyncio.gather(*(runner.stop(error, flush_timeout_s=flush_timeout_s) for runner in self.runners))
 
     async def _runner(self, name: str, end: float) -> PolicyRunner:
@@ -296,6 +292,12 @@ class Engine:
         self._runners[loading.name] = runner
         self._telemetry.loaded(seconds=time.monotonic() - started)
         return runner
+
+    async def _end_loads(self) -> None:
+        """Nothing is loaded any more."""
+        self._draining = True
+        for name in list(self._loads):
+            await self._end_load(name)
 
     async def _end_load(self, name: str) -> None:
         if name in self._loads:

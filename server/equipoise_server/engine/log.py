@@ -36,7 +36,7 @@ class StoreRecord:
         owner: the right to write; its generation is the set of keys that is written.
         base: pages and header hold every version up to it.
         durable_version: newest version that is in the log.
-        log_bytes: bytes of these entries.
+        log_bytes: bytes of the log's entries, about.
         log_replay_s: about how long their replay takes, seconds.
         changes: grows whenever the store turns out to hold less than was thought, and when everything is written anew.
             Whoever relies on what he wrote compares it before and after.

@@ -69,10 +69,7 @@ class Persistence:
         try:
             await self.log.run()
         except Fenced as error:
-            found = Fence.FENCED
-            with suppress(StoreError):
-                (found,) = await self._store.check_fences([self.owner])
-            raise self.lost(found) from error
+            raise self.lost(await self.check_fence() or Fence.FENCED) from error
         finally:
             self.log.end()
 

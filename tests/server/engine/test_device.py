@@ -11,9 +11,10 @@ import torch
 from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import DeviceThread, Outcome
 from equipoise_server.errors import ServiceError
-from equipoise_server.servicer import ServiceLimits, convert
+from equipoise_server.servicer import convert
 from tests.server.engine.conftest import Servers
 from tests.server.engine.runs import everything, send, spec, steps
+from tests.server.servicer.conftest import LIMITS
 
 FAULTS = [
     RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later"),
@@ -90,16 +91,7 @@ async def test_sketches_are_multiplied_off_the_event_loop(servers: Servers, monk
         gradient_sketches=np.array([[1.0, 2.0], [3.0, -4.0]], "<f4").tobytes(),
         target_sketch=np.array([0.5, 0.25], "<f4").tobytes(),
     )
-    limits = ServiceLimits(
-        max_batch_examples=16,
-        max_examples=1 << 40,
-        max_message_bytes=1 << 24,
-        max_streams=1,
-        first_message_timeout_s=1.0,
-        build_version="",
-        device="cpu",
-    )
-    step = await convert.convert_step(request, trainer_id="trainer", runner=runner, limits=limits)
+    step = await convert.convert_step(request, trainer_id="trainer", runner=runner, limits=LIMITS)
     assert step.statistics is not None
     assert step.statistics.contributions is not None
     assert step.statistics.contributions.tolist() == [1.0, 0.5]

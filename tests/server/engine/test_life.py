@@ -414,7 +414,7 @@ async def test_a_stream_that_opens_while_the_policy_is_handed_over_is_asked_to_l
     assert asked == [True]
 
 
-async def test_waiting_for_a_policy_ends_in_time_though_its_predecessor_had_to_leave(
+async def test_waiting_for_a_policy_that_takes_long_to_load_ends_in_time(
     servers: Servers, redis: EmbeddedRedis
 ) -> None:
     await swept(servers)

@@ -14,20 +14,11 @@ from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import Engine, NoTelemetry
 from equipoise_server.errors import Code, ServiceError, draining
 from equipoise_server.security.caller import ANYBODY, calling
-from equipoise_server.servicer import ServiceLimits, exchange, sketches
+from equipoise_server.servicer import exchange, sketches
 from equipoise_server.servicer.exchange import Exchange
 from tests.server.engine.conftest import Servers
 from tests.server.engine.runs import spec
-
-LIMITS = ServiceLimits(
-    max_batch_examples=262_144,
-    max_examples=1 << 40,
-    max_message_bytes=1 << 24,
-    max_streams=1,
-    first_message_timeout_s=10.0,
-    build_version="",
-    device="cpu",
-)
+from tests.server.servicer.conftest import LIMITS
 
 
 class Wire:

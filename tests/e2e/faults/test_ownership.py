@@ -133,8 +133,9 @@ def test_an_idle_policy_is_taken_from_a_server_cut_off_from_redis(house: House) 
     second, to_second = house.serve(to_redis=apart)
     with PolicyClient(house.address, policy="p", num_examples=4, when_lost="wait") as client:
         client.step([0, 1], contributions=[1.0, -1.0])
+    until(lambda: house.address in present(house), what="the first server's heartbeat")
     house.to_redis.hold()
-    until(lambda: len(house.redis.command("KEYS", "*:server:*")) == 1, what="the first server counts as gone")
+    until(lambda: house.address not in present(house), what="the first server counts as gone")
     with PolicyClient(to_second.address, policy="p", when_lost="wait") as client:
         assert client.step([0, 1], contributions=[1.0, -1.0]).epoch == 2
         house.to_redis.release()
@@ -142,6 +143,12 @@ def test_an_idle_policy_is_taken_from_a_server_cut_off_from_redis(house: House) 
         until(lambda: is_not_owner(house.address), within_s=30, what="the first server knows that it lost the policy")
         assert client.step([0, 1], contributions=[1.0, -1.0]).version == 3
     assert second.log.count("another server owns") == 0
+
+
+def present(house: House) -> set[str]:
+    """The addresses of the servers whose heartbeats Redis holds."""
+    with house.redis.client() as redis:
+        return {address.decode() for key in redis.keys("*:server:*") if (address := redis.get(key)) is not None}
 
 
 def is_not_owner(address: str) -> bool:

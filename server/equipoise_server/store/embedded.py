@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import structlog
+
 from equipoise_server.store import parent_bound
 from equipoise_server.store.data_directory import DataDirectory
 from equipoise_server.store.errors import StoreError
 from equipoise_server.store.file_sync import FileSync
 from equipoise_server.store.redis_binary import find_redis_server
+
+log = structlog.get_logger("equipoise.redis")
 
 Fsync: TypeAlias = Literal["everysec", "always"]
 """When Redis's file is forced to disk; `always` is what survives the loss of power."""
@@ -23,6 +27,8 @@ Fsync: TypeAlias = Literal["everysec", "always"]
 LOG_FILE = "redis.log"
 
 _SOCKET = "redis.sock"
+_LOADING_SOCKET = "loading.sock"
+"""Where Redis listens until its file has been found whole: nobody else looks there."""
 _SOCKET_DIR_PREFIX = "equipoise-"
 _LONGEST_SOCKET_PATH = 100  # bytes; systems allow 104 to 108
 _POLL_S = 0.01
@@ -162,10 +168,39 @@ class EmbeddedRedis:
                 pause = min(2 * pause, longest)
 
     async def _launch(self) -> None:
+        """Starts Redis on a file that needs no cut.
+
+        Killed in the middle of a write, Redis leaves a command that it cuts off at its next start. When that command
+        was part of a transaction, the beginning of the transaction stays: Redis does not apply it, writes behind it,
+        and applies it at a later start in place of what was acknowledged since. Redis takes it away, too, when it
+        starts once more before it has written anything.
+        """
+        while True:
+            before = self._file_bytes()
+            await self._run()
+            lost = before - self._file_bytes()
+            if lost <= 0:
+                break
+            log.warning("redis was killed in the middle of a write: what was half written is cut off", bytes=lost)
+            assert self._process is not None
+            await _end(self._process, timeout_s=self._lock_timeout_s)
+        self._loading_socket.replace(self.socket)
+
+    def _file_bytes(self) -> int:
+        """Bytes of the append-only file, which is several since Redis 7."""
+        files = (path for pattern in ("*.aof", "appendonlydir/*") for path in self._directory.path.glob(pattern))
+        return sum(path.stat().st_size for path in files)
+
+    @property
+    def _loading_socket(self) -> Path:
+        return self.socket.with_name(_LOADING_SOCKET)
+
+    async def _run(self) -> None:
         if self._stopping:
             raise EmbeddedRedisFailed("the embedded Redis is being stopped")
         binary = find_redis_server()
-        self.socket.unlink(missing_ok=True)
+        for socket in (self.socket, self._loading_socket):
+            socket.unlink(missing_ok=True)
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", parent_bound.__file__, str(os.getpid()), str(binary)),
             *self._settings(),
@@ -184,7 +219,7 @@ class EmbeddedRedis:
         # The directory is the process's working directory.
         settings = {
             "port": "0",
-            "unixsocket": str(self.socket),
+            "unixsocket": str(self._loading_socket),
             "unixsocketperm": "700",
             "daemonize": "no",
             "save": "",
@@ -199,7 +234,7 @@ class EmbeddedRedis:
 
     async def _loaded(self) -> None:
         deadline = time.monotonic() + self._start_timeout_s
-        while not await _answers(self.socket):
+        while not await _answers(self._loading_socket):
             if self._stopping or not self.alive:
                 raise EmbeddedRedisFailed(f"Redis ended while starting in {self._directory.path}: {self._last_words()}")
             if time.monotonic() >= deadline:
@@ -245,7 +280,7 @@ async def _end(process: asyncio.subprocess.Process, *, timeout_s: float) -> None
 
 def _new_socket_dir() -> Path:
     path = Path(tempfile.mkdtemp(prefix=_SOCKET_DIR_PREFIX))
-    if len(os.fsencode(path / _SOCKET)) > _LONGEST_SOCKET_PATH:
+    if len(os.fsencode(path / _LOADING_SOCKET)) > _LONGEST_SOCKET_PATH:
         path.rmdir()
         path = Path(tempfile.mkdtemp(prefix=_SOCKET_DIR_PREFIX, dir="/tmp"))
     return path
@@ -254,6 +289,7 @@ def _new_socket_dir() -> Path:
 def _remove_socket_dir(path: Any) -> None:
     """Remove a socket's directory, our own or one that a killed server left, and nothing else."""
     if isinstance(path, str) and Path(path).name.startswith(_SOCKET_DIR_PREFIX):
-        (Path(path) / _SOCKET).unlink(missing_ok=True)
+        for name in (_SOCKET, _LOADING_SOCKET):
+            (Path(path) / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             Path(path).rmdir()

@@ -15,6 +15,7 @@ from equipoise_server.store import (
     DataDirectoryInUse,
     EmbeddedRedis,
     EmbeddedRedisFailed,
+    LogEntry,
     RedisBinaryMissing,
     RedisStore,
     Unavailable,
@@ -111,6 +112,46 @@ async def test_a_killed_redis_is_started_again_with_everything_acknowledged(embe
     assert await last_version(embedded) == 201
     await embedded.stop()
     await asyncio.wait_for(supervision, 5)
+
+
+def cut_inside(data_dir: Path, content: bytes, *, whole_commands: bool) -> None:
+    """Cuts Redis's file behind the command before the one with this content, or in its middle."""
+    (file,) = [path for pattern in ("*.aof", "appendonlydir/*.incr.aof") for path in data_dir.glob(pattern)]
+    written = file.read_bytes()
+    inside = written.index(content)
+    os.truncate(file, written.rindex(b"*", 0, inside) if whole_commands else inside + 2)
+
+
+@pytest.mark.parametrize("whole_commands", [False, True])
+async def test_a_transaction_that_was_half_written_is_never_applied(tmp_path: Path, whole_commands: bool) -> None:
+    """Redis alone keeps its beginning and applies it two starts later, in place of what was acknowledged since."""
+
+    async def append(first: int, last: int, *, content: bytes) -> None:
+        redis = EmbeddedRedis(tmp_path)
+        await redis.start()
+        async with store_of(redis) as store:
+            owner = await store.acquire("lm", address="a:1")
+            versions = range(first, last + 1)
+            await store.append(owner, [LogEntry(version=v, fields={"ids": content + b"%d" % v}) for v in versions])
+        assert redis.pid is not None
+        kill(redis.pid)
+        await redis.stop()
+
+    first = EmbeddedRedis(tmp_path)
+    await first.start()
+    async with store_of(first) as store:
+        await store.create(policy())
+    await first.stop()
+    await append(1, 3, content=b"kept")
+    await append(4, 9, content=b"torn")
+    cut_inside(tmp_path, b"torn6", whole_commands=whole_commands)
+    await append(4, 5, content=b"acknowledged")
+    last = EmbeddedRedis(tmp_path)
+    await last.start()
+    async with store_of(last) as store:
+        found = [entry.fields["ids"] for entry in await logged(store)]
+    await last.stop()
+    assert found == [b"kept1", b"kept2", b"kept3", b"acknowledged4", b"acknowledged5"]
 
 
 async def test_a_second_server_is_told_who_holds_the_directory(embedded: EmbeddedRedis, tmp_path: Path) -> None:

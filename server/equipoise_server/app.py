@@ -347,7 +347,7 @@ def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.bdp_probe", 0),  # else a stream that is not read fills the memory with what it sends
         ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1000)),
         # A client that reads slowly measures its bandwidth with a ping a second: that is no abuse yet.
         ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
         ("grpc.keepalive_permit_without_calls", 1),

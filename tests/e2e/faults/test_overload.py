@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from equipoise import PolicyClient, Source, Timeout, channel
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1 import policy_pb2_grpc
+from equipoise_server.app import MAX_PING_STRIKES
 from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import until
@@ -150,6 +151,23 @@ def test_trainers_beyond_the_streams_wait_their_turn_and_lose_nothing(house: Hou
     with PolicyClient(server.address, policy="p", when_lost="wait") as client:
         client.read([0])
         assert client.status().version == 30
+
+
+@pytest.mark.slow
+def test_a_client_that_pings_no_faster_than_it_may_stays(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it makes no step: it sends more pings than a client may send that is too fast."""
+    server, _ = house.serve(min_ping_interval_s=0.5)
+    options = dict(channel.OPTIONS) | {
+        "grpc.keepalive_time_ms": 1000,
+        "grpc.http2.min_time_between_pings_ms": 1000,
+        "grpc.http2.min_sent_ping_interval_without_data_ms": 1000,
+    }
+    monkeypatch.setattr(channel, "OPTIONS", tuple(options.items()))
+    with PolicyClient(server.address, policy="p", num_examples=4, when_lost="wait") as client:
+        client.step([0], contributions=[1.0])
+        sleep(MAX_PING_STRIKES + 10)
+        client.step([0], contributions=[1.0])
+        assert client.stats.reconnects == 0
 
 
 @pytest.mark.slow

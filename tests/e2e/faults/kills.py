@@ -45,7 +45,7 @@ class Report:
 
     Attributes:
         landed: rounds by fault.
-        in_flight: unanswered steps at each kill or pause.
+        in_flight: steps under way at each kill or pause: unanswered, or waited for until they are durable.
         recovery_s: seconds from the end of each fault to the next answer.
     """
 
@@ -343,7 +343,7 @@ class KillRun:
 
     @property
     def _in_flight(self) -> int:
-        return sum(trainer.in_flight for trainer in self.trainers)
+        return sum(trainer.in_flight or trainer.awaited for trainer in self.trainers)
 
     def _wait_for_answers(self, *, after: str = "the start") -> None:
         """Every fault ends in answers of the server to every trainer."""

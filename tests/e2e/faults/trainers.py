@@ -145,8 +145,14 @@ class Trainer(ABC):
     def _take_back(self) -> None:
         self._history.sent[self.trainer_id].pop()
 
+    @property
+    def awaited(self) -> int:
+        """Answered steps that it waits for to be durable, before it makes more; 0: it does not wait."""
+        undurable = self._client.stats.undurable
+        return undurable if undurable > MAX_UNDURABLE else 0
+
     def _wait_for_room(self) -> None:
-        while self._client.stats.undurable > MAX_UNDURABLE and not self._stopping.is_set():
+        while self.awaited and not self._stopping.is_set():
             sleep(0.005)
             self._probe()
 

@@ -37,6 +37,8 @@ SWEEPING = (scripts.STAGE.sha.encode(), scripts.TRIM.sha.encode())
 APPENDING = scripts.APPEND.sha.encode()
 FAR_S = 0.010
 """One way: a Redis 20 ms away."""
+SLOW_S = 10.0
+"""When an answer takes so long after a fault, the run prints how everybody is."""
 
 
 @dataclass
@@ -46,12 +48,19 @@ class Report:
     Attributes:
         landed: rounds by fault.
         in_flight: steps under way at each kill or pause: unanswered, or waited for until they are durable.
-        recovery_s: seconds from the end of each fault to the next answer.
+        recovery_s: seconds from the end of each fault to the next answer, and the fault.
     """
 
     landed: Counter[Fault] = field(default_factory=Counter)
     in_flight: list[int] = field(default_factory=list)
-    recovery_s: list[float] = field(default_factory=list)
+    recovery_s: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def recovery(self) -> str:
+        """How soon trainers were answered again, in words."""
+        longest, fault = max(self.recovery_s)
+        median = np.median([seconds for seconds, _ in self.recovery_s])
+        return f"median {median:.2f} s, longest {longest:.2f} s ({fault})"
 
 
 class KillRun:
@@ -103,7 +112,7 @@ class KillRun:
             self._land(fault)
             ended = monotonic()
             self._wait_for_answers(after=f"{fault.value}, round {sum(self.report.landed.values()) + 1}")
-            self.report.recovery_s.append(monotonic() - ended)
+            self.report.recovery_s.append((monotonic() - ended, fault.value))
             self.report.landed[fault] += 1
         for trainer in self.trainers:
             trainer.stop()
@@ -348,9 +357,19 @@ class KillRun:
     def _wait_for_answers(self, *, after: str = "the start") -> None:
         """Every fault ends in answers of the server to every trainer."""
         before = {trainer.trainer_id: self._served(trainer) for trainer in self.trainers}
+        tells_at = monotonic() + SLOW_S
+
+        def tell() -> None:
+            nonlocal tells_at
+            if monotonic() > tells_at:
+                tells_at = float("inf")
+                print(f"no answer for {SLOW_S} s after {after}\n{postmortem(self.server, self.trainers)}")
+
         for trainer in self.trainers:
             self._wait_for(
-                lambda trainer=trainer: trainer.failure or self._served(trainer) > before[trainer.trainer_id],  # type: ignore[misc]
+                lambda trainer=trainer: (
+                    tell() or trainer.failure or self._served(trainer) > before[trainer.trainer_id]  # type: ignore[misc]
+                ),
                 within_s=120,
                 what=f"{trainer.trainer_id} is answered after {after}",
             )

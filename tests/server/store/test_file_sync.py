@@ -1,6 +1,7 @@
 import errno
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -148,5 +149,8 @@ async def test_it_follows_redis_through_a_rewrite_of_its_file(short_dir: Path, d
 
 def open_for_writing(pid: int, directory: Path) -> set[int]:
     """Inodes of the append-only files that a process holds open under their final names."""
-    names = {link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()}
+    names = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since
+            names.add(link.readlink())
     return {inode(name) for name in names if name.is_relative_to(directory) and name.match("appendonly*.aof")}

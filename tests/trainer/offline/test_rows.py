@@ -20,7 +20,7 @@ SETTINGS = RowSettings(num_examples=5, rows=3, policy_epochs=4, learning_rate=0.
 def test_the_projection_is_on_the_simplex_and_no_point_of_it_is_nearer(point: np.ndarray) -> None:
     nearest = project(point)
     assert nearest.min() >= 0
-    assert nearest.sum() == pytest.approx(1, abs=1e-12)
+    assert nearest.sum() == pytest.approx(1, abs=1e-11)  # 40 values of up to 50, each with a rounding error of its own
     # Optimality of a projection onto a convex set: (point − nearest)·(other − nearest) ≤ 0 for all its corners.
     slope = point - nearest
     assert (slope.max() - slope @ nearest) <= 1e-9 * max(1.0, np.abs(point).max())

@@ -284,7 +284,7 @@ class Async(Trainer):
             self._client = client
             while not self._stopping.is_set():
                 await asyncio.gather(*(self._step(client) for _ in range(4)))
-                while client.stats.undurable > MAX_UNDURABLE and not self._stopping.is_set():
+                while self.awaited and not self._stopping.is_set():
                     with suppress(StepRefusedError):
                         await client.flush(0.02, durable=True)
                 await asyncio.sleep(self._rest())

@@ -1,16 +1,17 @@
 # Every target brings what it needs: a virtual environment in .venv, and one for the stub generator in .venv-proto.
 # Variables: PYTHON, the interpreter to start from (3.11 or newer); ARGS, more arguments for demo, test and soak;
-# MINUTES, how long to soak.
+# MINUTES, how long to soak; WORKERS, processes that make test divides the tests among (0: none, as a debugger needs).
 
 PYTHON ?= python3
 ARGS ?=
 MINUTES ?= 30
+WORKERS ?= 4
 BIN := .venv/bin
 PROTO := .venv-proto/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow soak check format bench proto clean
+.PHONY: help setup demo test test-slow soak check format bench proto vectors clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -22,7 +23,7 @@ demo: .venv/.runtime ## watch a training job learn better, its server killed hal
 	@$(BIN)/equipoise demo $(ARGS)
 
 test: .venv/.tests .venv-proto/.ready ## the tests, but for the slow ones
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: .venv/.tests .venv-proto/.ready ## the slow tests
 	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: there are none
@@ -30,12 +31,13 @@ test-slow: .venv/.tests .venv-proto/.ready ## the slow tests
 soak: .venv/.tests ## MINUTES of trainers and faults; fails when memory or anything else keeps growing
 	$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES) $(ARGS)
 
-check: .venv/.tools .venv-proto/.ready ## format, lint, types, import contracts, stubs
+check: .venv/.tools .venv-proto/.ready ## format, lint, types, import contracts, stubs, golden vectors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(PROTO)/python proto/generate.py --check
+	$(BIN)/python proto/generate_vectors.py --check
 
 format: .venv/.tools ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
@@ -44,6 +46,7 @@ format: .venv/.tools ## format the code and fix what can be fixed
 bench: .venv/.bench ## benchmarks, as ratios
 	$(BIN)/python -m tests.benchmarks.exchange
 	$(BIN)/python -m tests.benchmarks.security
+	$(BIN)/python -m tests.benchmarks.metrics
 	$(BIN)/python -m tests.benchmarks.trajectory
 	$(BIN)/python -m tests.benchmarks.search
 	$(BIN)/python -m tests.benchmarks.torch_exactness
@@ -54,7 +57,11 @@ bench: .venv/.bench ## benchmarks, as ratios
 proto: .venv-proto/.ready ## lint the contract and write its stubs
 	$(PROTO)/python proto/generate.py
 
+vectors: .venv/.runtime ## write the golden vectors, after a change to a rule
+	$(BIN)/python proto/generate_vectors.py
+
 clean: ## remove the virtual environments and caches
+	rm -rf client/typescript/dist client/typescript/node_modules
 	rm -rf .venv .venv-proto .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 .venv/.created:

@@ -4,20 +4,24 @@
 `equipoise.errors`, and `equipoise.testing.serve` starts a real server for tests.
 """
 
+from equipoise import forks as forks  # before gRPC is imported
+
+# isort: split
 from equipoise import errors
 from equipoise.admin import PolicyAdmin
 from equipoise.client import PolicyClient
-from equipoise.config import Backoff, Limits, Timeout
 from equipoise.errors import EquipoiseError
 from equipoise.hashing import hash_ids
-from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
-from equipoise.results import Outcome, Source, StepResult
+from equipoise.keys import ExampleKeys
+from equipoise.options import Backoff, Limits, Timeout
+from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo, Stratum
+from equipoise.results import Outcome, Source, Stats, StepResult
 from equipoise.security import Security
-from equipoise.stats import Stats
 
 __all__ = [
     "Backoff",
     "EquipoiseError",
+    "ExampleKeys",
     "Limits",
     "ListedPolicy",
     "Outcome",
@@ -30,6 +34,7 @@ __all__ = [
     "Source",
     "Stats",
     "StepResult",
+    "Stratum",
     "Timeout",
     "errors",
     "hash_ids",

@@ -1,32 +1,33 @@
 """The client for asyncio: the names, arguments and promises of `equipoise.PolicyClient` and `equipoise.PolicyAdmin`.
 
-What asks the server is awaited. `submit`, `weights`, `stats`, `state_dict` and `load_state_dict` ask nobody and are
-plain calls. A client belongs to the event loop it was first used in.
+Methods that ask the server are coroutines, or asynchronous iterators. `submit`, `weights`, `stats`, `state_dict` and
+`load_state_dict` ask nobody and are plain methods. A client belongs to the event loop in which it is first used; in
+another one its methods raise `EventLoopError`.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
-from itertools import count
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from equipoise import archive, calls, errors
+from equipoise import calls
 from equipoise.aio_stream import Stream
-from equipoise.calls import Call, Field
-from equipoise.channel import Server
+from equipoise.archive import ArchiveReader, PolicyArchive
+from equipoise.calls import Attempts, Call, Field, ValuesChunk
+from equipoise.channel import AioChannels
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
 from equipoise.results import StepResult
 from equipoise.route import Route
-from equipoise.security import Security, Stamp
+from equipoise.security import Security
 from equipoise.session import PROBE_SECONDS
 from equipoise.trainer import Trainer
-from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise.wire import StepFields
 
 __all__ = ["PolicyAdmin", "PolicyClient"]
@@ -35,7 +36,9 @@ T = TypeVar("T")
 
 
 class PolicyClient(Trainer):
-    """As `equipoise.PolicyClient`, for asyncio.
+    """The connection of one trainer to one policy, for asyncio.
+
+    Arguments, results and errors are those of `equipoise.PolicyClient` and its methods.
 
     Example:
         >>> async with PolicyClient("localhost:50051", policy="run-7", num_examples=50_000) as client:
@@ -46,23 +49,23 @@ class PolicyClient(Trainer):
     _admin: "PolicyAdmin | None"
 
     async def step(self, ids: ArrayLike | None = None, **fields: Unpack[StepFields]) -> StepResult:
-        """As `equipoise.PolicyClient.step`."""
+        """Sends the statistics of one training step, and waits for the weights of its examples."""
         stream = self._connected()
         return await stream.settle(self._session.step(ids, fields, now=monotonic(), waits=True))
 
     def submit(self, ids: ArrayLike | None = None, **fields: Unpack[StepFields]) -> None:
-        """As `equipoise.PolicyClient.submit`; a plain call, within a running event loop."""
+        """Sends the statistics of one training step without waiting for an answer."""
         stream = self._connected()
         self._session.step(ids, fields, now=monotonic(), waits=False)
         stream.notify()
 
     async def read(self, ids: ArrayLike | None = None, *, step: int | None = None) -> StepResult:
-        """As `equipoise.PolicyClient.read`."""
+        """Reads weights over the training stream: they include every step that this client has made before."""
         stream = self._connected()
         return await stream.settle(self._session.read(ids, step=step, now=monotonic()))
 
     async def flush(self, timeout: float | None = None, *, durable: bool = False) -> bool:
-        """As `equipoise.PolicyClient.flush`."""
+        """Waits until the server has answered every step."""
         done = await self._connected().flush(self._patience if timeout is None else timeout, durable=durable)
         self._session.raise_unreported()
         return done
@@ -70,11 +73,11 @@ class PolicyClient(Trainer):
     async def read_weights(
         self, field: Field = "weight", ids: ArrayLike | None = None, *, rows: range | None = None
     ) -> NDArray[np.float32]:
-        """As `equipoise.PolicyClient.read_weights`."""
+        """Reads the weights or the scores of the policy's examples."""
         return await self.admin.read_weights(self.policy, field, ids, rows=rows)
 
     async def preload(self) -> None:
-        """As `equipoise.PolicyClient.preload`."""
+        """Reads the weights of all examples, up to `limits.cached_examples`, so that `weights` knows them."""
         status = await self.status()
         ids = np.arange(min(status.spec.num_examples, self._options.limits.cached_examples))
         weights = await self.read_weights(ids=ids)
@@ -83,48 +86,53 @@ class PolicyClient(Trainer):
     async def sample_examples(
         self, count: int, *, with_replacement: bool = True, seed: int | None = None
     ) -> NDArray[np.uint64]:
-        """As `equipoise.PolicyClient.sample_examples`."""
+        """Draws example ids with probability proportional to their weights."""
         return await self.admin.sample_examples(self.policy, count, with_replacement=with_replacement, seed=seed)
 
     async def status(self) -> PolicyStatus:
-        """As `equipoise.PolicyClient.status`."""
+        """Returns the status of the policy."""
         return await self.admin.get(self.policy)
 
     def watch(self, *, min_interval: float = 1.0) -> AsyncIterator[PolicyStatus]:
-        """As `equipoise.PolicyClient.watch`."""
+        """Yields the status now, and again whenever it changes, at most once every `min_interval` seconds."""
         return self.admin.watch(self.policy, min_interval=min_interval)
 
     async def server_info(self) -> ServerInfo:
-        """As `equipoise.PolicyClient.server_info`."""
+        """Returns the server's version, device, rules and limits."""
         return await self.admin.server_info()
 
     async def delete(self) -> None:
-        """As `equipoise.PolicyClient.delete`."""
+        """Deletes the policy and everything it has learnt."""
         await self.admin.delete(self.policy)
 
     @property
     def admin(self) -> "PolicyAdmin":
-        """As `equipoise.PolicyClient.admin`."""
+        """Calls about any policy of the same server, over this client's connection."""
         self._check_open()
         if self._admin is None:
-            self._admin = PolicyAdmin(self.address, timeout=self._options.timeout.call, security=self._route.security)
+            timeout = self._options.timeout.call
+            self._admin = PolicyAdmin._beside(self.address, self._route, self._channels, timeout=timeout)
         return self._admin
 
     async def close(self) -> None:
-        """As `equipoise.PolicyClient.close`."""
+        """Waits for the answers to submitted steps if the server is there, then disconnects; within `timeout.close`."""
         if self._closed:
             return
         self._closed = True
-        if self._admin is not None:
-            await self._admin.close()
-        if self._stream is None:
+        if self._left_to_parent():
             return
         end = monotonic() + self._options.timeout.close
-        while not self._session.unreachable and monotonic() < end:
-            if await self._stream.flush(PROBE_SECONDS, durable=False):
-                break
-        self._note_unanswered()
-        await self._stream.close(max(0.1, end - monotonic()))
+        if self._stream is not None:
+            self._channels.check_loop()
+            while not self._session.unreachable and monotonic() < end:
+                if await self._stream.flush(PROBE_SECONDS, durable=False):
+                    break
+            self._note_unanswered()
+            await self._stream.close(max(0.1, end - monotonic()))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.1, end - monotonic())):
+                await self._channels.close()
+        self._leave()
 
     async def __aenter__(self) -> Self:
         return self
@@ -138,37 +146,55 @@ class PolicyClient(Trainer):
         super()._start(trainer_id)
         self._stream = None
         self._admin = None
+        self._channels = AioChannels()
 
     def _connected(self) -> Stream:
         self._check_open()
+        self._channels.check_loop()
         if self._stream is None:
-            self._stream = Stream(self._session, self._route)
+            self._stream = Stream(self._session, self._route, self._channels)
         return self._stream
 
 
 class PolicyAdmin:
-    """As `equipoise.PolicyAdmin`, for asyncio."""
+    """Creates, lists, reads, copies and deletes the policies of a server, for asyncio.
+
+    Arguments, results and errors are those of `equipoise.PolicyAdmin` and its methods.
+
+    Example:
+        >>> async with PolicyAdmin("localhost:50051") as admin:
+        ...     async for policy in admin.list_policies("run-"):
+        ...         print(policy.spec.name)
+    """
 
     def __init__(self, address: str, *, timeout: float = 10.0, security: Security | None = None) -> None:
         self.address = address
         self._timeout = timeout
         self._route = Route(address, security)
-        self._channels: dict[tuple[Server, Stamp], grpc.aio.Channel] = {}
+        self._channels = AioChannels()
+        self._owns_channels = True
+
+    @classmethod
+    def _beside(cls, address: str, route: Route, channels: AioChannels, *, timeout: float) -> "PolicyAdmin":
+        """As `equipoise.PolicyAdmin._beside`."""
+        admin = cls(address, timeout=timeout, security=route.security)
+        admin._route, admin._channels, admin._owns_channels = route, channels, False
+        return admin
 
     async def create(self, spec: PolicySpec) -> PolicyStatus:
-        """As `equipoise.PolicyAdmin.create`."""
+        """Creates a policy with uniform weights."""
         return await self._do(calls.create(spec))
 
     async def fork(self, source: str, name: str) -> PolicyStatus:
-        """As `equipoise.PolicyAdmin.fork`."""
+        """Creates the policy `name` with the current state of the policy `source`."""
         return await self._do(calls.fork(source, name))
 
     async def get(self, policy: str) -> PolicyStatus:
-        """As `equipoise.PolicyAdmin.get`."""
+        """Returns the status of a policy."""
         return await self._do(calls.get(policy))
 
     async def list_policies(self, prefix: str = "") -> AsyncIterator[ListedPolicy]:
-        """As `equipoise.PolicyAdmin.list_policies`."""
+        """Yields the policies whose names start with `prefix`, sorted by name."""
         token, more = "", True
         while more:
             page, token = await self._do(calls.list_page(prefix, token))
@@ -177,48 +203,56 @@ class PolicyAdmin:
             more = bool(token)
 
     async def delete(self, policy: str, *, uid: str = "") -> None:
-        """As `equipoise.PolicyAdmin.delete`."""
+        """Deletes a policy and everything it has learnt."""
         await self._do(calls.delete(policy, uid=uid))
 
     def watch(self, policy: str, *, min_interval: float = 1.0) -> AsyncIterator[PolicyStatus]:
-        """As `equipoise.PolicyAdmin.watch`."""
-        return self._stream(calls.watch(policy, min_interval=min_interval), timeout=None)
+        """Yields the status now, and again whenever it changes, at most once every `min_interval` seconds."""
+        return self._answers(calls.watch(policy, min_interval=min_interval))
 
     async def read_weights(
         self, policy: str, field: Field = "weight", ids: ArrayLike | None = None, *, rows: range | None = None
     ) -> NDArray[np.float32]:
-        """As `equipoise.PolicyAdmin.read_weights`."""
+        """Reads the weights or the scores of a policy's examples."""
         values = calls.Values(rows)
-        async for chunk in self._stream(calls.read_values(policy, field, ids, rows), timeout=None):
+        async for chunk in self.read_chunks(policy, field, ids, rows=rows):
             values.add(chunk)
         return values.array()
+
+    def read_chunks(
+        self, policy: str, field: Field = "weight", ids: ArrayLike | None = None, *, rows: range | None = None
+    ) -> AsyncIterator[ValuesChunk]:
+        """As `read_weights`, but yields the values piece by piece, in order, for policies too large to hold at once."""
+        return self._answers(calls.read_values(policy, field, ids, rows))
 
     async def sample_examples(
         self, policy: str, count: int, *, with_replacement: bool = True, seed: int | None = None
     ) -> NDArray[np.uint64]:
-        """As `equipoise.PolicyAdmin.sample_examples`."""
+        """Draws example ids with probability proportional to their weights."""
         return await self._do(calls.sample(policy, count, with_replacement=with_replacement, seed=seed))
 
     async def export_policy(self, policy: str, path: str | Path) -> int:
-        """As `equipoise.PolicyAdmin.export_policy`."""
-        await self.get(policy)  # finds the owner
-        state = await asyncio.to_thread(archive.export_policy, self._route.server, policy)
-        await asyncio.to_thread(state.save, Path(path))
-        return state.version
+        """Writes the whole state of a policy to a .npz file, which `numpy.load` can read."""
+        reader = ArchiveReader()
+        async for message in self._answers(calls.export_state(policy)):
+            reader.add(message)
+        archive = reader.archive()
+        await asyncio.to_thread(archive.save, Path(path))
+        return archive.version
 
     async def import_policy(self, path: str | Path, name: str) -> PolicyStatus:
-        """As `equipoise.PolicyAdmin.import_policy`."""
-        state = await asyncio.to_thread(archive.PolicyArchive.load, Path(path))
-        return await asyncio.to_thread(archive.import_policy, self._route.server, state, name)
+        """Creates the policy `name` with the state that `export_policy` wrote to a file. Its version starts at 0."""
+        archive = await asyncio.to_thread(PolicyArchive.load, Path(path))
+        return await self._do(calls.import_state(name, archive.messages(name)))
 
     async def server_info(self) -> ServerInfo:
-        """As `equipoise.PolicyAdmin.server_info`."""
+        """Returns the server's version, device, rules and limits."""
         return await self._do(calls.server_info())
 
     async def close(self) -> None:
-        """Disconnects."""
-        for channel in self._channels.values():
-            await channel.close()
+        """Disconnects. Calls under way fail. The admin of a `PolicyClient` leaves the client connected."""
+        if self._owns_channels:
+            await self._channels.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -229,38 +263,23 @@ class PolicyAdmin:
         await self.close()
 
     async def _do(self, call: Call[T]) -> T:
-        for attempt in count(1):
-            server = self._route.server
-            try:
-                method = getattr(self._stub(server), call.method)
-                metadata = server.headers(call.policy)
-                return call.parse(await method(call.request, timeout=self._timeout, metadata=metadata))
-            except grpc.RpcError as failure:
-                error = errors.from_rpc(failure, address=server.address)
-                if not self._route.repeats(error, method=call.method) or attempt == self._route.attempts:
-                    raise error from failure
-        raise AssertionError("unreachable")
+        [answer] = [answer async for answer in self._answers(call)]
+        return answer
 
-    async def _stream(self, call: Call[T], *, timeout: float | None) -> AsyncIterator[T]:
-        for attempt in count(1):
-            server, begun = self._route.server, False
-            method = getattr(self._stub(server), call.method)
-            stream = method(call.request, timeout=timeout, metadata=server.headers(call.policy))
-            try:
-                async for message in stream:
-                    begun = True
-                    yield call.parse(message)
-                return
-            except grpc.RpcError as failure:
-                error = errors.from_rpc(failure, address=server.address)
-                repeats = self._route.repeats(error, method=call.method)
-                if begun or not repeats or attempt == self._route.attempts:
-                    raise error from failure
-            finally:
-                stream.cancel()
-
-    def _stub(self, server: Server) -> Any:
-        key = server, server.security.stamp()  # a new connection once certificates were replaced
-        if key not in self._channels:
-            self._channels[key] = server.aio_channel()
-        return PolicyServiceStub(self._channels[key])
+    async def _answers(self, call: Call[T]) -> AsyncIterator[T]:
+        attempts = Attempts(call, self._route, timeout=self._timeout)
+        for server in attempts:
+            async with self._channels.stub(server) as stub:
+                try:
+                    answer = attempts.begin(stub)
+                    if call.streams:
+                        async for message in answer:
+                            yield attempts.read(message)
+                    else:
+                        yield attempts.read(await answer)
+                    return
+                except grpc.RpcError as failure:
+                    pause = attempts.fail(failure)
+                finally:
+                    attempts.end()
+            await asyncio.sleep(pause)

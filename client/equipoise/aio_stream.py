@@ -10,13 +10,13 @@ from typing import Any
 import grpc
 
 from equipoise import errors
+from equipoise.channel import AioChannels, Server
 from equipoise.link import Opening
 from equipoise.results import StepResult
 from equipoise.route import Route
 from equipoise.session import PROBE_SECONDS, Session
+from equipoise.tickets import Ticket
 from equipoise.v1 import policy_pb2 as pb
-from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
-from equipoise.window import Ticket
 
 logger = logging.getLogger("equipoise")
 
@@ -46,17 +46,18 @@ class _Signal:
 
 
 class Stream:
-    """Carries one session over one channel, or over a new one to another server or after certificates were replaced.
+    """Carries one session over one stream after another.
 
     Args:
         session: the session.
         route: the servers.
+        channels: the client's channels.
     """
 
-    def __init__(self, session: Session, route: Route) -> None:
+    def __init__(self, session: Session, route: Route, channels: AioChannels) -> None:
         self._session = session
         self._route = route
-        self._open_channel()
+        self._channels = channels
         self._work = _Signal()
         self._answers = _Signal()
         self._call: Any = None
@@ -94,41 +95,41 @@ class Stream:
         self._notify_all()
         self._task.cancel()
         await asyncio.wait([self._task], timeout=timeout)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._channel.close()
 
     def _notify_all(self) -> None:
         self._work.notify()
         self._answers.notify()
 
     async def _run(self) -> None:
+        try:
+            await self._keep_open()
+        except Exception:  # nobody else would hear of it: steps would wait, or go on without a server, for ever
+            logger.exception("a bug in the client ended it")
+            self._session.fail(errors.EquipoiseError("a bug in the client ended it; see the log"), monotonic())
+            self._notify_all()
+
+    async def _keep_open(self) -> None:
         while (opening := await self._next_opening()) is not None:
             error: errors.EquipoiseError | None = None
+            server = self._route.server
             try:
-                await self._converse(opening)
+                async with self._channels.stub(server) as stub:
+                    await self._converse(opening, server, stub)
             except grpc.RpcError as failure:
-                error = errors.from_rpc(failure, address=self._address)
+                error = errors.from_rpc(failure, address=server.address)
             except errors.EquipoiseError as failure:
                 error = failure
             except asyncio.CancelledError:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # there is one: this
                     raise
                 # A call that ended with CANCELLED, by the peer or by our watchdog, looks like a cancelled task.
-                error = errors.UnavailableError(f"{self._address}: the stream was cancelled")
+                error = errors.UnavailableError(f"{server.address}: the stream was cancelled")
             except Exception:
-                logger.exception("%s: a bug in the client ended its stream", self._address)
-                error = errors.EquipoiseError(f"{self._address}: a bug in the client ended its stream")
-            self._route.turn(error)
+                logger.exception("%s: a bug in the client ended its stream", server.address)
+                error = errors.EquipoiseError(f"{server.address}: a bug in the client ended its stream")
+            self._route.turn(error, asked=server, answered=self._session.is_open)
             self._session.ended(error, monotonic())
             self._notify_all()
-
-    def _open_channel(self) -> None:
-        self._server = self._route.server
-        self._address = self._server.address
-        self._certificates = self._server.security.stamp()
-        self._channel = self._server.aio_channel()
-        self._stub: Any = PolicyServiceStub(self._channel)
 
     async def _next_opening(self) -> Opening | None:
         while self._session.failure is None:
@@ -139,18 +140,12 @@ class Stream:
             await self._work.wait(None if at is None else at - now)
         return None
 
-    async def _converse(self, opening: Opening) -> None:
+    async def _converse(self, opening: Opening, server: Server, stub: Any) -> None:
         timeout = self._session.options.timeout.connect
-        if self._server != self._route.server or self._certificates != self._server.security.stamp():
-            await self._channel.close()
-            self._open_channel()
-        metadata = self._server.headers(self._session.options.spec.name)
+        metadata = self._route.headers(server, self._session.options.spec.name)
         if opening.create is not None:
-            await self._stub.CreatePolicy(opening.create, timeout=timeout, metadata=metadata)
-        if opening.asks_limits:
-            info = await self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout, metadata=metadata)
-            self._session.limit(info.max_batch_examples)
-        call = self._stub.Exchange(self._messages(opening.generation), metadata=metadata)
+            await stub.CreatePolicy(opening.create, timeout=timeout, metadata=metadata)
+        call = stub.Exchange(self._messages(opening.generation), metadata=metadata)
         # A server that takes the stream and says nothing must not hold it for ever.
         watchdog = asyncio.get_running_loop().call_later(timeout, self._cancel_unopened, call, opening.generation)
         try:
@@ -162,7 +157,7 @@ class Stream:
         finally:
             watchdog.cancel()
             call.cancel()
-        raise errors.UnavailableError(f"{self._address}: the server ended the stream")
+        raise errors.UnavailableError(f"{server.address}: the server ended the stream")
 
     async def _messages(self, generation: int) -> AsyncIterator[pb.ExchangeRequest]:
         while True:

@@ -9,16 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from equipoise import errors
-from equipoise.channel import Server
-from equipoise.policies import PolicyStatus
 from equipoise.v1 import policy_pb2 as pb
-from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 
 FORMAT = "equipoise policy 1"
 CHUNK_BYTES = 1 << 20
@@ -49,47 +45,15 @@ class PolicyArchive:
 
     @classmethod
     def from_messages(cls, messages: Iterable[pb.ExportPolicyResponse]) -> "PolicyArchive":
-        """Puts an export together.
+        """Puts an export together, see `ArchiveReader`."""
+        reader = ArchiveReader()
+        for message in messages:
+            reader.add(message)
+        return reader.archive()
 
-        Raises:
-            ServerBugError: the pieces do not fit.
-        """
-        stream = iter(messages)
-        first = next(stream, None)
-        if first is None or not first.HasField("header"):
-            raise errors.ServerBugError("the export does not start with a header")
-        header = first.header
-        lengths = {name: header.lengths.get(name, header.spec.num_examples) for name in header.columns}
-        columns = {
-            name: np.zeros(lengths[name], np.dtype(kind).newbyteorder("<")) for name, kind in header.columns.items()
-        }
-        arrived = dict.fromkeys(columns, 0)
-        for message in stream:
-            chunk = message.chunk
-            if chunk.column not in columns or chunk.offset != arrived[chunk.column]:
-                raise errors.ServerBugError(f"the export has a piece of {chunk.column!r} where none belongs")
-            values = np.frombuffer(chunk.data, columns[chunk.column].dtype)
-            columns[chunk.column][chunk.offset : chunk.offset + len(values)] = values
-            arrived[chunk.column] += len(values)
-        for name, count in arrived.items():
-            if count != lengths[name]:
-                raise errors.ServerBugError(f"the export has {count} of {lengths[name]} values of {name!r}")
-        return cls(spec=header.spec, version=header.version, scalars=dict(header.scalars), columns=columns)
-
-    def messages(self, name: str) -> Iterator[pb.ImportPolicyRequest]:
+    def messages(self, name: str) -> "Messages":
         """What creates the policy `name` with this state."""
-        spec = pb.PolicySpec()
-        spec.CopyFrom(self.spec)
-        spec.name = name
-        kinds = {column: values.dtype.name for column, values in self.columns.items()}
-        lengths = {column: len(values) for column, values in self.columns.items()}
-        header = pb.StateHeader(spec=spec, version=self.version, scalars=self.scalars, columns=kinds, lengths=lengths)
-        yield pb.ImportPolicyRequest(header=header)
-        for column, values in self.columns.items():
-            piece = CHUNK_BYTES // values.itemsize
-            for offset in range(0, len(values), piece):
-                data = np.ascontiguousarray(values[offset : offset + piece], values.dtype.newbyteorder("<")).tobytes()
-                yield pb.ImportPolicyRequest(chunk=pb.StateChunk(column=column, offset=offset, data=data))
+        return Messages(self, name)
 
     def save(self, path: Path) -> None:
         """Writes a .npz file; a file of this name is replaced only once the new one is complete."""
@@ -134,32 +98,77 @@ class PolicyArchive:
             raise ArchiveError(f"{path} is no exported policy: {error}") from error
 
 
-def export_policy(server: Server, policy: str, *, timeout: float | None = None) -> PolicyArchive:
-    """Fetches the whole state of a policy.
+class ArchiveReader:
+    """Puts the messages of an export together."""
 
-    Raises:
-        PolicyNotFoundError: there is none of this name.
-    """
-    with server.channel() as channel:
-        stub: Any = PolicyServiceStub(channel)
-        request = pb.ExportPolicyRequest(policy=policy)
-        metadata = server.headers(policy)
-        try:
-            return PolicyArchive.from_messages(stub.ExportPolicy(request, timeout=timeout, metadata=metadata))
-        except grpc.RpcError as failure:
-            raise errors.from_rpc(failure, address=server.address) from failure
+    def __init__(self) -> None:
+        self._header: pb.StateHeader | None = None
+        self._columns: dict[str, NDArray[Any]] = {}
+        self._arrived: dict[str, int] = {}
+
+    def add(self, message: pb.ExportPolicyResponse) -> None:
+        """Takes the next message.
+
+        Raises:
+            ServerBugError: it does not follow the one before.
+        """
+        if self._header is None:
+            if not message.HasField("header"):
+                raise errors.ServerBugError("the export does not start with a header")
+            self._header = message.header
+            for name, kind in self._header.columns.items():
+                self._columns[name] = np.zeros(self._length(name), np.dtype(kind).newbyteorder("<"))
+                self._arrived[name] = 0
+            return
+        chunk = message.chunk
+        if chunk.column not in self._columns or chunk.offset != self._arrived[chunk.column]:
+            raise errors.ServerBugError(f"the export has a piece of {chunk.column!r} where none belongs")
+        values = np.frombuffer(chunk.data, self._columns[chunk.column].dtype)
+        self._columns[chunk.column][chunk.offset : chunk.offset + len(values)] = values
+        self._arrived[chunk.column] += len(values)
+
+    def archive(self) -> PolicyArchive:
+        """The state.
+
+        Raises:
+            ServerBugError: something of it is missing.
+        """
+        if self._header is None:
+            raise errors.ServerBugError("the export is empty")
+        for name, count in self._arrived.items():
+            if count != self._length(name):
+                raise errors.ServerBugError(f"the export has {count} of {self._length(name)} values of {name!r}")
+        header = self._header
+        return PolicyArchive(
+            spec=header.spec, version=header.version, scalars=dict(header.scalars), columns=self._columns
+        )
+
+    def _length(self, name: str) -> int:
+        assert self._header is not None
+        return self._header.lengths.get(name, self._header.spec.num_examples)
 
 
-def import_policy(server: Server, archive: PolicyArchive, name: str, *, timeout: float | None = None) -> PolicyStatus:
-    """Creates the policy `name` with the state of the archive.
+class Messages:
+    """What creates a policy with the state of an archive; may be gone through again."""
 
-    Raises:
-        PolicyExistsError: there is one of this name.
-    """
-    with server.channel() as channel:
-        stub: Any = PolicyServiceStub(channel)
-        try:
-            answer = stub.ImportPolicy(archive.messages(name), timeout=timeout, metadata=server.headers(name))
-        except grpc.RpcError as failure:
-            raise errors.from_rpc(failure, address=server.address) from failure
-        return PolicyStatus.from_proto(answer.status)
+    def __init__(self, archive: PolicyArchive, name: str) -> None:
+        self._archive = archive
+        self._name = name
+
+    def __iter__(self) -> Iterator[pb.ImportPolicyRequest]:
+        archive = self._archive
+        spec = pb.PolicySpec()
+        spec.CopyFrom(archive.spec)
+        spec.name = self._name
+        kinds = {column: values.dtype.name for column, values in archive.columns.items()}
+        lengths = {column: len(values) for column, values in archive.columns.items()}
+        yield pb.ImportPolicyRequest(
+            header=pb.StateHeader(
+                spec=spec, version=archive.version, scalars=archive.scalars, columns=kinds, lengths=lengths
+            )
+        )
+        for column, values in archive.columns.items():
+            piece = CHUNK_BYTES // values.itemsize
+            for offset in range(0, len(values), piece):
+                data = np.ascontiguousarray(values[offset : offset + piece], values.dtype.newbyteorder("<")).tobytes()
+                yield pb.ImportPolicyRequest(chunk=pb.StateChunk(column=column, offset=offset, data=data))

@@ -66,7 +66,7 @@ def commands() -> dict[str, EntryPoint]:
 def overview() -> str:
     """What `equipoise --help` prints."""
     lines = ["usage: equipoise COMMAND [OPTION]...", "", "commands:"]
-    lines += [f"  {name:<9} {summary(point)}" for name, point in commands().items()]
+    lines += [f"  {name:<11} {summary(point)}" for name, point in commands().items()]
     lines += ["", "`equipoise COMMAND --help` tells more; `equipoise --version` prints the version."]
     return "\n".join(lines)
 

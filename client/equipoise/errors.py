@@ -10,7 +10,7 @@ EquipoiseError
 ├── StateLostError                        the server's state is older or newer than what it had acknowledged to us
 ├── TrainerReplacedError                  another client opened the same trainer_id
 ├── AccessDeniedError (PermissionError)
-├── QuotaError                            the tenant may store no more policies or examples
+├── QuotaError                            no more policies, examples or trainers may be stored
 ├── UnsupportedError                      the server does not know this call
 ├── UnavailableError (ConnectionError)    worth a retry; says for which address
 │   ├── DeadlineError (TimeoutError)      no answer in time
@@ -20,9 +20,12 @@ EquipoiseError
 ├── SequenceGapError                      the server expected another sequence
 ├── ServerBugError                        INTERNAL or UNKNOWN; carries the server's error id
 ├── WindowFullError                       too many steps are waiting (`when_lost="wait"` alone)
+├── EventLoopError (RuntimeError)         an asyncio client in another event loop than before
+├── ForkError (RuntimeError)              in a process forked from one that was connected
 └── ClientClosedError (RuntimeError)
 """
 
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -30,17 +33,20 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+MAX_VALUE = 200
+"""Characters of a value that a message repeats."""
+
 STATUS_KEY = "grpc-status-details-bin"
 """Trailing metadata key that carries a serialised google.rpc.Status."""
 
 
 class EquipoiseError(Exception):
-    """Base of every error of this package.
+    """Base class of every error that this package raises.
 
     Attributes:
-        reason: the server's UPPER_SNAKE reason; empty where the client itself raised.
-        metadata: further details by name, as the server gave them.
-        retry_after: seconds the server asks to wait before a retry; None: not given.
+        reason: the server's reason in upper snake case, such as `POLICY_NOT_FOUND`; empty if the client raised it.
+        metadata: details that the server gave, by name.
+        retry_after: seconds that the server asks to wait before a retry; None if it did not say.
     """
 
     def __init__(
@@ -58,13 +64,13 @@ class EquipoiseError(Exception):
 
 
 class InvalidRequestError(EquipoiseError, ValueError):
-    """The caller's input breaks a rule.
+    """An argument breaks a rule. Nothing was sent, or the server refused it as a whole.
 
     Attributes:
-        field: the argument, such as `contributions`; empty where no single one is at fault.
-        index: first bad position in it; None: the whole.
-        value: the bad value as text.
-        rule: the rule it breaks.
+        field: name of the argument, such as `contributions`; empty where no single one is at fault.
+        index: position of the first bad value in it; None if it is not about one value.
+        value: the bad value as text, shortened.
+        rule: the rule that it breaks.
     """
 
     def __init__(
@@ -80,94 +86,135 @@ class InvalidRequestError(EquipoiseError, ValueError):
         retry_after: float | None = None,
     ) -> None:
         place = field if index is None else f"{field}[{index}]"
-        text = message or (f"{place} = {value}: {rule}" if str(value) else f"{place}: {rule}")
+        value = _shortened(str(value))
+        text = message or (f"{place} = {value}: {rule}" if value else f"{place}: {rule}")
         super().__init__(text, reason=reason, metadata=metadata, retry_after=retry_after)
         self.field = field
         self.index = index
-        self.value = str(value)
+        self.value = value
         self.rule = rule
 
 
+def require(holds: bool, *, field: str, value: object, rule: str) -> None:
+    """Raises InvalidRequestError, which names field, value and rule, unless the rule holds."""
+    if not holds:
+        raise InvalidRequestError(field=field, value=repr(value), rule=rule)
+
+
+def is_integer(value: object, low: int, end: int) -> bool:
+    """Whether a value is an integer in [low, end), be it Python's or NumPy's; a bool is none."""
+    try:
+        return not isinstance(value, bool) and low <= operator.index(value) < end  # type: ignore[arg-type]  # what is none raises
+    except TypeError:
+        return False
+
+
 class StepRefusedError(InvalidRequestError):
-    """The server refused a step: a bug of the caller, raised in both modes. The stream goes on.
+    """The server refused a step. It changed nothing, and later steps are not affected.
+
+    This is a bug of the caller, so it is raised with `when_lost="continue"` too. For a submitted step it is raised by
+    the next call.
 
     Attributes:
-        sequence: sequence of the refused step; 0: a read.
+        sequence: number of the refused step, from 1; 0: it was a read.
     """
 
     sequence: int = 0
 
 
 class PolicyNotFoundError(EquipoiseError, LookupError):
-    """No policy has this name."""
+    """There is no policy of this name."""
 
 
 class PolicyDeletedError(PolicyNotFoundError):
-    """The policy was deleted."""
+    """The policy was deleted while it was in use."""
 
 
 class PolicyExistsError(EquipoiseError):
-    """A policy of this name exists and differs; the message names the first field that does."""
+    """A policy of this name exists and differs. The message names the first field that does."""
 
 
 class PolicyChangedError(EquipoiseError):
-    """The name belongs to another incarnation of the policy (another uid) now."""
+    """The policy was deleted and made anew: the name now belongs to a policy with another uid."""
 
 
 class StateLostError(EquipoiseError):
-    """What the server holds does not go together with what this trainer has seen."""
+    """The server has lost steps that it had acknowledged, or holds steps that this trainer does not know."""
+
+
+class EventLoopError(EquipoiseError, RuntimeError):
+    """A client for asyncio was used in another event loop than before. Make a client for each loop."""
+
+
+class ForkError(EquipoiseError, RuntimeError):
+    """This process was forked from one that was connected to a server. gRPC does not work in such a process."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this process was forked from one that was connected to a server, and gRPC does not work in it: use clients"
+            " in the main process alone, or start this one with multiprocessing's 'spawn' or 'forkserver' method, or"
+            " before the main process makes its first call"
+        )
 
 
 class TrainerReplacedError(EquipoiseError):
-    """Another client opened the same trainer_id; two processes must not share one."""
+    """Another client connected with the same `trainer_id`. Give each process an id of its own."""
 
 
 class AccessDeniedError(EquipoiseError, PermissionError):
-    """Credentials are missing, wrong, or do not allow this."""
+    """The credentials are missing or wrong, or they do not allow this call."""
 
 
 class QuotaError(EquipoiseError):
-    """The tenant may store no more policies or examples; the message names the quota."""
+    """There is no room for more policies, examples or trainers. The message names the quota."""
 
 
 class UnsupportedError(EquipoiseError):
-    """The server does not know this call."""
+    """The server does not know this call: it is older than this client, or no Equipoise server."""
 
 
 class UnavailableError(EquipoiseError, ConnectionError):
-    """The server cannot be reached or cannot answer now; a retry may succeed."""
+    """The server cannot be reached, or cannot answer now. A retry may succeed."""
 
 
 class DeadlineError(UnavailableError, TimeoutError):
-    """No answer in time; whether the request had an effect is not known."""
+    """There was no answer in time. The request may have had its effect, or may still have it."""
 
 
 class OverloadedError(UnavailableError):
-    """The server has no room for this now."""
+    """The server has no room for this request now. `retry_after` may say when to try again."""
 
 
 class DrainingError(UnavailableError):
-    """The server is going away."""
+    """The server is shutting down. Another server, or the same one after a restart, will answer."""
+
+
+OWNER = "owner"
+"""Name of the owner's address in the metadata of an `OwnershipError`."""
 
 
 class OwnershipError(UnavailableError):
-    """Another server owns the policy; `metadata` may hold its address."""
+    """Another server owns the policy. `metadata["owner"]` holds its address, if it is known."""
 
 
 class SequenceGapError(EquipoiseError):
-    """The server expected another sequence."""
+    """A step is missing: the server expected another sequence number. The client repairs this by itself."""
 
 
 class ServerBugError(EquipoiseError):
-    """A bug in the server; the message holds the id under which its log has the cause."""
+    """A bug in the server. The message holds the id under which the server's log has the cause."""
 
 
 class WindowFullError(EquipoiseError):
-    """As many steps as the window holds are waiting for their answers."""
+    """There is no room for another step: `limits` many wait for their answers. Raised with `when_lost="wait"`."""
 
 
 class ClientClosedError(EquipoiseError, RuntimeError):
-    """The client was closed."""
+    """The client was used after `close`."""
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE // 2]} … {text[-MAX_VALUE // 2 :]}"
 
 
 _BY_REASON: Mapping[str, type[EquipoiseError]] = {
@@ -178,6 +225,7 @@ _BY_REASON: Mapping[str, type[EquipoiseError]] = {
     "QUOTA_EXAMPLES": QuotaError,
     "QUOTA_POLICIES": QuotaError,
     "SEQUENCE_GAP": SequenceGapError,
+    "TOO_MANY_TRAINERS": QuotaError,
     "TRAINER_REPLACED": TrainerReplacedError,
     "UID_MISMATCH": PolicyChangedError,
 }
@@ -206,7 +254,7 @@ _CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.St
 
 
 def from_rpc(failure: grpc.RpcError, *, address: str) -> EquipoiseError:
-    """The typed error for a failed RPC, sync or asyncio; its message names the server's address."""
+    """Returns the error of this module for a failed call, sync or asyncio. Its message names the server's address."""
     trailing: Any = failure.trailing_metadata()  # pairs, which their stubs do not know
     for key, value in trailing or ():
         if key == STATUS_KEY and isinstance(value, bytes):
@@ -220,7 +268,7 @@ def from_rpc(failure: grpc.RpcError, *, address: str) -> EquipoiseError:
 
 
 def from_status(status: status_pb2.Status, *, sequence: int) -> StepRefusedError:
-    """The typed error for a step that was answered REFUSED."""
+    """Returns the error of this module for a step that the server answered with REFUSED."""
     error = _typed(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), status, kind=StepRefusedError)
     assert isinstance(error, StepRefusedError)
     error.sequence = sequence

@@ -34,20 +34,27 @@ Stamp: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Security:
-    """TLS and token of a client. Files are read again for each new connection, so they may be replaced meanwhile.
+    """The TLS and the token of a client.
+
+    Certificates are read again for each new connection and a token file for each call, so both may be replaced while
+    the client runs.
 
     Example:
         >>> Security(root_certificates="ca.pem", token_file="token")
         Security(tls=True, root_certificates='ca.pem', client_certificate=None, client_key=None, token_file='token')
 
     Attributes:
-        tls: whether to encrypt; implied by each of the next three.
-        root_certificates: PEM file with the authorities to trust; None: those that gRPC brings.
-        client_certificate: PEM file with the certificate to show, for servers that ask for one.
-        client_key: PEM file with its private key.
-        token: the token to send; not shown by `repr`.
-        token_file: file that holds the token instead; read for each call.
-        allow_plaintext_token: send the token also without TLS to another machine, where everybody on the way reads it.
+        tls: whether to encrypt. A certificate in one of the next three implies it.
+        root_certificates: PEM file with the authorities to trust. None: the usual ones, which gRPC brings.
+        client_certificate: PEM file with the certificate to show to servers that ask for one.
+        client_key: PEM file with the private key of that certificate.
+        token: the token to send, printable ASCII. `repr` does not show it.
+        token_file: file that holds the token, instead of `token`.
+        allow_plaintext_token: whether to send the token without TLS to another machine, where everybody on the way can
+            read it.
+
+    Raises:
+        InvalidRequestError: fields contradict each other, or the token is no printable ASCII.
     """
 
     tls: bool = False
@@ -70,7 +77,10 @@ class Security:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Security":
-        """What the variables `EQUIPOISE_TOKEN`, `EQUIPOISE_TLS` and so on say, see `VARIABLES`.
+        """Returns what the environment says.
+
+        `EQUIPOISE_TLS`, `EQUIPOISE_ROOT_CERTIFICATES`, `EQUIPOISE_CLIENT_CERTIFICATE`, `EQUIPOISE_CLIENT_KEY`,
+        `EQUIPOISE_TOKEN` and `EQUIPOISE_TOKEN_FILE` give the fields of these names.
 
         Raises:
             InvalidRequestError: they contradict each other.

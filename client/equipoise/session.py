@@ -10,6 +10,7 @@ kept and sent again. `wait`: steps wait, and what was lost is an error.
 """
 
 import logging
+import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,18 +20,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipoise import errors, wire
-from equipoise.callers import Callers
-from equipoise.checkpoint import Checkpoint
 from equipoise.errors import EquipoiseError
-from equipoise.link import Link, LinkState, Opening
+from equipoise.link import Link, LinkState, Opening, Outage, is_final
+from equipoise.memory import Checkpoint, Memory
 from equipoise.options import SessionOptions
-from equipoise.outage import Outage, is_final
-from equipoise.reconciliation import Memory
-from equipoise.results import OUTCOMES, Outcome, StepResult
-from equipoise.stats import Stats
+from equipoise.results import OUTCOMES, Outcome, Stats, StepResult
+from equipoise.tickets import SUSPECT_BYTES, Callers, Suspect, Ticket, Window
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.view import PolicyView
-from equipoise.window import Ticket, Window
 
 logger = logging.getLogger("equipoise")
 
@@ -39,20 +36,30 @@ PROBE_SECONDS = 0.02
 
 
 class Session:
-    """See the module.
+    """One trainer's conversation with one policy, without I/O.
 
     Args:
         options: how it behaves.
         trainer_id: id of the trainer.
         random: uniform numbers in [0, 1), for jitter.
+        answered: hears how long each answer of the server took, seconds.
     """
 
-    def __init__(self, options: SessionOptions, *, trainer_id: str, random: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        options: SessionOptions,
+        *,
+        trainer_id: str,
+        random: Callable[[], float],
+        answered: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         self.options = options
+        self._answered = answered
         self.trainer_id = trainer_id
         self.failure: EquipoiseError | None = None
         """What ended the session for good."""
         self._random = random
+        self._client_id = secrets.token_hex(8)
         self._stats = Stats()
         self._view = PolicyView(
             num_examples=options.spec.num_examples,
@@ -72,6 +79,8 @@ class Session:
         self._create = options.spec.num_examples > 0
         self._lost_policy = False
         self._loaded: int | None = None
+        self._suspect: Suspect | None = None
+        self._largest_answered = 0
         self._warned: set[str] = set()
 
     # What a caller asks for.
@@ -114,8 +123,11 @@ class Session:
 
     def cached_weights(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Per id the weight of the newest answer that held it, else 1; all 1 beyond `max_staleness`."""
-        bounds = wire.Bounds(num_examples=self._view.bounds.num_examples)
-        return self._view.weights(wire.example_ids("ids", ids, bounds))[0]
+        return self._view.weights(self._known_ids(ids))[0]
+
+    def knows(self, ids: ArrayLike) -> NDArray[np.bool_]:
+        """Whether the weight of each id is known."""
+        return self._view.knows(self._known_ids(ids))
 
     def preload(self, weights: NDArray[np.float32], *, uid: str, num_examples: int) -> None:
         """Takes note of the weights of the first examples of a policy, where no answer has told them yet."""
@@ -131,9 +143,20 @@ class Session:
         self._callers.raise_untold()
 
     @property
+    def num_examples(self) -> int:
+        """N; 0: not known yet."""
+        return self._view.bounds.num_examples
+
+    @property
     def stats(self) -> Stats:
         """A copy of the counters."""
-        return replace(self._stats, undurable=len(self._window), outages=self._outage.count)
+        return replace(
+            self._stats,
+            undurable=len(self._window),
+            outages=self._outage.count,
+            staleness=self._view.staleness,
+            connected=self.is_open and not self._outage.active,
+        )
 
     @property
     def unreachable(self) -> bool:
@@ -193,16 +216,13 @@ class Session:
 
     def begin(self) -> Opening:
         """A stream is about to be opened."""
-        message = pb.OpenRequest(policy=self._name, trainer_id=self.trainer_id, uid=self._view.uid)
+        message = pb.OpenRequest(
+            policy=self._name, trainer_id=self.trainer_id, uid=self._view.uid, client_id=self._client_id
+        )
         return Opening(
             generation=self._link.begin(message),
             create=pb.CreatePolicyRequest(policy=self.options.spec.to_proto()) if self._create else None,
-            asks_limits=not self._view.bounds.max_batch_examples,
         )
-
-    def limit(self, max_batch_examples: int) -> None:
-        """The server takes this many rows."""
-        self._view.limit(max_batch_examples)
 
     def next_message(self, generation: int) -> pb.ExchangeRequest | None:
         """What to send now on a stream; None: nothing."""
@@ -223,6 +243,11 @@ class Session:
     def is_opening(self, generation: int) -> bool:
         """Whether a stream waits for the answer to its opening."""
         return self._link.is_opening(generation)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server has opened the stream of now."""
+        return self._link.state in (LinkState.OPEN, LinkState.LEAVING)
 
     @property
     def left(self) -> bool:
@@ -246,9 +271,10 @@ class Session:
             self._outage.end()
 
     def ended(self, error: EquipoiseError | None, now: float) -> None:
-        """The stream ended, or could not be opened; None: it was `left`, which is no outage."""
+        """The stream ended, or could not be opened; None: it was `left`. That, and to be sent on, is no outage."""
         if self.failure is not None:
             return
+        self._note_suspect()
         unsettled = [t for t in (*self._in_flight, *self._outbox, *self._reads) if t.request.reads and not t.settled]
         self._link.end()
         self._reads = deque(unsettled)
@@ -256,6 +282,8 @@ class Session:
         self._outbox.clear()
         if error is None:
             self._link.rejoin(now, jitter=self._random())
+        elif self._link.follow(error, now):
+            pass
         elif is_final(error, continues=self._continues, opened_before=bool(self._link.opened)):
             self.fail(error, now)
         else:
@@ -279,6 +307,9 @@ class Session:
     @property
     def _continues(self) -> bool:
         return self.options.continues
+
+    def _known_ids(self, ids: ArrayLike) -> NDArray[np.uint64]:
+        return wire.example_ids("ids", ids, wire.Bounds(num_examples=self._view.bounds.num_examples))
 
     def _ticket(self, request: wire.Request, now: float, *, waits: bool) -> Ticket:
         patience = self.options.patience(connected_before=self._link.opened > 0)
@@ -330,10 +361,39 @@ class Session:
         self._create = self._lost_policy = False
         self._loaded = None
         self._view.durable_sequence = message.durable_sequence
+        self._view.limit(max_batch_examples=message.max_batch_examples, max_message_bytes=message.max_message_bytes)
         self._window.release(message.durable_sequence)
+        self._refuse_oversized(message.last_sequence, now)
         self._outbox.extend(t for t in self._window if not t.answered or t.sequence > message.last_sequence)
         self._outbox.extend(self._reads)
         self._reads.clear()
+
+    def _refuse_oversized(self, last_sequence: int, now: float) -> None:
+        """Gives up what the server, or something on the way to it, never takes: else it would be sent for ever."""
+        steps = [ticket for ticket in self._window if ticket.sequence > last_sequence]
+        for ticket in (*steps, *self._reads):
+            error: EquipoiseError | None = wire.oversize(ticket.request, self._view.bounds)
+            if error is None and self._suspect is not None and self._suspect.ticket is ticket:
+                error = self._suspect.verdict()
+            if error is None:
+                continue
+            if ticket.request.reads:
+                self._reads.remove(ticket)
+            else:
+                self._stats.unacked -= not ticket.answered
+                self._window.remove(ticket)
+            self._callers.refuse(ticket, error, now)
+
+    def _note_suspect(self) -> None:
+        """The stream is ending: was it the oldest message without an answer, once more?"""
+        first = self._in_flight[0] if self._in_flight else None
+        if first is None:
+            return
+        if self._suspect is None or self._suspect.ticket is not first:
+            size = first.request.message.ByteSize()
+            self._suspect = Suspect(first) if size > max(SUSPECT_BYTES, self._largest_answered) else None
+        if self._suspect is not None:
+            self._suspect.streams += 1
 
     def _complain(self, text: str, now: float) -> None:
         """The server's state does not go together with ours: the end in `wait` mode, logged in `continue` mode."""
@@ -360,8 +420,11 @@ class Session:
         if self.failure is not None:
             return
         self._in_flight.popleft()
+        self._largest_answered = max(self._largest_answered, ticket.request.message.ByteSize())
         self._outage.recover()
         is_new = not ticket.answered and not ticket.request.reads
+        if not ticket.answered:
+            self._answered(now - ticket.since)
         ticket.answered = True
         self._stats.unacked -= is_new
         if refused:

@@ -9,29 +9,30 @@ from typing import Any
 import grpc
 
 from equipoise import errors
+from equipoise.channel import Channels, Server
 from equipoise.link import Opening
 from equipoise.route import Route
 from equipoise.session import PROBE_SECONDS, Session
+from equipoise.tickets import Ticket
 from equipoise.v1 import policy_pb2 as pb
-from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
-from equipoise.window import Ticket
 
 logger = logging.getLogger("equipoise")
 
 
 class Stream:
-    """Carries one session over one channel, or over a new one to another server or after certificates were replaced.
+    """Carries one session over one stream after another.
 
     Args:
         session: the session.
         route: the servers.
+        channels: the client's channels.
         lock: held for every use of the session.
     """
 
-    def __init__(self, session: Session, route: Route, *, lock: threading.Lock) -> None:
+    def __init__(self, session: Session, route: Route, channels: Channels, *, lock: threading.Lock) -> None:
         self._session = session
         self._route = route
-        self._open_channel()
+        self._channels = channels
         self._call: Any = None
         self._lock = lock
         self._work = threading.Condition(lock)
@@ -71,28 +72,31 @@ class Stream:
                 self._call.cancel()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
-        self._channel.close()
 
     def _run(self) -> None:
+        try:
+            self._keep_open()
+        except Exception:  # nobody else would hear of it: steps would wait, or go on without a server, for ever
+            logger.exception("a bug in the client ended it")
+            with self._lock:
+                self._session.fail(errors.EquipoiseError("a bug in the client ended it; see the log"), monotonic())
+                self._answers.notify_all()
+
+    def _keep_open(self) -> None:
         while (opening := self._next_opening()) is not None:
             error: errors.EquipoiseError | None = None
+            server = self._route.server
             try:
-                self._converse(opening)
+                with self._channels.stub(server) as stub:
+                    self._converse(opening, server, stub)
             except grpc.RpcError as failure:
-                error = errors.from_rpc(failure, address=self._address)
+                error = errors.from_rpc(failure, address=server.address)
             except errors.EquipoiseError as failure:
                 error = failure
             except Exception:
-                logger.exception("%s: a bug in the client ended its stream", self._address)
-                error = errors.EquipoiseError(f"{self._address}: a bug in the client ended its stream")
-            self._ended(error)
-
-    def _open_channel(self) -> None:
-        self._server = self._route.server
-        self._address = self._server.address
-        self._certificates = self._server.security.stamp()
-        self._channel = self._server.channel()
-        self._stub = PolicyServiceStub(self._channel)
+                logger.exception("%s: a bug in the client ended its stream", server.address)
+                error = errors.EquipoiseError(f"{server.address}: a bug in the client ended its stream")
+            self._ended(error, server)
 
     def _next_opening(self) -> Opening | None:
         with self._lock:
@@ -104,20 +108,12 @@ class Stream:
                 self._work.wait(None if at is None else at - now)
         return None
 
-    def _converse(self, opening: Opening) -> None:
+    def _converse(self, opening: Opening, server: Server, stub: Any) -> None:
         timeout = self._session.options.timeout.connect
-        with self._lock:
-            if self._server != self._route.server or self._certificates != self._server.security.stamp():
-                self._channel.close()
-                self._open_channel()
-        metadata = self._server.headers(self._session.options.spec.name)
+        metadata = self._route.headers(server, self._session.options.spec.name)
         if opening.create is not None:
-            self._stub.CreatePolicy(opening.create, timeout=timeout, metadata=metadata)
-        if opening.asks_limits:
-            info = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=timeout, metadata=metadata)
-            with self._lock:
-                self._session.limit(info.max_batch_examples)
-        call = self._stub.Exchange(self._messages(opening.generation), metadata=metadata)
+            stub.CreatePolicy(opening.create, timeout=timeout, metadata=metadata)
+        call = stub.Exchange(self._messages(opening.generation), metadata=metadata)
         with self._lock:
             self._call = call
             if self._session.failure is not None:
@@ -137,7 +133,7 @@ class Stream:
         finally:
             watchdog.cancel()
             call.cancel()
-        raise errors.UnavailableError(f"{self._address}: the server ended the stream")
+        raise errors.UnavailableError(f"{server.address}: the server ended the stream")
 
     def _messages(self, generation: int) -> Iterator[pb.ExchangeRequest]:
         while True:
@@ -153,10 +149,10 @@ class Stream:
             if self._session.is_opening(generation) and self._call is not None:
                 self._call.cancel()
 
-    def _ended(self, error: errors.EquipoiseError | None) -> None:
+    def _ended(self, error: errors.EquipoiseError | None, server: Server) -> None:
         with self._lock:
             self._call = None
-            self._route.turn(error)
+            self._route.turn(error, asked=server, answered=self._session.is_open)
             self._session.ended(error, monotonic())
             self._work.notify_all()
             self._answers.notify_all()

@@ -28,12 +28,12 @@ _LOG_TAIL = 2000
 
 
 class ServerProcess:
-    """One server with its own port and data directory, that can be killed and started again.
+    """A server with a port and a data directory of its own, which a test can kill, pause and start again.
 
-    It ends with the process that started it, however that ends; processes forked from that one keep it alive.
+    It ends when the process that started it ends, however that happens. Processes forked from that one keep it alive.
 
     Attributes:
-        address: `host:port` of the gRPC service; the same after a restart.
+        address: `host:port` of the gRPC service. It stays the same after a restart.
         metrics_address: `host:port` of `/metrics` and `/healthz`.
         data_dir: folder of the server's own Redis.
     """
@@ -50,20 +50,20 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Process id of the server that runs."""
+        """Process id of the running server."""
         assert self._process is not None, "the server does not run"
         return self._process.pid
 
     @property
     def log(self) -> str:
-        """What the server has written so far, over all its starts."""
+        """Everything the server has written, over all its starts."""
         return self._log.read_text(errors="replace")
 
     def start(self) -> None:
-        """Starts the server and returns once it serves.
+        """Starts the server, and returns once it serves.
 
         Raises:
-            UnavailableError: it ended or was not ready in time; the message holds the end of its log.
+            UnavailableError: it ended, or was not ready within a minute. The message holds the end of its log.
         """
         self._ready.unlink(missing_ok=True)
         with self._log.open("ab") as log:
@@ -82,25 +82,25 @@ class ServerProcess:
         self.metrics_address = ready.get("metrics_address") or ""
 
     def kill(self) -> int:
-        """Ends the server at once (SIGKILL), what it had not written is gone; returns its exit status."""
+        """Ends the server at once (SIGKILL) and returns its exit status. What it had not written is lost."""
         return self._end(signal.SIGKILL)
 
     def stop(self) -> int:
-        """Ends the server in order (SIGTERM); returns its exit status."""
+        """Ends the server in order (SIGTERM) and returns its exit status."""
         return self._end(signal.SIGTERM)
 
     def pause(self) -> None:
-        """Stops the server from running (SIGSTOP): its connections stay open and silent."""
+        """Freezes the server (SIGSTOP). Its connections stay open and silent."""
         assert self._process is not None, "the server does not run"
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Lets a paused server run again."""
+        """Lets a paused server go on."""
         assert self._process is not None, "the server does not run"
         self._process.send_signal(signal.SIGCONT)
 
     def restart(self) -> None:
-        """Starts the server again, on the same port and data directory; kills it first if it runs."""
+        """Starts the server again, with the same port and data directory. Kills it first if it runs."""
         self.kill()
         self.start()
 
@@ -133,7 +133,7 @@ class ServerProcess:
 
 @contextmanager
 def serve(**settings: Setting) -> Iterator[ServerProcess]:
-    """A real server on a free port, with a data directory that is removed at the end.
+    """Runs a real server on a free port, and removes its data directory at the end.
 
     Example:
         >>> with serve(log_timeout_s=0.1) as server, PolicyClient(server.address, policy="t", num_examples=4) as client:
@@ -142,10 +142,10 @@ def serve(**settings: Setting) -> Iterator[ServerProcess]:
         ...     server.restart()
 
     Args:
-        **settings: settings of the server by name, as in `equipoise serve --help`, with underscores.
+        **settings: settings of the server by name, as `equipoise serve --help` lists them, with underscores.
 
     Raises:
-        UnavailableError: it does not start; the message holds the end of its log.
+        UnavailableError: the server does not start. The message holds the end of its log.
     """
     # A short path: the server's Redis listens on a socket in it, whose path is limited to about 100 bytes.
     directory = Path(tempfile.mkdtemp(prefix="equipoise-"))

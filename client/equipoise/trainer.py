@@ -12,14 +12,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from equipoise.config import Backoff, Limits, Timeout
-from equipoise.errors import ClientClosedError, InvalidRequestError
-from equipoise.options import SessionOptions, WhenLost
+from equipoise import forks
+from equipoise.errors import ClientClosedError, ForkError, is_integer, require
+from equipoise.options import Backoff, ClientMetrics, Limits, SessionOptions, Timeout, WhenLost
 from equipoise.policies import Durability, PolicySpec, SettingValue, check_name
+from equipoise.results import Stats
 from equipoise.route import Route
 from equipoise.security import Security
 from equipoise.session import Session
-from equipoise.stats import Stats
 
 logger = logging.getLogger("equipoise")
 
@@ -30,7 +30,7 @@ ADDRESS = "localhost:50051"
 
 
 class Trainer:
-    """One trainer of one policy; see `equipoise.PolicyClient` for the arguments."""
+    """One trainer of one policy, without a connection. `equipoise.PolicyClient` documents the arguments."""
 
     def __init__(
         self,
@@ -49,13 +49,14 @@ class Trainer:
         backoff: Backoff | None = None,
         limits: Limits | None = None,
         security: Security | None = None,
+        metrics: ClientMetrics | None = None,
     ) -> None:
-        if num_examples is not None and num_examples < 1:
-            raise InvalidRequestError(field="num_examples", value=num_examples, rule="must be at least 1")
-        if trainer_id is not None and not TRAINER_ID.fullmatch(trainer_id):
-            raise InvalidRequestError(
-                field="trainer_id", value=repr(trainer_id), rule="must be 1 to 128 printable ASCII characters"
-            )
+        if num_examples is not None:
+            fits = is_integer(num_examples, 1, 1 << 63)
+            require(fits, field="num_examples", value=num_examples, rule="must be an integer in [1, 2^63)")
+        if trainer_id is not None:
+            fits = isinstance(trainer_id, str) and TRAINER_ID.fullmatch(trainer_id) is not None
+            require(fits, field="trainer_id", value=trainer_id, rule="must be 1 to 128 printable ASCII characters")
         self.address = address
         self._route = Route(address, security)
         self.policy = check_name(policy)
@@ -75,23 +76,38 @@ class Trainer:
             limits=limits or Limits(),
         )
         self._closed = False
+        self._metrics = metrics
         self._start(trainer_id)
 
     @property
     def trainer_id(self) -> str:
-        """Id of this trainer: random unless it was given; a forked child has its own."""
+        """The id of this trainer: the one that was given, or a random one. A forked child has an id of its own."""
         self._follow_fork()
         return self._session.trainer_id
 
     @property
+    def rule(self) -> str:
+        """Name of the policy's rule, as it was given; empty: it was not."""
+        return self._options.spec.rule
+
+    @property
+    def num_examples(self) -> int | None:
+        """N, as it was given or as the server said when a stream was opened; None: not known yet."""
+        return self._session.num_examples or None
+
+    @property
     def stats(self) -> Stats:
-        """A copy of the counters."""
+        """The client's counters, as a copy."""
         self._follow_fork()
         with self._lock:
             return self._session.stats
 
     def for_policy(self, policy: str) -> Self:
-        """A client with the same options, of another policy of the same server: one that was forked or imported."""
+        """Returns a new client of another policy of the same server, such as a fork, with the same options.
+
+        Raises:
+            InvalidRequestError: the name is none for a policy.
+        """
         options = self._options
         return type(self)(
             self.address,
@@ -107,28 +123,50 @@ class Trainer:
             backoff=options.backoff,
             limits=options.limits,
             security=self._route.security,
+            metrics=self._metrics,
         )
 
     def weights(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Per id the weight of the newest answer that held it, else 1: float32 [len(ids)]. Asks nobody, never waits.
+        """Returns the newest weights known, without asking the server or waiting.
 
-        All 1 when more than `max_staleness` steps are newer than the newest answer.
+        Args:
+            ids: integers [B] in [0, N).
+
+        Returns:
+            float32 [B]: for each id the weight in the newest answer that held it, 1 if there was none. All are 1 when
+            more than `max_staleness` steps are newer than the newest answer.
+
+        Raises:
+            InvalidRequestError: an id is out of range.
         """
         self._follow_fork()
         with self._lock:
             return self._session.cached_weights(ids)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a restarted trainer needs to go on exactly once, for its checkpoint: strings, integers and bytes.
+    def knows(self, ids: ArrayLike) -> NDArray[np.bool_]:
+        """Whether an answer, or `preload`, has told the weight of each id; without asking the server or waiting.
 
-        A policy does not roll back: to go on from an older checkpoint, fork or import a policy.
+        Args:
+            ids: integers [B] in [0, N).
+
+        Returns:
+            bool [B].
+        """
+        self._follow_fork()
+        with self._lock:
+            return self._session.knows(ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a restarted trainer needs to go on exactly once, to be saved: strings, integers and bytes.
+
+        A policy does not roll back. To go on from an older checkpoint, fork or import a policy.
         """
         self._follow_fork()
         with self._lock:
             return self._session.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up where the client stopped that gave `state`; before the first step.
+        """Takes up where the client stopped that gave `state`. Call it before the first step.
 
         Raises:
             InvalidRequestError: the state is not one of this policy, or this client was used already.
@@ -143,16 +181,31 @@ class Trainer:
         self._lock = threading.Lock()
         # Of its own, so that a trainer's seeded generator stays as it is.
         jitter = random.SystemRandom().random
-        self._session = Session(self._options, trainer_id=trainer_id or secrets.token_hex(16), random=jitter)
+        self._session = Session(
+            self._options, trainer_id=trainer_id or secrets.token_hex(16), random=jitter, answered=self._answered
+        )
+        if self._metrics is not None:
+            self._metrics.joined(self, self._options)
+
+    def _answered(self, seconds: float) -> None:
+        if self._metrics is not None:
+            self._metrics.answered(self.policy, seconds)
+
+    def _leave(self) -> None:
+        """The client is closing."""
+        if self._metrics is not None:
+            self._metrics.left(self)
 
     def _follow_fork(self) -> None:
-        """In a forked child: a connection, a numbering and a trainer_id of its own."""
+        """In a forked child: a numbering and a trainer_id of its own; ForkError if the parent was connected."""
+        if forks.cut_off():
+            raise ForkError
         if os.getpid() != self._pid:
-            self._leave_to_parent()
             self._start(None)
 
-    def _leave_to_parent(self) -> None:
-        """Lets go of nothing that the parent uses."""
+    def _left_to_parent(self) -> bool:
+        """Whether what this client holds is its parent's: this process was forked from it, and has not used it."""
+        return os.getpid() != self._pid
 
     @property
     def _patience(self) -> float:
@@ -168,3 +221,4 @@ class Trainer:
     def _check_open(self) -> None:
         if self._closed:
             raise ClientClosedError(f"{self.policy}: the client was closed")
+        self._follow_fork()

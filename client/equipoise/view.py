@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from equipoise.channel import MAX_MESSAGE_BYTES
 from equipoise.results import Outcome, Source, StepResult
 from equipoise.v1 import policy_pb2 as pb
-from equipoise.weights_cache import WeightsCache
 from equipoise.wire import Bounds
 
 
 class PolicyView:
-    """See the module.
+    """What a client knows of its policy.
 
     Args:
         num_examples: N; 0: not known yet.
@@ -45,9 +45,10 @@ class PolicyView:
         self.bounds = replace(self.bounds, num_examples=num_examples)
         self._cache.resize(num_examples)
 
-    def limit(self, max_batch_examples: int) -> None:
-        """The server takes this many rows."""
-        self.bounds = replace(self.bounds, max_batch_examples=max_batch_examples)
+    def limit(self, *, max_batch_examples: int, max_message_bytes: int) -> None:
+        """The server takes so many rows and bytes at once; 0: it does not say."""
+        largest = min(max_message_bytes or MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
+        self.bounds = replace(self.bounds, max_batch_examples=max_batch_examples, max_message_bytes=largest)
 
     def become(self, uid: str) -> None:
         """The policy is another incarnation: nothing known of the old one holds."""
@@ -80,6 +81,10 @@ class PolicyView:
             return weights, Source.STALE
         return np.ones(len(ids), np.float32), Source.UNIFORM
 
+    def knows(self, ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Whether the weight of each id is known."""
+        return self._cache.lookup(ids)[1]
+
     def fallback(self, ids: NDArray[np.uint64], outcome: Outcome, *, knows: bool = True) -> StepResult:
         """An answer without the server; uniform when what is known is not what was asked for (`knows`)."""
         weights, source = self.weights(ids) if knows else (np.ones(len(ids), np.float32), Source.UNIFORM)
@@ -93,3 +98,53 @@ class PolicyView:
             durable_sequence=self.durable_sequence,
             staleness=self.staleness,
         )
+
+
+class WeightsCache:
+    """The newest weight of each example, and its version, in bounded memory.
+
+    There is one slot for each example while they all fit. Beyond that, examples share slots, and a new weight takes the
+    place of an older one. A strict order of use would cost a dictionary operation per row; this costs three array
+    operations per answer.
+
+    Args:
+        capacity: most examples it can hold.
+    """
+
+    def __init__(self, *, capacity: int) -> None:
+        self._capacity = capacity
+        self._size = 0
+
+    def resize(self, num_examples: int) -> None:
+        """Makes room for a policy of this many examples; keeps what it holds when the size is the same."""
+        size = min(num_examples, self._capacity)
+        if size != self._size:
+            self._size = size
+            self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        # Zeroed memory is not touched until it is written: a huge policy costs what is used of it.
+        self._owners = np.zeros(self._size, np.uint64)  # id + 1; 0: empty
+        self._weights = np.zeros(self._size, np.float32)
+        self._versions = np.zeros(self._size, np.uint64)
+
+    def store(self, ids: NDArray[np.uint64], weights: NDArray[np.float32], *, version: int) -> None:
+        """Remembers the weights [B] of ids [B], unless a newer version of the slot is known."""
+        if not self._size:
+            return
+        slots = ids % np.uint64(self._size)
+        newer = self._versions[slots] <= version
+        if not newer.all():
+            slots, ids, weights = slots[newer], ids[newer], weights[newer]
+        self._owners[slots] = ids + np.uint64(1)
+        self._weights[slots] = weights
+        self._versions[slots] = version
+
+    def lookup(self, ids: NDArray[np.uint64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Weights [B] of ids [B], 1 where unknown; and whether each is known."""
+        if not self._size:
+            return np.ones(len(ids), np.float32), np.zeros(len(ids), np.bool_)
+        slots = ids % np.uint64(self._size)
+        known = self._owners[slots] == ids + np.uint64(1)
+        return np.where(known, self._weights[slots], np.float32(1)), known

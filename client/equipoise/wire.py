@@ -20,22 +20,33 @@ STATISTICS = (*ROW_STATISTICS, "gradient_sketches", "target_loss", "guard_loss")
 
 
 class StepFields(TypedDict, total=False):
-    """What a step may carry beside the ids of its rows; B rows.
+    """What a step may carry beside the ids of its rows. B is the number of rows.
+
+    Arrays may be anything that NumPy takes: lists, arrays, CPU tensors without gradient.
 
     Attributes:
-        contributions: float [B]: ∇L_target·∇l_n of the unweighted example loss, finite where scored.
-        losses: float [B]: unweighted example loss, nats, finite where scored.
-        reference_losses: float [B]: loss of a reference model, nats, finite where scored; for rule `rho`.
-        gradient_sketches: float16 or float32 [B, k]: instead of contributions, a sketch of each example's gradient
-            (such as a random projection), finite where scored; the server multiplies it with `target_sketch`. Other
-            types are sent as float32.
+        contributions: float [B], finite where scored: ∇L_target·∇l_n, the inner product of the target gradient with the
+            gradient of the row's unweighted loss.
+        losses: float [B], finite where scored: the unweighted loss of each row, nats.
+        reference_losses: float [B], finite where scored: the loss of each row under a reference model, nats; for rule
+            `rho`.
+        gradient_sketches: float16 or float32 [B, k], finite where scored: instead of contributions, a sketch of each
+            row's gradient, such as a random projection. The server multiplies it with `target_sketch`. Other types are
+            sent as float32.
         target_sketch: float [k]: the same sketch of the target gradient ∇L_target.
-        scored: bool or 0/1 [B]: rows that are not scored are ignored and may hold NaN; default: all are.
+        scored: bool or 0/1 [B]. The statistics of a row that is not scored are ignored, and may be NaN. Default: all
+            rows are scored.
+        measured: bool or 0/1 [B]: which rows have a contribution, for trainers that measure it for some rows alone.
+            The others' are ignored, and may be NaN; their losses count. Default: all rows that are scored. A rule that
+            needs contributions ignores the rows without.
+        groups: integers [B] in [0, 2^32): the group of each row's example, such as its label or source, for rule
+            `strata`; below the policy's setting `groups`.
         target_loss: mean loss on the target set A, nats.
         guard_loss: mean loss on the guard set B, nats.
-        step: the training step; informational. For rule `trajectory` the row that the contributions move.
-        weights_for: ids whose weights the answer holds, instead of those of the rows.
-        all_examples: the rows are all examples of the policy in order; instead of ids.
+        step: the number of the training step, in [0, 2^64), for people to read. For rule `trajectory` it is the row
+            that the contributions move.
+        weights_for: integers [M] in [0, N): the answer holds the weights of these ids instead of those of the rows.
+        all_examples: the rows are all N examples in order; give no ids then.
         omit_weights: the answer holds no weights, for trainers that only report.
     """
 
@@ -45,6 +56,8 @@ class StepFields(TypedDict, total=False):
     gradient_sketches: ArrayLike
     target_sketch: ArrayLike
     scored: ArrayLike
+    measured: ArrayLike
+    groups: ArrayLike
     target_loss: float
     guard_loss: float
     step: int
@@ -60,10 +73,12 @@ class Bounds:
     Attributes:
         num_examples: ids are below it; 0: not known.
         max_batch_examples: most rows; 0: not known.
+        max_message_bytes: largest message.
     """
 
     num_examples: int = 0
     max_batch_examples: int = 0
+    max_message_bytes: int = MAX_MESSAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,13 +107,22 @@ def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Req
     _check_names(fields)
     message = pb.StepRequest(step=_training_step(fields.get("step", 0)))
     rows = _rows(message, ids, fields, bounds)
-    scored = _scored(fields.get("scored"), len(rows))
+    scored = _mask("scored", fields.get("scored"), len(rows))
     if scored is not None:
         message.scored = scored.tobytes()
+    measured = _measured(fields, len(rows))
+    if measured is not None:
+        message.measured = measured.tobytes()
+        measured = measured if scored is None else measured & scored
+    else:
+        measured = scored
     for name in ROW_STATISTICS:
         if (values := fields.get(name)) is not None:
-            setattr(message, name, _row_statistic(name, values, len(rows), scored).tobytes())
-    _sketches(message, fields, len(rows), scored)
+            there = measured if name == "contributions" else scored
+            setattr(message, name, _row_statistic(name, values, len(rows), there).tobytes())
+    _sketches(message, fields, len(rows), measured)
+    if (groups := fields.get("groups")) is not None:
+        message.groups = _groups(groups, len(rows)).tobytes()
     if (target_loss := fields.get("target_loss")) is not None:
         message.target_loss = _loss("target_loss", target_loss)
     if (guard_loss := fields.get("guard_loss")) is not None:
@@ -114,7 +138,7 @@ def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Req
     if fields.get("omit_weights", False):
         message.omit_weights = True
         rows = np.zeros(0, np.uint64)
-    return _sized(Request(message=message, answer_ids=rows, reads=False))
+    return _sized(Request(message=message, answer_ids=rows, reads=False), bounds)
 
 
 def build_read(ids: ArrayLike | None, bounds: Bounds, *, step: int | None = None) -> Request:
@@ -133,7 +157,7 @@ def build_read(ids: ArrayLike | None, bounds: Bounds, *, step: int | None = None
         message.all_examples = True
     else:
         raise InvalidRequestError(field="ids", rule="must be given, or num_examples to the client, before it connects")
-    return _sized(Request(message=message, answer_ids=rows, reads=True, of_row=step is not None))
+    return _sized(Request(message=message, answer_ids=rows, reads=True, of_row=step is not None), bounds)
 
 
 def example_ids(field: str, values: ArrayLike, bounds: Bounds) -> NDArray[np.uint64]:
@@ -142,14 +166,28 @@ def example_ids(field: str, values: ArrayLike, bounds: Bounds) -> NDArray[np.uin
     if array.size == 0:
         raise InvalidRequestError(field=field, rule="must hold at least one id")
     if array.dtype.kind not in "iu":
-        raise InvalidRequestError(field=field, value=array.dtype, rule="ids must be integers")
+        rule = "ids must be integers in [0, 2^63)"
+        if array.dtype.kind in "USOT":
+            rule += "; `equipoise.ExampleKeys` gives ids to names"
+        raise InvalidRequestError(field=field, value=f"{array.dtype} values", rule=rule)
     _check_rows(field, len(array), bounds)
+    if array.dtype == np.uint64:  # what is beyond int64 was negative before somebody converted it
+        array = array.view(np.int64)
     if array.dtype.kind == "i":
-        _check_all(field, array, array >= 0, "ids must not be negative")
+        _check_all(field, array, array >= 0, "ids must not be negative, or 2^63 and more")
     ids = array.astype("<u8")
     if bounds.num_examples:
         _check_all(field, ids, ids < bounds.num_examples, f"ids must be below num_examples = {bounds.num_examples}")
     return ids
+
+
+def oversize(request: Request, bounds: Bounds) -> InvalidRequestError | None:
+    """What is wrong with a message that is too large; None: it is not."""
+    size = request.message.ByteSize()
+    if size <= bounds.max_message_bytes - FRAME_BYTES:
+        return None
+    rule = f"a message holds at most {bounds.max_message_bytes} bytes (max_message_bytes of the server)"
+    return InvalidRequestError(field="ids", value=f"a message of {size} bytes", rule=f"{rule}; send fewer rows at once")
 
 
 def float32s(data: bytes) -> NDArray[np.float32]:
@@ -184,21 +222,37 @@ def _rows(message: pb.StepRequest, ids: ArrayLike | None, fields: StepFields, bo
         count = bounds.num_examples or max(_length(fields.get(name)) for name in (*ROW_STATISTICS, "gradient_sketches"))
         _check_rows("all_examples", count, bounds)
         return np.arange(count, dtype=np.uint64)
-    for name in (*ROW_STATISTICS, "gradient_sketches", "scored"):
+    for name in (*ROW_STATISTICS, "gradient_sketches", "scored", "measured", "groups"):
         if fields.get(name) is not None:
             raise InvalidRequestError(field="ids", rule=f"{name} need the ids of their rows, or all_examples=True")
     return np.zeros(0, np.uint64)
 
 
-def _scored(values: ArrayLike | None, rows: int) -> NDArray[np.uint8] | None:
+def _mask(field: str, values: ArrayLike | None, rows: int) -> NDArray[np.uint8] | None:
     if values is None:
         return None
-    array = _array("scored", values)
-    _check_length("scored", len(array), rows)
+    array = _array(field, values)
+    _check_length(field, len(array), rows)
     if array.dtype.kind not in "biu":
-        raise InvalidRequestError(field="scored", value=array.dtype, rule="must be booleans, or integers 0 and 1")
-    _check_all("scored", array, (array == 0) | (array == 1), "must be 0 or 1")
+        raise InvalidRequestError(field=field, value=array.dtype, rule="must be booleans, or integers 0 and 1")
+    _check_all(field, array, (array == 0) | (array == 1), "must be 0 or 1")
     return array.astype(np.uint8)
+
+
+def _measured(fields: StepFields, rows: int) -> NDArray[np.uint8] | None:
+    mask = _mask("measured", fields.get("measured"), rows)
+    if mask is not None and fields.get("contributions") is None and fields.get("gradient_sketches") is None:
+        raise InvalidRequestError(field="measured", rule="needs contributions or gradient_sketches")
+    return mask
+
+
+def _groups(values: ArrayLike, rows: int) -> NDArray[np.uint32]:
+    array = _array("groups", values)
+    _check_length("groups", len(array), rows)
+    if array.dtype.kind not in "iu":
+        raise InvalidRequestError(field="groups", value=array.dtype, rule="must be integers in [0, 2^32)")
+    _check_all("groups", array, (array >= 0) & (array < 2**32), "must be in [0, 2^32)")
+    return array.astype("<u4")
 
 
 def _length(values: Any) -> int:
@@ -304,10 +358,7 @@ def _check_all(field: str, values: NDArray[Any], fine: NDArray[np.bool_], rule: 
         raise InvalidRequestError(field=field, index=index, value=values[index], rule=rule)
 
 
-def _sized(request: Request) -> Request:
-    size = request.message.ByteSize()
-    if size > MAX_MESSAGE_BYTES - FRAME_BYTES:
-        raise InvalidRequestError(
-            field="ids", value=f"{size} bytes", rule=f"a message holds at most {MAX_MESSAGE_BYTES} bytes"
-        )
+def _sized(request: Request, bounds: Bounds) -> Request:
+    if (error := oversize(request, bounds)) is not None:
+        raise error
     return request

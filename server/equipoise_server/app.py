@@ -8,7 +8,6 @@ import os
 import platform
 import secrets
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,35 +15,56 @@ from pathlib import Path
 
 import grpc
 import structlog
+import torch
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from equipoise.v1 import policy_pb2, policy_pb2_grpc
 from equipoise_server import logs
+from equipoise_server.addresses import bindable, reachable
 from equipoise_server.engine import (
-    DeviceThread,
+    Device,
     Engine,
     EngineLimits,
     choose_device,
     describe_device,
+    give_back_freed,
+    tune_allocator,
 )
 from equipoise_server.errors import draining
 from equipoise_server.health import Health
 from equipoise_server.interceptors import EdgeInterceptor
-from equipoise_server.metrics import Endpoint, Metrics, ServerStatus, measure_lag
-from equipoise_server.security import Access, CertificateError, CertificateFiles, Certificates, TokenFileError
+from equipoise_server.metrics import Endpoint, Metrics, measure_lag
+from equipoise_server.overview import Overview
+from equipoise_server.redis_url import RedisUrl
+from equipoise_server.reflection import add_reflection
+from equipoise_server.security import (
+    SERVICE,
+    Access,
+    CallLimits,
+    Calls,
+    CertificateError,
+    CertificateFiles,
+    Certificates,
+    TokenFileError,
+    is_exposed,
+)
 from equipoise_server.servicer import PolicyServicer, ServiceLimits
-from equipoise_server.settings import Settings, SettingsError, host_and_port
+from equipoise_server.settings import Settings, SettingsError
 from equipoise_server.store import EmbeddedRedis, RedisStore, StoreError, Unavailable
 
 log = structlog.get_logger("equipoise.server")
 
 REDIS_CHECK_S = 1.0
 ACCESS_CHECK_S = 1.0
+USAGE_CHECK_S = 5.0
 FLUSH_TIMEOUT_S = 10.0
 LAST_WORD_S = 2.0
 """How long before the end of the grace streams that do not leave are ended."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter from the event loop, seconds: Python's own 5 ms are many steps long."""
 START_FAILED = 1
+REFUSALS_AT_ONCE = 4096
+"""Calls beyond `max_concurrent_rpcs` that may be about to be refused: each takes a moment."""
 STREAM_WINDOW_BYTES = 1 << 20
 """What a client may send ahead of being read, for each of its streams."""
 MAX_PING_STRIKES = 30
@@ -59,12 +79,18 @@ class Server:
         self._stack = contextlib.AsyncExitStack()
         # A Redis of its own serves no other server: who finds a policy there owns it.
         self._instance = secrets.token_hex(8) if settings.redis else ""
-        self._redis_up: bool | None = None  # not asked yet
+        self._redis_trouble = ""
         self._health = Health("redis")
         self._access = Access(settings.tokens_file)
-        self._certificates: Certificates | None = None
-        self._metrics = Metrics(build=_build_facts(), max_policies=settings.metrics_max_policies)
+        self._calls = Calls(
+            CallLimits(max_calls=settings.max_concurrent_rpcs, max_tenant_calls=settings.max_tenant_rpcs)
+        )
+        self._overview = Overview(settings=settings, health=self._health, access=self._access, calls=self._calls)
+        self._metrics = Metrics(
+            build=_build_facts(), max_policies=settings.metrics_max_policies, tenant_of=self._access.tenant_of
+        )
         self._tasks: set[asyncio.Task[None]] = set()
+        self._takes_policies = settings.spread_policies
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set, then drains: no new work, streams reconnect elsewhere, state is written."""
@@ -75,28 +101,34 @@ class Server:
 
     async def _start(self) -> None:
         settings = self._settings
+        for name in ("tls_key", "tokens_file", "redis_url_file", "redis_password_file", "redis_sentinel_password_file"):
+            path = getattr(settings, name)
+            if path is not None and is_exposed(path):
+                log.warning("every user of this machine can read a secret: chmod o-r", setting=name, path=str(path))
         try:
             self._access.load()
         except TokenFileError as error:
             raise SettingsError(f"tokens_file: {error}") from error
+        metrics_address = await self._start_metrics()  # first: whoever watches learns that it lives, and why it waits
         self._store = await self._connect_store()
-        self._device = DeviceThread(choose_device(settings.device))
+        self._device = self._overview.device = Device(choose_device(settings.device), share=self._access.share)
         self._stack.callback(self._device.close)
-        self._engine = Engine(
+        self._engine = self._overview.engine = Engine(
             self._store,
             self._device,
             address=settings.listen,
             limits=_engine_limits(settings),
             telemetry=self._metrics,
             instance=self._instance,
+            spreads=settings.spread_policies,
         )
-        self._servicer = PolicyServicer(
+        self._servicer = self._overview.servicer = PolicyServicer(
             self._engine,
             limits=_service_limits(settings, describe_device(self._device.device)),
             telemetry=self._metrics,
+            share=self._access.share,
         )
         await self._start_grpc()
-        metrics_address = await self._start_metrics()
         self._spawn(self._watch_redis())
         self._spawn(measure_lag(self._metrics.event_loop_lag))
         self._spawn(self._unload_idle())
@@ -106,22 +138,34 @@ class Server:
         # What is here now stays: a full collection that looks at all of it again would stop the event loop for 0.1 s.
         gc.collect()
         gc.freeze()
-        log.info("serving", address=self.address, metrics=metrics_address, device=describe_device(self._device.device))
+        log.info(
+            "serving",
+            address=self.address,
+            advertised=self._engine.address,
+            metrics=metrics_address,
+            device=describe_device(self._device.device),
+        )
 
     async def _connect_store(self) -> RedisStore:
         settings = self._settings
-        url = settings.redis
+        url: RedisUrl | str | None = settings.redis
+        access = settings.redis_access
         if url is None:
             embedded = EmbeddedRedis(settings.data_dir, fsync=settings.fsync, on_sync_change=self._note_sync)
+            self._health.lacks("redis", "its own Redis is loading its file")
             await embedded.start()
+            self._overview.own_redis = embedded
+            self._spawn(self._watch_usage(embedded))
             self._stack.push_async_callback(embedded.stop)
             self._spawn(embedded.supervise(on_exit=lambda status: log.error("redis ended", status=status)))
             url = embedded.url
         store = RedisStore.connect(
             url,
+            access=access,
             command_timeout_s=settings.redis_timeout_s,
             observer=self._metrics.store,
             confirms_writes=settings.redis is None and settings.fsync != "always",
+            wait_replicas=settings.redis_wait_replicas,
         )
         self._stack.push_async_callback(store.close)
         return store
@@ -136,40 +180,49 @@ class Server:
     async def _start_grpc(self) -> None:
         settings = self._settings
         self._grpc = grpc.aio.server(
-            interceptors=[EdgeInterceptor(self._metrics.rpc, self._access)],
+            interceptors=[
+                EdgeInterceptor(
+                    self._metrics.rpc,
+                    self._access,
+                    self._calls,
+                    message_timeout_s=settings.first_message_timeout_s,
+                    write_timeout_s=settings.write_timeout_s,
+                )
+            ],
             options=_grpc_options(settings),
-            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+            # `Calls` refuses with details, and keeps room for health; this is for what has not reached it yet.
+            maximum_concurrent_rpcs=settings.max_concurrent_rpcs + REFUSALS_AT_ONCE,
         )
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(self._servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
         names = (policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name, health.SERVICE_NAME)
-        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._grpc)
+        add_reflection(names, self._grpc)
         try:
             port = self._bind()
         except RuntimeError as error:
             raise SettingsError(f"listen: {settings.listen!r} cannot be bound; is another server there?") from error
-        self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
-        self._engine.address = settings.advertise or _reachable(self.address)
+        self.address = f"{bindable(settings.listen).rpartition(':')[0]}:{port}"
+        self._engine.address = settings.advertise or reachable(self.address, os.environ)
         await self._health.start()
         await self._grpc.start()
 
     def _bind(self) -> int:
         settings = self._settings
         if settings.tls_certificate is None or settings.tls_key is None:
-            return self._grpc.add_insecure_port(settings.listen)
+            return self._grpc.add_insecure_port(bindable(settings.listen))
         files = CertificateFiles(
             certificate=settings.tls_certificate, key=settings.tls_key, client_ca=settings.tls_client_ca
         )
         try:
-            self._certificates = Certificates(files)
+            certificates = self._overview.certificates = Certificates(files)
         except CertificateError as error:
             raise SettingsError(f"tls_certificate, tls_key or tls_client_ca: {error}") from error
-        return self._grpc.add_secure_port(settings.listen, self._certificates.credentials())
+        return self._grpc.add_secure_port(bindable(settings.listen), certificates.credentials())
 
     async def _start_metrics(self) -> str:
         if not self._settings.metrics_listen:
             return ""
-        endpoint = Endpoint(self._metrics, status=self._status, problems=self._health.problems)
+        endpoint = Endpoint(self._metrics, status=self._overview.status, checks=self._health.checks)
         try:
             address = await endpoint.start(self._settings.metrics_listen)
         except OSError as error:
@@ -181,7 +234,13 @@ class Server:
     async def _drain(self) -> None:
         log.info("stopping", grace_s=self._settings.drain_grace_s)
         await self._health.drain()
+        self._takes_policies = False
+        if self._instance:
+            with contextlib.suppress(StoreError):  # others learn it by a heartbeat, or when they end
+                await self._store.leave_servers(self._instance)
         await asyncio.sleep(self._settings.drain_delay_s)
+        # Whoever watches the health has been told; neither he nor a tool's reflection must be waited for.
+        self._calls.end(lambda _, method: None if method.startswith(SERVICE) else draining())
         handing_over = asyncio.ensure_future(self._engine.hand_over(draining(), flush_timeout_s=FLUSH_TIMEOUT_S))
         grace_s = self._settings.drain_grace_s
         ending = asyncio.ensure_future(self._grpc.stop(grace_s))
@@ -198,41 +257,69 @@ class Server:
         log.info("stopped")
 
     async def _watch_redis(self) -> None:
+        ask = self._store.probe
         while True:
             try:
-                await self._store.ping()
-                await self._send_heartbeat()
+                await ask()
+                ask = self._store.ping  # what it can do at all it will go on doing
+                takes_writes = await self._send_heartbeat()
                 await self._engine.check_fences()
+                if takes_writes:  # else what leaves memory could not be acquired again
+                    await self._engine.balance()
             except StoreError as error:
-                if self._redis_up is not False:
-                    log.warning("redis does not answer", error=str(error))
-                self._redis_up = False
+                trouble = error.kind if isinstance(error, Unavailable) else str(error)
+                if self._redis_trouble != trouble:
+                    log.warning("redis cannot be used", error=str(error))
+                self._overview.redis_up, self._redis_trouble = False, trouble
+                self._health.lacks("redis", str(error))
             else:
-                if not self._redis_up:
+                if not self._overview.redis_up:
                     log.info("redis answers")
-                self._redis_up = True
+                self._overview.redis_up, self._redis_trouble = True, ""
                 await self._health.reached("redis")
             await asyncio.sleep(min(REDIS_CHECK_S, self._settings.owner_timeout_s / 4))
 
-    async def _send_heartbeat(self) -> None:
+    async def _send_heartbeat(self) -> bool:
+        """Whether Redis took it; it may answer and take nothing."""
         if not self._instance:
-            return
+            return True
         ttl_s = self._settings.owner_timeout_s
         try:
-            await self._store.heartbeat(self._instance, address=self._engine.address, ttl_s=ttl_s)
+            await self._store.heartbeat(
+                self._instance,
+                address=self._engine.address,
+                load=self._engine.load if self._takes_policies else None,
+                ttl_s=ttl_s,
+            )
         except Unavailable as error:
-            if error.kind not in ("oom", "readonly", "misconf"):  # with these it answers, and takes nothing
+            if error.kind not in ("oom", "readonly", "misconf"):
                 raise
+            return False
+        return True
+
+    async def _watch_usage(self, redis: EmbeddedRedis) -> None:
+        while True:
+            with contextlib.suppress(OSError):  # its files are being rewritten
+                self._overview.own_redis_usage = await redis.usage()
+            await asyncio.sleep(USAGE_CHECK_S)
 
     async def _watch_access(self) -> None:
         while True:
             await asyncio.sleep(ACCESS_CHECK_S)
             self._access.refresh()
+            self._calls.end(lambda who, _: self._access.objection(who))
 
     async def _unload_idle(self) -> None:
+        released, rounds = 0, 0
         while True:
             await asyncio.sleep(min(self._settings.policy_idle_s, 10.0))
             await self._engine.unload_idle(idle_s=self._settings.policy_idle_s)
+            if released != self._engine.released:
+                released, rounds = self._engine.released, 2  # some of their work may end only now
+            if rounds:
+                rounds -= 1
+                gc.collect()  # the errors that ended that work hold frames, with steps of megabytes in them
+            await asyncio.to_thread(give_back_freed)
 
     def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -250,26 +337,13 @@ class Server:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _status(self) -> ServerStatus:
-        runners = self._engine.runners
-        return ServerStatus(
-            policies=tuple(runner.status for runner in runners),
-            loading=len(self._engine.loadings),
-            queued_steps=sum(len(runner.queue) for runner in runners),
-            inflight_bytes=sum(runner.queue.size for runner in runners),
-            active_streams=self._servicer.open_streams,
-            trainers=sum(len(runner.policy.trainers.known) for runner in runners),
-            tasks=len(asyncio.all_tasks()),
-            unpersisted_updates=sum(runner.log.backlog for runner in runners),
-            redis_up=bool(self._redis_up),
-            draining=self._health.draining,
-            certificate_expires=self._certificates.expires if self._certificates else None,
-        )
-
 
 def run(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT; a second one ends at once. Returns the exit status."""
     logs.configure(level=settings.log_level, form=settings.log_format)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # a core is left to the event loop during long work
+    tune_allocator()
     try:
         asyncio.run(_run(settings))
     except (SettingsError, StoreError, OSError, ValueError) as error:
@@ -306,12 +380,6 @@ def _announce(ready_file: Path | None, *, address: str, metrics_address: str) ->
     unfinished.replace(ready_file)
 
 
-def _reachable(address: str) -> str:
-    """An address that other machines may use, where the server listens on every interface."""
-    host, port = host_and_port(address)
-    return f"{socket.gethostname()}:{port}" if host in ("", "0.0.0.0", "::") else address
-
-
 def _build_facts() -> dict[str, str]:
     return {"version": version("equipoise"), "python": platform.python_version(), "grpcio": version("grpcio")}
 
@@ -319,10 +387,12 @@ def _build_facts() -> dict[str, str]:
 def _engine_limits(settings: Settings) -> EngineLimits:
     return EngineLimits(
         trainer_idle_s=settings.trainer_idle_s,
+        max_trainers=settings.max_trainers,
         max_queued_steps=settings.max_queued_steps,
         max_queued_bytes=settings.max_queued_bytes,
         log_timeout_s=settings.log_timeout_s,
         max_backlog_bytes=settings.max_backlog_bytes,
+        max_backlogs_bytes=settings.max_backlogs_bytes,
         sweep_min_bytes=settings.sweep_min_bytes,
         sweep_bytes_per_s=settings.sweep_bytes_per_s,
     )
@@ -334,6 +404,10 @@ def _service_limits(settings: Settings, device: str) -> ServiceLimits:
         max_examples=settings.max_examples,
         max_message_bytes=settings.max_message_bytes,
         max_streams=settings.max_streams,
+        max_import_bytes=settings.max_import_bytes,
+        max_inflight_bytes=settings.max_inflight_bytes,
+        max_tenant_inflight_bytes=settings.max_tenant_inflight_bytes,
+        write_timeout_s=settings.write_timeout_s,
         first_message_timeout_s=settings.first_message_timeout_s,
         build_version=version("equipoise"),
         device=device,

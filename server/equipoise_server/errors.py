@@ -4,6 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+MAX_VIOLATIONS = 5
+MAX_TEXT = 600
+"""Bytes of a message, of a violation and of a fact in the metadata; of longer ones the middle is left out.
+
+Whatever a caller sends, he gets an answer that fits the 8 KiB that peers accept of a status."""
+
 
 class Code(Enum):
     """Canonical gRPC codes that the service uses, with their numbers."""
@@ -20,6 +26,7 @@ class Code(Enum):
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+    DATA_LOSS = 15
     UNAUTHENTICATED = 16
 
 
@@ -52,12 +59,19 @@ class ServiceError(Exception):
         metadata: Mapping[str, str] | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(shortened(message))
         self.code = code
         self.reason = reason
-        self.violations = violations
-        self.metadata = dict(metadata or {})
+        self.violations = tuple(
+            Violation(shortened(each.field), shortened(each.description)) for each in violations[:MAX_VIOLATIONS]
+        )
+        self.metadata = {key: shortened(value) for key, value in (metadata or {}).items()}
         self.retry_after_s = retry_after_s
+
+    def bare(self) -> "ServiceError":
+        """Itself, without the frames that it came through: they hold the request, until its caller has his answer."""
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
 
     def again(self) -> "ServiceError":
         """The same error for another caller: one that is raised often would keep the frames of all who got it."""
@@ -69,6 +83,21 @@ class ServiceError(Exception):
             metadata=self.metadata,
             retry_after_s=self.retry_after_s,
         )
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and end with a mark between them: values come first in our messages, rules last."""
+    if len(text) <= MAX_TEXT and len(text.encode(errors="replace")) <= MAX_TEXT:
+        return text
+    half = MAX_TEXT // 2
+    start = text[:half].encode(errors="replace")[:half].decode(errors="ignore")
+    end = text[-half:].encode(errors="replace")[-half:].decode(errors="ignore")
+    return f"{start} … {len(text) - len(start) - len(end)} characters … {end}"
+
+
+def quoted(text: str) -> str:
+    """Somebody's own text as it is shown to him; whatever it is, showing it takes no time and no memory."""
+    return repr(shortened(text))
 
 
 def invalid(reason: str, field: str, description: str) -> ServiceError:
@@ -110,8 +139,14 @@ def fenced(name: str) -> ServiceError:
 
 def not_owner(name: str, address: str) -> ServiceError:
     """FAILED_PRECONDITION: another server owns the policy; the metadata tell where."""
-    message = f"policy {name!r} is owned by the server at {address}"
+    message = f"policy {name!r} belongs to the server at {address}"
     return ServiceError(Code.FAILED_PRECONDITION, "NOT_OWNER", message, metadata={"owner": address})
+
+
+def moving(name: str) -> ServiceError:
+    """UNAVAILABLE: the policy is being handed to a server that has fewer."""
+    message = f"policy {name!r} is moving to another server; the next call finds it there"
+    return ServiceError(Code.UNAVAILABLE, "MOVING", message, retry_after_s=0.1)
 
 
 def unloaded(name: str) -> ServiceError:
@@ -132,9 +167,23 @@ def sequence_gap(sequence: int, expected: int) -> ServiceError:
     )
 
 
+def too_many_trainers(known: int, idle_s: float) -> ServiceError:
+    """RESOURCE_EXHAUSTED: the policy knows as many trainers as it may."""
+    message = (
+        f"{known} trainers of this policy are known, the server's limit max_trainers; one is forgotten after"
+        f" {idle_s:g} s of silence: keep the id of a trainer that starts again"
+    )
+    return ServiceError(Code.RESOURCE_EXHAUSTED, "TOO_MANY_TRAINERS", message)
+
+
 def store_down(detail: str) -> ServiceError:
     """UNAVAILABLE: Redis cannot be reached for something that needs it."""
     return ServiceError(Code.UNAVAILABLE, "STATE_STORE_DOWN", f"the state store failed: {detail}", retry_after_s=1.0)
+
+
+def state_damaged(detail: str) -> ServiceError:
+    """DATA_LOSS: what the store holds of a policy is not what was written."""
+    return ServiceError(Code.DATA_LOSS, "STATE_DAMAGED", f"{detail}; `equipoise repair` shows what can be saved")
 
 
 def device_full(name: str, *, needed: int, free: int, device: str) -> ServiceError:

@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from equipoise.torch import GhostContributions, TargetDirection, causal_lm_losses
+from equipoise.torch.vectors import named_vectors
 from tests.benchmarks import torch_cost
 
 VOCABULARY, LENGTH, BATCH, WIDTH = 500, 32, 64, 64
@@ -65,7 +66,15 @@ def fixed(model: nn.Module, old: nn.Module, batch: Tensor) -> TargetDirection:
     source = TargetDirection(old, losses_of, list(batch.split(BATCH)))
     source.refresh()
     direction = TargetDirection(model, losses_of, [batch], refresh_every=10**9)
-    direction.load_state_dict(source.state_dict())
+    direction.load_state_dict(
+        {
+            "batches_taken": 0,
+            "age": source.age,
+            "target_loss": source.target_loss,
+            "guard_loss": source.guard_loss,
+            "vectors": named_vectors(source.model, source.vectors),
+        }
+    )
     return direction
 
 

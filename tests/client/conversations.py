@@ -8,8 +8,8 @@ import numpy as np
 from equipoise import Backoff, Limits, PolicySpec, Timeout, errors
 from equipoise.options import SessionOptions, WhenLost
 from equipoise.session import Session
+from equipoise.tickets import Ticket
 from equipoise.v1 import policy_pb2 as pb
-from equipoise.window import Ticket
 
 NUM_EXAMPLES = 8
 
@@ -34,6 +34,7 @@ class Server:
     epoch: int = 1
     applied: list[int] = field(default_factory=list)
     durable: int = 0
+    max_message_bytes: int = 0
 
     def open(self) -> pb.ExchangeResponse:
         opened = pb.OpenResponse(
@@ -43,6 +44,7 @@ class Server:
             last_sequence=len(self.applied),
             durable_sequence=self.durable,
             num_examples=NUM_EXAMPLES,
+            max_message_bytes=self.max_message_bytes,
         )
         return pb.ExchangeResponse(opened=opened)
 
@@ -78,6 +80,7 @@ class Conversation:
         self.now = 0.0
         self.generation = 0
         self.sent: list[int] = []
+        self.openings: list[tuple[str, int]] = []
         self.upstream: deque[pb.ExchangeRequest] = deque()
         self.downstream: deque[pb.ExchangeResponse] = deque()
 
@@ -110,6 +113,8 @@ class Conversation:
             return False
         message = pb.ExchangeRequest.FromString(self.upstream.popleft().SerializeToString())
         is_opening = message.WhichOneof("message") == "open"
+        if is_opening:
+            self.openings.append((message.open.client_id, message.open.attempt))
         self.downstream.append(self.server.open() if is_opening else self.server.answer(message.step))
         return True
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceServicer, add_PolicyServiceServicer_to_server
+from tests.ports import free_port
 
 REFUSED_STEP = 666
 """A step with this training step is refused."""
@@ -90,7 +91,8 @@ class Service(PolicyServiceServicer):
         self, request: pb.ReadWeightsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ReadWeightsResponse]:
         for offset in self.chunk_offsets:
-            yield pb.ReadWeightsResponse(offset=offset, values=np.arange(offset, offset + 3, dtype="<f4").tobytes())
+            values = np.arange(offset, offset + 3, dtype="<f4").tobytes()
+            yield pb.ReadWeightsResponse(offset=offset, values=values, version=offset)
 
     @override
     def WatchPolicy(
@@ -114,6 +116,7 @@ class Service(PolicyServiceServicer):
         applied = self.memory.applied.setdefault(opening.trainer_id, [])
         yield pb.ExchangeResponse(
             opened=pb.OpenResponse(
+                max_batch_examples=1000,
                 uid=self.memory.uid,
                 epoch=self.memory.epoch,
                 version=self.memory.version,
@@ -179,7 +182,7 @@ class ScriptedServer:
 
     def __init__(self) -> None:
         self.memory = Memory()
-        self.port = 0
+        self.port = free_port()
         self.start()
 
     @property
@@ -192,7 +195,7 @@ class ScriptedServer:
         options = [("grpc.so_reuseport", 0), ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000)]
         self._server = grpc.server(ThreadPoolExecutor(max_workers=16), options=options)
         add_PolicyServiceServicer_to_server(self.service, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         self._server.start()
 
     def kill(self) -> None:

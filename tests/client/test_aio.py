@@ -188,3 +188,15 @@ async def test_steps_that_need_no_server_leave_the_loop_time_to_find_it() -> Non
             await step(client, number)
         counting.cancel()
         assert turns >= 50
+
+
+@pytest.mark.parametrize("use", ["step", "server_info"])
+def test_a_client_belongs_to_the_loop_it_was_first_used_in(server: ScriptedServer, use: str) -> None:
+    client = client_of(server)
+
+    async def once() -> object:
+        return await (client.step([1], losses=[1.0]) if use == "step" else client.server_info())
+
+    assert asyncio.run(once())
+    with pytest.raises(errors.EventLoopError, match="a client for each loop"):
+        asyncio.run(once())

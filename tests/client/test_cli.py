@@ -29,7 +29,7 @@ def test_help_lists_every_command_with_a_line_and_loads_no_heavy_library() -> No
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "LOADED [] 0" in shown
     for name, point in cli.commands().items():
-        assert f"  {name:<9} {cli.summary(point)}\n" in shown
+        assert f"  {name:<11} {cli.summary(point)}\n" in shown
         assert cli.summary(point)
 
 
@@ -55,7 +55,7 @@ def test_a_misspelt_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]
 
 def test_an_unknown_command_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["xyzzy"]) == cli.USAGE_ERROR
-    assert "the commands are demo, policy, reproduce, serve, token, train" in capsys.readouterr().err
+    assert "demo, policy, repair, reproduce, serve, token, train" in capsys.readouterr().err
 
 
 def test_a_command_gets_its_arguments_and_gives_the_exit_status(offered: dict[str, EntryPoint]) -> None:

@@ -1,6 +1,6 @@
 """The sync client against a real server on a socket that is killed, falls silent and misbehaves."""
 
-import multiprocessing
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
-from equipoise import Backoff, Limits, Outcome, PolicyClient, PolicySpec, Source, Timeout, errors
+from equipoise import Backoff, Limits, Outcome, PolicyAdmin, PolicyClient, PolicySpec, Source, Timeout, errors
 from tests.client.scripted_server import REFUSED_STEP, ScriptedServer, refusal, status_of
 
 QUICK = Timeout(step=0.5, wait=20.0, connect=2.0, call=5.0, close=1.0)
@@ -61,6 +61,7 @@ def test_submissions_never_wait_and_their_weights_arrive(server: ScriptedServer)
         client.submit([5], losses=[1.0], weights_for=[6])
         assert client.flush(5)
         assert client.weights([4, 5, 6]).tolist() == [2.0, 1.0, 1.0]
+        assert client.knows([4, 5, 6]).tolist() == [True, False, True]
 
 
 def test_weights_can_be_known_before_the_first_step(server: ScriptedServer) -> None:
@@ -69,7 +70,9 @@ def test_weights_can_be_known_before_the_first_step(server: ScriptedServer) -> N
         step(first, 1)
     with client_of(server, num_examples=6) as client, client_of(server, num_examples=6) as other:
         for each in (client, other):
+            assert not each.knows([5, 3, 2]).any()
             each.preload()
+            assert each.knows([5, 3, 2]).all()
             assert each.weights([5, 3, 2]).tolist() == [5.0, 3.0, 2.0]
         client.step([3], losses=[1.0])
         assert client.weights([5, 3, 2]).tolist() == [5.0, 2.0, 2.0]
@@ -219,6 +222,14 @@ def test_an_existing_policy_needs_no_size(server: ScriptedServer) -> None:
         assert step(second, 1) is Source.SERVED
         with pytest.raises(errors.InvalidRequestError, match="below num_examples = 10"):
             step_id(second, 10)
+
+
+def test_the_size_is_told_by_the_server(server: ScriptedServer) -> None:
+    with client_of(server, num_examples=10) as first, client_of(server, num_examples=None) as client:
+        step(first, 1)
+        assert (first.num_examples, client.num_examples) == (10, None)
+        client.read([1])
+        assert client.num_examples == 10
 
 
 def step_id(client: PolicyClient, example: int) -> None:
@@ -396,28 +407,6 @@ def test_several_threads_share_a_client(server: ScriptedServer) -> None:
         assert sorted(applied(server)) == sorted([*range(25)] * 4)
 
 
-def _step_in_child(client: PolicyClient, results: Any) -> None:
-    result = client.step([1], losses=[1.0])
-    results.put((client.trainer_id, str(result.source)))
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_has_a_stream_and_a_trainer_of_its_own(server: ScriptedServer) -> None:
-    context = multiprocessing.get_context("fork")
-    with client_of(server) as client:
-        step(client, 0)
-        results: Any = context.Queue()
-        child = context.Process(target=_step_in_child, args=(client, results), daemon=True)
-        child.start()
-        trainer_id, source = results.get(timeout=20)
-        child.join(20)
-        assert child.exitcode == 0
-        assert source == "served"
-        assert trainer_id != client.trainer_id
-        assert step(client, 1) is Source.SERVED
-        assert server.memory.applied[client.trainer_id] == [0, 1]
-
-
 def test_a_call_beside_the_loop_maps_its_error(server: ScriptedServer) -> None:
     with client_of(server, num_examples=None) as client:
         with pytest.raises(errors.PolicyNotFoundError):
@@ -457,13 +446,53 @@ def test_watching_ends_with_the_policy(server: ScriptedServer) -> None:
         ("num_examples", 0),
         ("durability", "now"),
         ("trainer_id", ""),
+        ("trainer_id", 7),
         ("policy", "Run 7"),
+        ("policy", 7),
+        ("address", 50051),
+        ("num_examples", "7"),
+        ("num_examples", 7.0),
+        ("max_staleness", "7"),
+        ("timeout", 5),
+        ("limits", {"in_flight": 3}),
     ],
 )
-def test_bad_options_are_refused_by_name(option: str, value: Any) -> None:
+def test_bad_options_are_refused_by_name_value_and_rule(option: str, value: Any) -> None:
     options: dict[str, Any] = {"policy": "a", "num_examples": 1, option: value}
-    with pytest.raises(errors.InvalidRequestError, match=option):
+    with pytest.raises(errors.InvalidRequestError, match=re.escape(f"{option} = {value!r}: must ")):
         PolicyClient(**options)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda client: client.sample_examples(2.5), "count = 2.5: must be an integer in [1, 2^32)"),
+        (lambda client: client.sample_examples(3, seed=-1), "seed = -1: must be an integer in [0, 2^64)"),
+        (lambda client: client.watch(min_interval=-1), "min_interval = -1: must be a number of seconds"),
+        (
+            lambda client: client.read_weights("wieght"),
+            "field = 'wieght': must be 'weight', 'score', 'loss' or 'stratum'",
+        ),
+        (lambda client: client.read_weights(rows=3), "rows = 3: must be a range"),
+        (lambda client: client.load_state_dict(3), "state = 3: must be what state_dict() gave"),
+        (lambda client: client.for_policy("B"), "policy = 'B': must match"),
+        (lambda client: client.step([-1], losses=[1.0]), "ids[0] = -1: ids must not be negative"),
+        (lambda client: client.weights(np.array([3, -2]).astype(np.uint64)), "ids[1] = -2: ids must not be negative"),
+        (lambda client: client.read_weights(ids=np.array([-1], "i4").astype("u8")), "ids[0] = -1: ids must not be"),
+        (lambda client: client.step([2**64], losses=[1.0]), "ids = object values: ids must be integers in [0, 2^63)"),
+        (lambda client: client.step([1.0], losses=[1.0]), "ids = float64 values: ids must be integers in [0, 2^63)"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name_value_and_rule(call: Callable[[PolicyClient], object], told: str) -> None:
+    with PolicyClient("127.0.0.1:1", policy="a") as client:
+        with pytest.raises(errors.InvalidRequestError, match=re.escape(told)):
+            call(client)
+        assert client.stats.steps == 0
+
+
+def test_an_admin_without_time_is_refused() -> None:
+    with PolicyAdmin("127.0.0.1:1", timeout=0) as admin, pytest.raises(errors.InvalidRequestError, match="timeout = 0"):
+        admin.get("a")
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -34,9 +34,25 @@ def test_what_is_left_out_is_left_to_the_server() -> None:
     assert message.rule.name == ""
 
 
-@pytest.mark.parametrize("fields", [{"num_examples": -1}, {"durability": "now"}, {"settings": {"floor": [1]}}])
-def test_bad_specs_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(InvalidRequestError):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_examples": -1},
+        {"num_examples": 2**64},
+        {"num_examples": 1.0},
+        {"num_examples": "7"},
+        {"rule": None},
+        {"durability": "now"},
+        {"settings": {"floor": [1]}},
+        {"settings": {3: 1.0}},
+        {"settings": [("floor", 1.0)]},
+        {"reference_nats": "5"},
+        {"reference_nats": -1.0},
+        {"reference_nats": float("nan")},
+    ],
+)
+def test_bad_specs_are_refused_and_the_field_is_named(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(fields))):
         PolicySpec(**({"name": "a", "num_examples": 1} | fields))  # type: ignore[arg-type]
 
 

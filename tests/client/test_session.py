@@ -1,13 +1,17 @@
 """The session alone: numbering, replay, fallbacks and modes, with time and network in the test's hands."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise import Outcome, Source, errors
+from equipoise.link import MAX_FOLLOWED
 from equipoise.options import WhenLost
+from equipoise.tickets import SUSPECT_STREAMS, Ticket
 from equipoise.v1 import policy_pb2 as pb
-from tests.client.conversations import Conversation, Server, make_session
+from equipoise.wire import StepFields
+from tests.client.conversations import NUM_EXAMPLES, Conversation, Server, make_session
 
 STREAM = ["connect", "send", "serve", "receive", "settle"]
 TROUBLE = ["persist", "cut", "crash", "wait"]
@@ -180,6 +184,18 @@ def test_the_server_decides_when_it_says_so() -> None:
     assert talk.session.connect_at == talk.now + 7.0
 
 
+def test_the_openings_of_a_client_are_numbered_and_two_clients_of_one_trainer_differ() -> None:
+    one, two = Conversation(make_session()), Conversation(make_session())
+    for _ in range(3):
+        for conversation in (one, two):
+            conversation.step(1)
+            conversation.settle()
+            conversation.cut()
+    assert [attempt for _, attempt in one.openings] == [1, 2, 3]
+    assert len({client_id for client_id, _ in one.openings}) == 1
+    assert {client_id for client_id, _ in one.openings}.isdisjoint({client_id for client_id, _ in two.openings})
+
+
 def test_a_request_to_reconnect_is_no_outage() -> None:
     talk = opened()
     ticket = talk.step(2)
@@ -195,6 +211,25 @@ def test_a_request_to_reconnect_is_no_outage() -> None:
     talk.settle()
     assert [t.value().source for t in (ticket, later)] == [Source.SERVED] * 2
     assert (talk.session.stats.outages, talk.session.stats.reconnects) == (0, 1)
+
+
+def test_to_be_sent_to_the_owner_is_no_outage_unless_it_goes_on() -> None:
+    talk = opened()
+    ticket = talk.step(2)
+    elsewhere = errors.OwnershipError("not here", reason="NOT_OWNER", metadata={"owner": "b:50051"})
+    for _ in range(MAX_FOLLOWED):
+        talk.cut(elsewhere)
+        assert talk.session.connect_at == talk.now
+        talk.connect()
+    assert not ticket.settled
+    assert talk.session.stats.outages == 0
+    talk.cut(elsewhere)
+    assert talk.session.connect_at is not None
+    assert talk.session.connect_at > talk.now
+    assert talk.session.stats.outages == 1
+    talk.now = talk.session.connect_at
+    talk.settle()
+    assert ticket.settled
 
 
 def test_wait_mode_gives_up_at_its_deadline_and_names_the_step() -> None:
@@ -482,3 +517,60 @@ def test_a_row_of_a_trajectory_says_nothing_about_other_weights() -> None:
     talk.cut()
     lost = talk.session.read([1, 5], step=3, now=talk.now).value()
     assert (lost.source, lost.outcome, lost.weights.tolist()) == (Source.UNIFORM, Outcome.DROPPED, [1.0, 1.0])
+
+
+LARGE_IDS = np.arange(NUM_EXAMPLES).repeat(2000)
+
+
+def large_step(talk: Conversation, number: int) -> Ticket:
+    fields: StepFields = {"losses": np.ones(len(LARGE_IDS)), "step": number}
+    return talk.session.step(LARGE_IDS, fields, now=talk.now, waits=False)
+
+
+def end_at_the_first_message(talk: Conversation) -> None:
+    """A stream is opened, carries one message, and is reset before the server has it."""
+    assert talk.connect()
+    assert talk.send()
+    assert talk.serve()
+    assert talk.receive()
+    assert talk.send()
+    talk.cut()
+    talk.now += 10.0
+
+
+def test_a_large_message_at_which_every_stream_ends_is_given_up_and_the_steps_behind_it_move_up() -> None:
+    talk = Conversation(make_session("continue", window_bytes=1 << 20))
+    large_step(talk, 1)
+    behind = [talk.step(number) for number in (2, 3)]
+    for _ in range(SUSPECT_STREAMS):
+        assert talk.session.stats.refused == 0
+        end_at_the_first_message(talk)
+    talk.settle()
+    assert talk.server.applied == [2, 3]
+    assert [ticket.sequence for ticket in behind] == [1, 2]
+    assert (talk.session.stats.unacked, talk.session.stats.refused) == (0, 1)
+    with pytest.raises(errors.InvalidRequestError, match="5 streams ended at it"):
+        talk.session.raise_unreported()
+
+
+def test_a_message_no_larger_than_one_that_was_answered_is_never_given_up() -> None:
+    talk = Conversation(make_session("continue", window_bytes=1 << 22))
+    large_step(talk, 1)
+    talk.settle()
+    talk.cut()
+    large_step(talk, 2)
+    for _ in range(3 * SUSPECT_STREAMS):
+        end_at_the_first_message(talk)
+    talk.settle()
+    assert talk.server.applied == [1, 2]
+
+
+def test_a_message_that_the_server_says_it_does_not_take_is_not_sent() -> None:
+    talk = Conversation(make_session("continue", window_bytes=1 << 20), Server(max_message_bytes=1 << 17))
+    large_step(talk, 1)
+    talk.step(2)
+    talk.settle()
+    assert talk.server.applied == [2]
+    for call in (talk.session.raise_unreported, lambda: large_step(talk, 3)):
+        with pytest.raises(errors.InvalidRequestError, match="at most 131072 bytes"):
+            call()

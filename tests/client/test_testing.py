@@ -12,11 +12,13 @@ import pytest
 
 from equipoise import PolicyClient, Source, Timeout, errors
 from equipoise.testing import ServerProcess, serve
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[ServerProcess]:
-    with serve(device="cpu") as running:
+    addresses = {name: f"127.0.0.1:{free_port()}" for name in ("listen", "metrics_listen")}  # it comes back to them
+    with serve(device="cpu", **addresses) as running:
         yield running
 
 

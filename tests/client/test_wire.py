@@ -18,6 +18,8 @@ def test_a_step_is_little_endian_bytes() -> None:
             "contributions": [1.0, -2.0],
             "losses": np.array([0.5, 0.25]),
             "scored": [True, False],
+            "measured": [0, 1],
+            "groups": [2, 2**32 - 1],
             "target_loss": 1.5,
             "guard_loss": 2.5,
             "step": 7,
@@ -29,7 +31,8 @@ def test_a_step_is_little_endian_bytes() -> None:
     assert message.example_ids == (3).to_bytes(8, "little") + (1).to_bytes(8, "little")
     assert message.contributions == bytes.fromhex("0000803f000000c0")
     assert message.losses == bytes.fromhex("0000003f0000803e")
-    assert message.scored == b"\x01\x00"
+    assert (message.scored, message.measured) == (b"\x01\x00", b"\x00\x01")
+    assert message.groups == bytes.fromhex("02000000ffffffff")
     assert (message.target_loss, message.guard_loss, message.step) == (1.5, 2.5, 7)
     assert message.weights_for == (9).to_bytes(8, "little")
     assert request.answer_ids.tolist() == [9]
@@ -39,7 +42,7 @@ def test_what_was_not_given_is_absent() -> None:
     message = build_step([0], {"losses": [1.0]}, BOUNDS).message
     assert not message.HasField("target_loss")
     assert not message.HasField("weights_for")
-    assert message.contributions == message.scored == b""
+    assert message.contributions == message.scored == message.measured == message.groups == b""
 
 
 def test_all_examples_need_no_ids() -> None:
@@ -71,6 +74,13 @@ def test_a_loss_alone_needs_no_rows() -> None:
     assert build_step(None, {"guard_loss": 0.5}, BOUNDS).message.WhichOneof("rows") is None
 
 
+def test_contributions_that_were_not_measured_may_hold_nan_and_losses_may_not() -> None:
+    fields: Any = {"contributions": [1.0, np.nan], "losses": [1.0, 2.0], "measured": [1, 0]}
+    assert build_step([0, 1], fields, BOUNDS).message.measured == b"\x01\x00"
+    with pytest.raises(InvalidRequestError, match="losses"):
+        build_step([0, 1], fields | {"losses": [1.0, np.nan]}, BOUNDS)
+
+
 def test_unscored_rows_may_hold_nan() -> None:
     request = build_step([0, 1], {"contributions": [1.0, np.nan], "scored": [1, 0]}, BOUNDS)
     assert np.isnan(np.frombuffer(request.message.contributions, "<f4")[1])
@@ -97,6 +107,12 @@ def test_unscored_rows_may_hold_nan() -> None:
         ([1], {"contributions": ["a"]}, "contributions", None, "real numbers"),
         ([1], {"contributions": [1j]}, "contributions", None, "real numbers"),
         ([1, 2], {"losses": [1, 2], "scored": [1, 2]}, "scored", 1, "0 or 1"),
+        ([1, 2], {"contributions": [1, 2], "measured": [1, 2]}, "measured", 1, "0 or 1"),
+        ([1, 2], {"losses": [1, 2], "measured": [1, 0]}, "measured", None, "needs contributions"),
+        ([1, 2], {"losses": [1, 2], "groups": [1]}, "groups", None, "2 rows"),
+        ([1, 2], {"losses": [1, 2], "groups": [0, -1]}, "groups", 1, "2^32"),
+        ([1, 2], {"losses": [1, 2], "groups": [0.5, 1]}, "groups", None, "integers"),
+        (None, {"target_loss": 1.0, "groups": [0]}, "ids", None, "groups need the ids"),
         ([1, 2], {"losses": [1, 2], "scored": [1]}, "scored", None, "2 rows"),
         ([1], {"losses": [1], "target_loss": np.nan}, "target_loss", None, "finite"),
         ([1], {"losses": [1], "guard_loss": "x"}, "guard_loss", None, "number"),

@@ -42,6 +42,19 @@ def test_the_wheel_holds_the_stubs_and_says_that_it_is_typed(wheel: zipfile.ZipF
     assert {f"{package}/py.typed" for package in ("equipoise", "equipoise_server", "equipoise_trainer")} <= names
 
 
+def test_the_wheel_holds_the_contract(wheel: zipfile.ZipFile) -> None:
+    """Everything that another language needs: the .proto, those it imports, the pages, the vectors; no generators."""
+    folder = "equipoise/proto/"
+    held = {name.removeprefix(folder) for name in wheel.namelist() if name.startswith(folder)}
+    parts = ("equipoise", "google", "docs", "vectors")
+    there = {
+        path.relative_to(ROOT / "proto").as_posix() for part in parts for path in (ROOT / "proto" / part).rglob("*")
+    }
+    assert held == {path for path in there if "." in path.rpartition("/")[2]}
+    assert {"equipoise/v1/policy.proto", "google/rpc/status.proto", "google/rpc/error_details.proto"} < held
+    assert {path.rpartition(".")[2] for path in held} == {"proto", "md", "json"}
+
+
 def test_a_plain_install_requires_what_the_client_needs_alone(wheel: zipfile.ZipFile) -> None:
     [metadata] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     required = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", wheel.read(metadata).decode(), re.MULTILINE)
@@ -63,8 +76,24 @@ import equipoise, equipoise.aio, equipoise.cli, equipoise.commands.policy
 assert equipoise.__file__.startswith({str(tmp_path)!r}), equipoise.__file__
 assert not {HEAVY!r} & set(sys.modules)
 equipoise.PolicyClient
+import equipoise.commands.conformance, equipoise.commands.contract
+assert equipoise.commands.conformance.main(["--list", "--only", "rules/ema_sign"]) == 0
+assert equipoise.commands.contract.main([]) == equipoise.commands.contract.main(["copy"]) == 0
+assert equipoise.commands.contract.main(["copy"]) == 1
+assert not {HEAVY!r} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+    run = [sys.executable, "-c", code]
+    said = subprocess.run(
+        run, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True, capture_output=True, text=True
+    )
+    *checks, folder, copied = said.stdout.splitlines()
+    assert "rules/ema_sign/defaults" in checks
+    assert (folder, copied) == (
+        str(tmp_path / "equipoise/proto"),
+        "the contract is in copy; start with copy/docs/README.md",
+    )
+    for path in ("equipoise/v1/policy.proto", "docs/README.md", "vectors/ema_sign.json"):
+        assert (tmp_path / "copy" / path).read_bytes() == (ROOT / "proto" / path).read_bytes()
 
 
 def test_the_newest_release_in_the_changelog_is_this_version() -> None:

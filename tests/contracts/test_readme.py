@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from equipoise.testing import serve
+from tests.servers import serve
 
 README = Path(__file__).parents[2] / "README.md"
 SHIPPED_ADDRESS = "localhost:50051"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ("setup", "demo", "test", "test-slow", "soak", "check", "bench", "proto")
+TARGETS = ("setup", "demo", "test", "test-slow", "soak", "check", "bench", "proto", "vectors")
 FOLDERS = {"proto", "server", "client", "trainer", "deploy", "tests", ".ci"}
 
 
@@ -34,10 +34,10 @@ def test_the_readme_starts_with_the_two_commands() -> None:
     assert re.search(r"^make demo\b.*\n(.*\n)*?make test\b", text("README.md"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "deploy/README.md"])
 def test_what_the_documents_link_to_exists(document: str) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", text(document))
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    assert [target for target in targets if not ((ROOT / document).parent / target).exists()] == []
 
 
 def test_the_top_level_holds_the_promised_folders_only() -> None:

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from equipoise.testing import ServerProcess, serve
 from equipoise.v1 import policy_pb2_grpc
+from tests.servers import ServerProcess, serve
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """A server that all tests share; each uses policies of its own."""
-    with serve() as process:
+    with serve(metrics_max_policies=1000) as process:
         yield process
 
 

@@ -10,10 +10,10 @@ import torch
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from equipoise.testing import ServerProcess
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise_server.engine.memory import free_bytes
+from tests.servers import ServerProcess
 
 NUM_EXAMPLES = 100
 FRESH = itertools.count()
@@ -198,6 +198,11 @@ def sketches(rows: bytes, target: bytes) -> dict[str, object]:
         ({"losses": f32(1.0, 2.0, 3.0)}, "SHAPE_MISMATCH", "losses", "12 bytes for 2 rows"),
         ({"scored": bytes([1])}, "SHAPE_MISMATCH", "scored", "1 bytes for 2 rows"),
         ({"scored": bytes([1, 2])}, "OUT_OF_RANGE_VALUE", "scored[1]", "2"),
+        ({"measured": bytes([1])}, "SHAPE_MISMATCH", "measured", "1 bytes for 2 rows"),
+        ({"measured": bytes([0, 3])}, "OUT_OF_RANGE_VALUE", "measured[1]", "3"),
+        ({"contributions": f32(NAN, NAN), "measured": bytes([0, 1])}, "NON_FINITE_STAT", "contributions[1]", "nan"),
+        ({"groups": bytes(4)}, "SHAPE_MISMATCH", "groups", "4 bytes for 2 rows"),
+        ({"groups": bytes(8)}, "UNUSABLE_STATISTICS", "groups", "rule ema_sign does not use them"),
         ({"target_loss": float("nan")}, "NON_FINITE_STAT", "target_loss", "nan"),
         ({"weights_for": u64(100)}, "ID_OUT_OF_RANGE", "weights_for[0]", "100"),
         ({"contributions": None, "losses": f32(1.0, 1.0)}, "UNUSABLE_STATISTICS", "contributions", "ema_sign"),

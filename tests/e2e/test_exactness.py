@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise import Outcome, PolicyClient, Source
-from equipoise.testing import ServerProcess, serve
 from equipoise_server.rules import aggregate, build, names
+from tests.servers import ServerProcess, serve
 
 NUM_EXAMPLES = 500
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from equipoise import EquipoiseError, PolicyAdmin, PolicyClient, PolicySpec
-from equipoise.testing import ServerProcess, serve
+from tests.servers import ServerProcess, serve
 
 NUM_EXAMPLES = 64
 
@@ -42,6 +42,8 @@ def test_a_policy_that_hurts_goes_back_to_uniform_and_stays_there(server: Server
     assert strengths[:7] == [0.0] * 7
     assert np.mean(strengths) > 0.7
     assert strengths[-1] == status.guard_strength == 1.0
+    assert status.guard_trials_lost > 0
+    assert status.guard_trials_won < status.guard_trials_lost
     assert status.effective_examples == pytest.approx(NUM_EXAMPLES)
     assert status.spec.settings["guard"] is True
     with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as page:

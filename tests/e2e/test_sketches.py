@@ -7,7 +7,7 @@ import pytest
 
 from equipoise import PolicyClient, Source, aio
 from equipoise.errors import InvalidRequestError
-from equipoise.testing import ServerProcess
+from tests.servers import ServerProcess
 
 NUM_EXAMPLES, ROWS, K = 300, 48, 37
 

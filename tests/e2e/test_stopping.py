@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from equipoise import PolicyClient
 from equipoise.errors import UnavailableError
-from equipoise.testing import ServerProcess, serve
 from equipoise_server.store import EmbeddedRedis
+from tests.servers import ServerProcess, serve, zygote
 
 
 def test_sigterm_under_load_loses_nothing_and_no_step_fails() -> None:
@@ -52,6 +52,18 @@ def test_sigterm_under_load_loses_nothing_and_no_step_fails() -> None:
         assert (status.version, status.durable_version, status.epoch) == (made, made, 2)
 
 
+def test_a_read_finds_a_server_that_is_back_while_the_channel_still_waits_to_connect() -> None:
+    with serve() as server, PolicyClient(server.address, policy="p", num_examples=4, when_lost="wait") as client:
+        client.step([0], contributions=[1.0])
+        server.kill()
+        with pytest.raises(UnavailableError, match="refused"):
+            client.read_weights()  # from here on the channel waits longer and longer between its attempts
+        for _ in range(3):
+            server.start()
+            assert client.read_weights().shape == (4,)
+            server.kill()
+
+
 def test_an_idle_server_stops_at_once() -> None:
     with serve() as server:
         assert server.stop() == 0
@@ -59,13 +71,13 @@ def test_an_idle_server_stops_at_once() -> None:
 
 
 def test_a_port_is_not_shared(server: ServerProcess, tmp_path: Path) -> None:
-    second = ServerProcess(tmp_path, {"listen": server.address})
+    second = ServerProcess(zygote(), tmp_path, listen=server.address)
     with pytest.raises(UnavailableError, match=f"listen: '{server.address}' cannot be bound"):
         second.start()
 
 
-def test_a_data_directory_is_not_shared(server: ServerProcess) -> None:
-    second = ServerProcess(server.data_dir.parent, {"ready_file": server.data_dir / "second.json"})
+def test_a_data_directory_is_not_shared(server: ServerProcess, tmp_path: Path) -> None:
+    second = ServerProcess(zygote(), tmp_path, data_dir=server.data_dir)
     with pytest.raises(UnavailableError, match="in use by another server"):
         second.start()
 

@@ -12,11 +12,11 @@ from equipoise import Outcome, PolicyClient, Source
 from equipoise.admin import PolicyAdmin
 from equipoise.aio import PolicyClient as AioPolicyClient
 from equipoise.errors import InvalidRequestError, PolicyExistsError, StepRefusedError
-from equipoise.testing import ServerProcess, serve
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise_server.rules import aggregate, build
 from tests.e2e.test_contract import answers, exchange, f32, failure, floats, u64
+from tests.servers import ServerProcess, serve
 
 NUM_EXAMPLES, ROWS = 300, 8
 SETTINGS = {"rows": ROWS, "learning_rate": 2e-3, "policy_epochs": 3}

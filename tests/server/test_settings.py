@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from equipoise_server.settings import ENV_PREFIX, Settings, SettingsError, host_and_port, load
+from equipoise_server.addresses import host_and_port
+from equipoise_server.redis_url import RedisAccess, RedisUrl
+from equipoise_server.settings import ENV_PREFIX, Settings, SettingsError, load
 
 TLS = ("--tls-certificate", "c", "--tls-key", "k")
 
@@ -88,7 +90,7 @@ def test_an_unknown_flag_ends_with_a_usage_error(capsys: pytest.CaptureFixture[s
         (["--tls-key", "k"], "tls_certificate and tls_key: one is set"),
         (["--tls-client-ca", "c"], "tls_client_ca is set without tls_certificate"),
         (["--redis-url", "redis://user:secret@redis"], "redis_url: a password in a flag is seen by whoever lists"),
-        (["--redis-url", "http://redis"], "redis_url: does not start with one of redis://"),
+        (["--redis-url", "http://redis"], "redis_url: must start with one of redis://"),
         (["--redis-url", "redis://a", "--redis-url-file", "b"], "redis_url and redis_url_file are both set"),
     ],
 )
@@ -131,7 +133,7 @@ def test_a_bad_variable_is_named_by_its_setting(monkeypatch: pytest.MonkeyPatch)
 def test_the_redis_url_may_come_from_a_file(tmp_path: Path) -> None:
     secret = tmp_path / "url"
     secret.write_text("rediss://:secret@redis:6379/0\n")
-    assert load(["--redis-url-file", str(secret)]).redis == "rediss://:secret@redis:6379/0"
+    assert load(["--redis-url-file", str(secret)]).redis == RedisUrl.parse("rediss://:secret@redis:6379/0")
 
 
 def test_a_file_without_a_redis_url_is_named_but_not_quoted(tmp_path: Path) -> None:
@@ -171,3 +173,106 @@ def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load([]).listen = ":1"  # type: ignore[misc]
+
+
+def test_what_kubernetes_sets_beside_a_service_of_our_name_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Service links (docker's, once): see kubernetes.io, "Discovering services"."""
+    for name in ("EQUIPOISE", "EQUIPOISE_HEADLESS", "EQUIPOISE_REDIS"):
+        monkeypatch.setenv(f"{name}_SERVICE_HOST", "10.96.0.7")
+        monkeypatch.setenv(f"{name}_SERVICE_PORT", "50051")
+        monkeypatch.setenv(f"{name}_SERVICE_PORT_GRPC", "50051")
+        monkeypatch.setenv(f"{name}_PORT", "tcp://10.96.0.7:50051")
+        monkeypatch.setenv(f"{name}_PORT_50051_TCP", "tcp://10.96.0.7:50051")
+        monkeypatch.setenv(f"{name}_PORT_50051_TCP_PROTO", "tcp")
+        monkeypatch.setenv(f"{name}_PORT_50051_TCP_PORT", "50051")
+        monkeypatch.setenv(f"{name}_PORT_50051_TCP_ADDR", "10.96.0.7")
+    load([])
+    monkeypatch.setenv("EQUIPOISE_LISTENS", ":1")
+    assert problem() == "environment: EQUIPOISE_LISTENS is no setting; did you mean EQUIPOISE_LISTEN?"
+
+
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name.endswith(("_file", "_key", "_ca"))])
+def test_an_empty_path_is_refused_and_not_taken_for_this_folder(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"EQUIPOISE_{name.upper()}", "")
+    assert problem() == f"{name}: '' is empty: name a file, or leave the setting out"
+
+
+def test_credentials_of_redis_may_be_kept_apart_from_its_url(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("p/?#@ w \n")
+    (tmp_path / "guards").write_text("sp\r\n")
+    (tmp_path / "ca.pem").write_text("x")
+    settings = load(
+        [
+            *("--redis-url", "rediss+sentinel://a,b/main", "--redis-tls-ca", str(tmp_path / "ca.pem")),
+            *("--redis-username", "eq", "--redis-password-file", str(tmp_path / "password")),
+            *("--redis-sentinel-username", "su", "--redis-sentinel-password-file", str(tmp_path / "guards")),
+        ]
+    )
+    assert settings.redis_access == RedisAccess(
+        username="eq",
+        password="p/?#@ w ",
+        sentinel_username="su",
+        sentinel_password="sp",
+        tls_ca=tmp_path / "ca.pem",
+    )
+    assert "p/?#@" not in repr(settings.redis_access)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--redis-password-file", "{here}"], "redis_password_file: is set, but there is no redis_url"),
+        (
+            ["--redis-url-file", "{url}", "--redis-password-file", "{here}"],
+            "redis_password_file: is set, but redis_url holds one, too: keep one",
+        ),
+        (["--redis-url", "redis://h", "--redis-password-file", "/none"], "redis_password_file: /none: No such file"),
+        (
+            ["--redis-url", "redis://h", "--redis-password-file", "{binary}"],
+            "redis_password_file: {binary} is not UTF-8",
+        ),
+        (
+            ["--redis-url", "redis://h", "--redis-sentinel-username", "u"],
+            "redis_sentinel_username: is set, but redis_url",
+        ),
+        (
+            ["--redis-url", "redis://h", "--redis-tls-ca", "{here}"],
+            "redis_tls_ca: is set, but redis_url is without TLS",
+        ),
+        (["--redis-url", "rediss://h", "--redis-tls-ca", "/none"], "redis_tls_ca: /none: No such file"),
+    ],
+)
+def test_credentials_given_twice_or_without_a_use_are_refused(tmp_path: Path, arguments: list[str], said: str) -> None:
+    files = {"here": tmp_path / "here", "url": tmp_path / "url", "binary": tmp_path / "binary"}
+    files["here"].write_text("secret")
+    files["url"].write_text("redis://:secret@h")
+    files["binary"].write_bytes(b"\xff\xfesecret")
+    settings = load([argument.format(**files) for argument in arguments])
+    with pytest.raises(SettingsError) as caught:
+        _ = settings.redis_access
+    assert str(caught.value).startswith(said.format(**files))
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("special", ["/", "?", "#", "@", "%", ":", "[", "]"])
+@pytest.mark.parametrize("source", ["variable", "file", "toml"])
+def test_no_spelling_of_a_password_reaches_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: str, source: str
+) -> None:
+    url = f"redis://:hunter{special}two@h:x"
+    where = tmp_path / "file"
+    arguments = []
+    match source:
+        case "variable":
+            monkeypatch.setenv("EQUIPOISE_REDIS_URL", url)
+        case "file":
+            where.write_text(url)
+            arguments = ["--redis-url-file", str(where)]
+        case "toml":
+            where.write_text(f'redis_url = "{url}"')
+            arguments = ["--config", str(where)]
+    with pytest.raises(SettingsError) as caught:
+        _ = load(arguments).redis
+    assert "redis_url" in str(caught.value)
+    assert "hunter" not in str(caught.value)
+    assert "two" not in str(caught.value)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equipoise.testing import ServerProcess, serve
 from equipoise_trainer.commands import demo
 from equipoise_trainer.commands.demo import Accident
 from equipoise_trainer.experiment import ExperimentConfig, run_experiment
 from equipoise_trainer.summary import summarise, summarise_served
+from tests.servers import ServerProcess, serve
 
 CONFIG = ExperimentConfig(
     dataset="digits",

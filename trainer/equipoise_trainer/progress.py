@@ -12,7 +12,7 @@ NameT = TypeVar("NameT", bound=str)
 
 @contextmanager
 def progress_bar(
-    total_steps: int, *, titles: Mapping[NameT, str], console: Console
+    total_steps: int, *, titles: Mapping[NameT, str], console: Console, unit: str = "steps"
 ) -> Iterator[Callable[[NameT, int], None]]:
     """Shows a bar while inside; on no terminal it shows nothing.
 
@@ -20,6 +20,7 @@ def progress_bar(
         total_steps: of all runs together.
         titles: what the methods are called.
         console: where.
+        unit: what is counted.
 
     Yields:
         What is to be called after each step with the method and the step within its run, from 1.
@@ -29,7 +30,7 @@ def progress_bar(
         TextColumn(f"{{task.description:<{width}}}"),
         BarColumn(bar_width=40),
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -1,35 +1,28 @@
-"""List, show, export, import, delete and watch policies."""
+"""List, show, export, import, delete and watch policies, and read their weights."""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TypeAlias
 
 from equipoise import errors
 from equipoise.admin import PolicyAdmin
-from equipoise.archive import ArchiveError, PolicyArchive, export_policy, import_policy
-from equipoise.channel import Server
+from equipoise.archive import ArchiveError
+from equipoise.commands.guarded import add_security_options, security
 from equipoise.commands.tables import row_of, table
+from equipoise.commands.weights import Selection, Table, count, key_table, row_range, table_file, writer
 from equipoise.policies import PolicyStatus
-from equipoise.security import Security
 
 FAILED = 1
 USAGE_ERROR = 2
 NOT_FOUND = 3
 UNREACHABLE = 4
 EXIT_STATUSES = "exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 no such policy, 4 the server is not reached"
-
-SECURITY_FILES = {
-    "root_certificates": "encrypt, trusting these authorities (PEM)",
-    "client_certificate": "certificate to show (PEM)",
-    "client_key": "private key of the certificate (PEM)",
-    "token_file": "file that holds the token; EQUIPOISE_TOKEN may hold the token itself",
-}
 
 Options: TypeAlias = argparse.Namespace
 
@@ -56,10 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--server", default="localhost:50051", metavar="HOST:PORT", help="default: %(default)s")
     common.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="default: %(default)s")
-    guarded = common.add_argument_group("guarded servers", "Each has a variable too, such as EQUIPOISE_TOKEN_FILE.")
-    guarded.add_argument("--tls", action="store_true", default=None, help="encrypt, trusting the usual authorities")
-    for name, help_text in SECURITY_FILES.items():
-        guarded.add_argument(f"--{name.replace('_', '-')}", metavar="FILE", help=help_text)
+    add_security_options(common)
     common.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser = argparse.ArgumentParser(prog="equipoise policy", description=__doc__, epilog=EXIT_STATUSES)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
@@ -76,6 +66,24 @@ def _parser() -> argparse.ArgumentParser:
     listing = action("list", _list, "list policies", policy=False)
     listing.add_argument("--prefix", default="", help="only names that start with this")
     action("show", _show, "show how a policy stands")
+    weighing = action("weights", _weights, "write the weights and scores of a policy's examples as a table")
+    weighing.add_argument(
+        "--output", type=table_file, metavar="FILE", help="a .csv or .parquet file; default: CSV to standard output"
+    )
+    weighing.add_argument(
+        "--sort", choices=("weight", "score"), help="lowest first, never scored last; default: by row and id"
+    )
+    weighing.add_argument("--descending", action="store_true", help="with --sort: highest first")
+    weighing.add_argument("--limit", type=count, metavar="K", help="the first K lines alone")
+    weighing.add_argument(
+        "--rows", type=row_range, metavar="FIRST:END", help="of a trajectory, these training steps; default: all"
+    )
+    weighing.add_argument(
+        "--keys",
+        type=key_table,
+        metavar="FILE",
+        help="names of the examples, which then are a column: what `ExampleKeys.save` or a Trainer wrote",
+    )
     exporting = action("export", _export, "write the whole state of a policy to a file")
     exporting.add_argument("file", type=Path, help="a .npz file; numpy.load reads it")
     importing = action("import", _import, "create a policy with the state from a file")
@@ -102,18 +110,51 @@ def _show(options: Options) -> int:
     with _admin(options) as admin:
         status = admin.get(options.policy)
     print(_json(asdict(status)) if options.json else table(("FIELD", "VALUE"), _facts(status)))
+    if status.strata and not options.json:
+        print("", table(STRATA, _strata(status)), sep="\n")
+    return 0
+
+
+def _weights(options: Options) -> int:
+    if options.json and options.output is None:
+        return _failed("--json says what was written: give --output FILE too", USAGE_ERROR)
+    if options.descending and options.sort is None:
+        return _failed("--descending: give --sort weight or --sort score too", USAGE_ERROR)
+    chosen = Selection(
+        sort=options.sort,
+        descending=options.descending,
+        limit=options.limit,
+        rows=options.rows,
+        keys=options.keys,
+    )
+    with _admin(options) as admin:
+        status = admin.get(options.policy)
+        weights = Table(admin, status, chosen)
+        with writer(options.output, status) as file:
+            for piece in weights.pieces():
+                file.write(piece)
+    first, last = min(weights.versions), max(weights.versions)
+    if first != last:
+        moved = (
+            f"{options.policy} went from version {first} to {last} while it was read: lines are of different versions"
+        )
+        print(f"equipoise policy: {moved}", file=sys.stderr)
+    if options.output is not None:
+        sentence = f"{weights.lines} lines of {options.policy} at version {last} are in {options.output}"
+        _done(options, sentence, version=last, lines=weights.lines)
     return 0
 
 
 def _export(options: Options) -> int:
-    archive = export_policy(_server(options), options.policy)
-    archive.save(options.file)
-    _done(options, f"{options.policy} at version {archive.version} is in {options.file}", version=archive.version)
+    with _admin(options) as admin:
+        version = admin.export_policy(options.policy, options.file)
+    _done(options, f"{options.policy} at version {version} is in {options.file}", version=version)
     return 0
 
 
 def _import(options: Options) -> int:
-    status = import_policy(_server(options), PolicyArchive.load(options.file), options.policy)
+    with _admin(options) as admin:
+        status = admin.import_policy(options.file, options.policy)
     _done(options, f"{options.policy} has the state of {options.file}", uid=status.uid)
     return 0
 
@@ -158,29 +199,30 @@ def _watch(options: Options) -> int:
 
 
 def _admin(options: Options) -> PolicyAdmin:
-    return PolicyAdmin(options.server, timeout=options.timeout, security=_security(options))
-
-
-def _server(options: Options) -> Server:
-    return Server(options.server, _security(options))
-
-
-def _security(options: Options) -> Security:
-    """Flags, then the environment."""
-    names = ("tls", *SECURITY_FILES)
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if "token_file" in given:
-        given["token"] = None  # the flag takes the place of a token in the environment
-    return replace(Security.from_environment(), **given)
+    return PolicyAdmin(options.server, timeout=options.timeout, security=security(options))
 
 
 def _facts(status: PolicyStatus) -> list[tuple[str, object]]:
     facts = asdict(status)
     spec = facts.pop("spec")
     settings = spec.pop("settings")
+    facts.pop("strata")
+    if not status.strata:
+        facts.pop("strata_contrast")
     named = list(spec.items()) + [(f"settings.{name}", value) for name, value in settings.items()]
     named += list((facts | {"create_time": _time(status.create_time)}).items())
     return [(name.replace("_", " "), value) for name, value in named]
+
+
+STRATA = ("GROUP", "STRATUM", "EXAMPLES", "ABOVE LOSS", "CONTRIBUTIONS", "MEAN", "ERROR", "Z", "WEIGHT", "")
+BAR = 20
+"""Characters of a bar that stands for the largest weight."""
+
+
+def _strata(status: PolicyStatus) -> list[tuple[object, ...]]:
+    """A line for each stratum; a bar draws its weight."""
+    largest = max(each.weight for each in status.strata) or 1.0
+    return [(*asdict(each).values(), "#" * max(1, round(BAR * each.weight / largest))) for each in status.strata]
 
 
 def _confirmed(status: PolicyStatus) -> bool:

@@ -8,6 +8,12 @@ Example:
     ...         return policy.loss(batch["id"], batch)  # instead of the mean of example_losses(self, batch)
     >>> lightning.Trainer(callbacks=[policy]).fit(model, loader)
 
+A module that makes its forward pass itself gives the losses instead, and may skip a batch:
+
+    >>> def training_step(self, batch, batch_idx):
+    ...     losses = F.cross_entropy(self(batch["x"]), batch["y"], reduction="none")
+    ...     return policy.weigh(batch["id"], losses) if losses.isfinite().all() else None
+
 Needs Lightning: `pip install 'equipoise[lightning]'`.
 """
 
@@ -21,5 +27,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 from equipoise.lightning.callback import PolicyCallback
+from equipoise.torch.training import TrainingOptions
 
-__all__ = ["PolicyCallback"]
+__all__ = ["PolicyCallback", "TrainingOptions"]

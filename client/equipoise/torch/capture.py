@@ -1,9 +1,11 @@
 """One batch's statistics, taken while the model is trained on it."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from time import perf_counter
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Never, Self, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -12,9 +14,24 @@ from torch import Tensor, nn
 
 from equipoise.torch.direction import TargetDirection, checked_losses
 from equipoise.torch.errors import CaptureError, ContributionsDifferError
-from equipoise.torch.processes import unreduced
-from equipoise.torch.quiet import RandomState, repeating
+from equipoise.torch.identity import product_of
+from equipoise.torch.processes import sharded_modules, unreduced
+from equipoise.torch.quiet import ModelState, repeating
 from equipoise.wire import StepFields
+
+_log = logging.getLogger(__name__)
+
+Sums: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Which examples, bool [B], and the sum of their contributions, from their gradient: float64."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+CAUSES = (
+    "is there another loss in the backward pass than the ones given (an auxiliary loss, a penalty), or does a hook "
+    "change gradients? Give all of the loss, example by example, or use JvpContributions(model, direction), in a "
+    'trainer TrainingOptions(method="jvp")'
+)
+
+NO_LOSSES = "no forward pass was captured: use `capture.losses(batch)` or `capture.watch(losses)`"
 
 
 class Capture(ABC):
@@ -22,19 +39,53 @@ class Capture(ABC):
 
     Args:
         direction: where learning should go.
-        ids: the example of each row, [B].
+        ids: the example of each row, [B]; None: `identify` tells them, before the losses are known.
     """
 
-    def __init__(self, direction: TargetDirection, ids: ArrayLike) -> None:
-        self.ids = _integers(ids)
+    def __init__(self, direction: TargetDirection, ids: ArrayLike | None) -> None:
+        self._ids = None if ids is None else _integers(ids)
         self._direction = direction
+        self._ready = direction.ready
         self._losses: Tensor | None = None
         self._target_loss: Tensor | None = None
         self._guard_loss: Tensor | None = None
         self._open = False
+        self._sums: Sums = []
+        self._coarse = False
+        self._to_verify: tuple[int, float] | None = None
+        self._expected: Tensor | None = None
+        self._seconds = 0.0
+        self.verified: bool | None = None
+        self.refreshed = False
+
+    @property
+    def ids(self) -> NDArray[np.uint64]:
+        """The example of each row: uint64 [B].
+
+        Raises:
+            CaptureError: they are not known yet.
+        """
+        if self._ids is None:
+            raise CaptureError("ids: are not known yet: give them to the capture, or call `identify(ids)`")
+        return self._ids
+
+    @property
+    def identified(self) -> bool:
+        """Whether the ids are known."""
+        return self._ids is not None
+
+    def identify(self, ids: ArrayLike) -> None:
+        """Tells the example of each row, [B], of a capture that began without.
+
+        Raises:
+            CaptureError: they are no integers, or the losses are known already.
+        """
+        if self._losses is not None:
+            raise CaptureError("ids: must be told before the losses")
+        self._ids = _integers(ids)
 
     def losses(self, batch: Any) -> Tensor:
-        """The forward pass: the loss of each example, [B], from the `loss_fn` of the direction.
+        """The forward pass: the loss of each example, [B], by the `losses` of the direction.
 
         Weigh, average and scale the losses as you like; zero weights too.
         """
@@ -54,40 +105,70 @@ class Capture(ABC):
         if not losses.requires_grad:
             raise CaptureError("losses have no gradient: is the forward pass under torch.no_grad, or the model frozen?")
         self._losses = checked_losses(losses, len(self.ids)).detach()
+        if self._to_verify is not None:
+            start = perf_counter()
+            self._expected = self._by_definition(losses[: self._to_verify[0]])
+            self._seconds = perf_counter() - start
         return losses
 
     @property
     def contributions(self) -> Tensor:
         """∇L_target·∇l_n of the unweighted loss of each example, on the device: [B]; NaN where it is not known.
 
+        Of a norm-matched direction the product with that; before it is known, plain ones that `fields` does not score.
+
         Raises:
             CaptureError: it is not known yet.
         """
         if self._losses is None:
-            raise CaptureError("no forward pass was captured: use `capture.losses(batch)` or `capture.watch(losses)`")
-        return self._contributions()
+            raise CaptureError(NO_LOSSES)
+        contributions = self._contributions()[0]
+        self._check_sums(contributions)
+        self._check_examples(contributions)
+        return contributions
+
+    @property
+    def plain_contributions(self) -> Tensor | None:
+        """∇L_target·∇l_n, [B], of a capture for which a norm-matched direction was refreshed; None of others.
+
+        It is what the Learning Law is about, and no more than a look at it: what is sent are `contributions`.
+        """
+        return self._contributions()[-1] if len(self._along) > 1 else None
 
     def fields(self) -> StepFields:
         """What `PolicyClient.step` and `submit` take: `client.step(ids, **capture.fields())`.
 
         Contributions, losses and scored; target and guard loss when the direction was refreshed for this capture.
         """
-        contributions = _numpy(self.contributions)
-        assert self._losses is not None
-        losses = _numpy(self._losses)
-        fields = StepFields(
-            contributions=contributions,
-            losses=losses,
-            scored=np.isfinite(contributions) & np.isfinite(losses),
-        )
-        if self._target_loss is not None:
-            fields["target_loss"] = float(self._target_loss)
-        if self._guard_loss is not None:
-            fields["guard_loss"] = float(self._guard_loss)
+        contributions, fields = _numpy(self.contributions), self.loss_fields()
+        fields["contributions"] = contributions
+        fields["scored"] = np.isfinite(contributions) & np.asarray(fields["scored"]) & self._ready
+        for name, loss in (("target_loss", self._target_loss), ("guard_loss", self._guard_loss)):
+            if loss is not None and self._direction.is_usable(name, float(loss)):
+                fields[name] = float(loss)  # type: ignore[literal-required]
         return fields
 
+    def loss_fields(self) -> StepFields:
+        """Losses and scored, known since the forward pass: what a rule takes that gives weights for them at once.
+
+        Raises:
+            CaptureError: they are not known yet.
+        """
+        if self._losses is None:
+            raise CaptureError(NO_LOSSES)
+        losses = _numpy(self._losses)
+        return StepFields(losses=losses, scored=np.isfinite(losses))
+
+    @property
+    def _along(self) -> tuple[Mapping[nn.Parameter, Tensor], ...]:
+        """What losses are differentiated along: the direction; when it was refreshed and is norm-matched, V too."""
+        direction = self._direction
+        plain_too = self.refreshed and direction.vectors is not direction.plain and direction.norm_matched
+        return (direction.vectors, direction.plain) if plain_too else (direction.vectors,)
+
     @abstractmethod
-    def _contributions(self) -> Tensor: ...
+    def _contributions(self) -> Tensor:
+        """The product of each example's gradient with each of `_along`: [D, B]."""
 
     def __enter__(self) -> Self:
         if self._losses is not None:
@@ -102,7 +183,81 @@ class Capture(ABC):
 
     def note_losses(self) -> None:
         """The direction was refreshed for this capture, which carries the losses that were measured then."""
+        self.refreshed = True
         self._target_loss, self._guard_loss = self._direction.target_loss, self._direction.guard_loss
+
+    def expect(self, sums: Sums, *, coarse: bool) -> None:
+        """What the contributions of some examples add up to: compared when they are known.
+
+        Args:
+            sums: what they add up to.
+            coarse: whether half precision is involved.
+        """
+        self._sums, self._coarse = sums, coarse
+
+    def verify(self, examples: int, tolerance: float) -> None:
+        """Has the first examples compared with their gradients, each by a backward pass of its own.
+
+        Args:
+            examples: how many, from the first on.
+            tolerance: largest relative error ‖c − c*‖/‖c*‖ that passes.
+        """
+        self._to_verify = examples, tolerance
+
+    def _by_definition(self, losses: Tensor) -> Tensor | None:
+        try:
+            return per_example(losses, self._direction.vectors)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error) and "donated buffers" not in str(error):
+                raise
+            _log.warning(
+                "Contributions cannot be verified: only one backward pass goes through a model that is compiled, or "
+                "whose activations are checkpointed with use_reentrant=True"
+            )
+            return None
+
+    def _check_sums(self, contributions: Tensor) -> None:
+        sums, self._sums = self._sums, []
+        for chosen, expected in sums:
+            parts = contributions[chosen].double()
+            size = max(float(parts.abs().sum()), abs(float(expected)))
+            gap = abs(float(parts.sum()) - float(expected))
+            tolerance = 0.2 if self._coarse else TOLERANCE.get(contributions.dtype, 1e-2)
+            if gap > tolerance * size:  # NaN, of examples with weight 0, passes
+                raise ContributionsDifferError(
+                    f"contributions of {int(chosen.sum())} examples add up to {float(parts.sum()):.6g}, their gradient "
+                    f"says {float(expected):.6g}: {CAUSES}"
+                )
+
+    def _check_examples(self, contributions: Tensor) -> None:
+        expected, self._expected = self._expected, None
+        if expected is None or self._to_verify is None:
+            return
+        found = contributions[: len(expected)].double()
+        known = found.isfinite() & expected.isfinite()
+        self.verified = bool(known.any())
+        if not self.verified:
+            return
+        error = float((found - expected)[known].norm() / expected[known].norm())
+        if error > max(self._to_verify[1], 0.2 if self._coarse else 0.0):
+            raise ContributionsDifferError(
+                f"contributions are off by {error:.3g} of those by per-example gradients ({found.tolist()} instead of "
+                f"{expected.tolist()}): {CAUSES}"
+            )
+        _log.info(
+            "Contributions of %d examples were verified against gradients of their own: relative error %.2g, %.2g s, "
+            "once",
+            int(known.sum()),
+            error,
+            self._seconds,
+        )
+
+
+class LossCapture(Capture):
+    """Losses alone, of a batch whose contributions are not measured: it costs nothing."""
+
+    def _contributions(self) -> Never:
+        raise CaptureError("contributions of this batch are not measured: `measure_every` leaves it out")
 
 
 CaptureT = TypeVar("CaptureT", bound=Capture)
@@ -116,17 +271,25 @@ class Contributions(ABC, Generic[CaptureT]):
         direction: where learning should go.
     """
 
+    tolerance: ClassVar[float | None] = 0.05
+    """Largest relative error that `verify_first` lets pass; None: the method is an approximation."""
+    watches: ClassVar[bool] = True
+    """Whether `Capture.watch` takes losses of a forward pass of yours; else the method needs the batch."""
+
     def __init__(self, model: nn.Module, direction: TargetDirection) -> None:
         self.model = model
         self.direction = direction
+        self._verify_next = self._verify_again = 0
+        self._verifying: Capture | None = None
 
-    def capture(self, ids: ArrayLike) -> CaptureT:
+    def capture(self, ids: ArrayLike | None) -> CaptureT:
         """A capture for one batch, to be used as `with contributions.capture(ids) as capture:`.
 
         Refreshes the direction first when it is due.
 
         Args:
-            ids: the example of each row: integers [B], a tensor, an array or a list.
+            ids: the example of each row: integers [B], a tensor, an array or a list. None: `Capture.identify` tells
+                them once they are known.
         """
         refreshed = self.direction.advance()
         if refreshed:
@@ -134,7 +297,32 @@ class Contributions(ABC, Generic[CaptureT]):
         capture = self._capture(ids)
         if refreshed:
             capture.note_losses()
+        if self._verifying is not None and self._verifying.verified is False:
+            self._verify_next, self._verifying = self._verify_again, None  # nothing was known of that step
+        if self._verify_next and self.tolerance is not None:
+            capture.verify(self._verify_next, self.tolerance)
+            self._verify_again, self._verify_next, self._verifying = self._verify_next, 0, capture
         return capture
+
+    def capture_losses(self, ids: ArrayLike | None) -> LossCapture:
+        """A capture for a batch whose contributions are not measured; the direction stays as it is.
+
+        Args:
+            ids: as in `capture`.
+        """
+        self.direction.expect_gradients()
+        return LossCapture(self.direction, ids)
+
+    def verify_first(self, examples: int = 4) -> None:
+        """Has the next step's first examples compared with gradients of their own, at a backward pass for each.
+
+        If nothing is known of that step, the one after. It raises `ContributionsDifferError` if they differ. Nothing
+        is compared for approximations, and for models whose parameters are sharded.
+
+        Args:
+            examples: how many.
+        """
+        self._verify_next = 0 if sharded_modules(self.model) else examples
 
     def verify(self, batch: Any, *, examples: int = 4, tolerance: float = 0.05) -> float:
         """Compares with the gradients of some examples, each by a backward pass of its own; changes nothing.
@@ -155,11 +343,11 @@ class Contributions(ABC, Generic[CaptureT]):
         """
         if not self.direction.vectors:
             self.direction.refresh()
-        random = RandomState(self.model)
-        with repeating(self.model, random):
+        before = ModelState(self.model)
+        with repeating(self.model, before):
             losses = self.direction.quiet_losses(batch)
             expected = per_example(losses[:examples], self.direction.vectors)
-        with unreduced(self.model), repeating(self.model, random), self._capture(range(len(losses))) as capture:
+        with unreduced(self.model), repeating(self.model, before), self._capture(range(len(losses))) as capture:
             losses = capture.losses(batch)
             if losses.requires_grad:
                 torch.autograd.grad(losses.sum(), list(self.direction.vectors), allow_unused=True)
@@ -174,7 +362,7 @@ class Contributions(ABC, Generic[CaptureT]):
         return error
 
     @abstractmethod
-    def _capture(self, ids: ArrayLike) -> CaptureT: ...
+    def _capture(self, ids: ArrayLike | None) -> CaptureT: ...
 
     def _refreshed(self) -> None:
         """The direction has been refreshed: which parameters are trainable may have changed."""
@@ -213,17 +401,24 @@ def per_example(losses: Tensor, vectors: Mapping[nn.Parameter, Tensor]) -> Tenso
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         pairs = zip(gradients, parameters, strict=True)
-        contributions.append(sum((g.double() * vectors[p]).sum() for g, p in pairs if g is not None))
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in contributions])
+        products = [product_of(_dense(g), vectors[p]) for g, p in pairs if g is not None]
+        contributions.append(torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64))
+    return torch.stack(contributions)
 
 
 def _integers(ids: ArrayLike) -> NDArray[np.uint64]:
     array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise CaptureError(
-            f"ids of shape {array.shape} and type {array.dtype}: must be one integer for each example of the batch"
-        )
+        names = "; `equipoise.ExampleKeys` gives ids to names" if array.dtype.kind in "USO" else ""
+        what = f"ids of shape {array.shape} and type {array.dtype}"
+        raise CaptureError(f"{what}: must be one integer for each example of the batch{names}")
+    if array.dtype.kind == "i" and array.min() < 0:
+        raise CaptureError(f"ids: {int(array.min())} must not be negative")
     return array.astype(np.uint64)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _numpy(values: Tensor) -> NDArray[np.float32]:

@@ -1,14 +1,18 @@
 """Where learning should go: the gradient of the target loss."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any, TypeAlias
+from math import isfinite
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equipoise.torch.errors import DirectionError
+from equipoise.torch.gradients import GradientAverage
 from equipoise.torch.losses import LossMean
 from equipoise.torch.preconditioner import AdamPreconditioner
 from equipoise.torch.processes import (
@@ -22,8 +26,16 @@ from equipoise.torch.processes import (
     whole,
     world,
 )
-from equipoise.torch.quiet import evaluating
+from equipoise.torch.quiet import ModelState, evaluating
+from equipoise.torch.rows import precise
 from equipoise.torch.vectors import load_vectors, named_vectors
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SCALE = 1024.0
+"""What a loss is multiplied by where gradients are float16, as a GradScaler does."""
 
 ExampleLoss: TypeAlias = Callable[[Any, Any], Tensor]
 """From a model and a batch to the loss of each example, nats: [B]."""
@@ -47,7 +59,7 @@ class TargetDirection:
 
     Args:
         model: the model in training.
-        loss_fn: from (model, batch) to the loss of each example, [B].
+        losses: from (model, batch) to the loss of each example, [B].
         target_batches: batches of target A: a list or a loader, anything that can be iterated again and again. 64
             sequences or more: with fewer the direction is mostly noise, however fresh it is.
         refresh_every: captures between two refreshes. Early in a training, while everything moves, a fresher direction
@@ -60,18 +72,26 @@ class TargetDirection:
         momentum: share of the direction before that a refresh keeps, in [0, 1). Part of a fresh direction swings with
             the model from step to step and makes all examples seem harmful, then useful; the average keeps what lasts.
         group: the processes that share the work, such as `torch.distributed.group.WORLD`; default: each works alone.
+        norm_matched: the direction is V − (V·ḡ / ḡ·ḡ)·ḡ, V the gradient of the target loss and ḡ the average of the
+            training gradients: along it a contribution says what an example does for the target at equal step length,
+            since longer steps along what all examples share are no merit of one. ḡ is read from `.grad` when a step of
+            a torch optimizer is over, and the direction follows it from step to step: see `GradientAverage`. Before the
+            first step nothing is scored. Takes the memory of the trainable parameters twice more.
 
     Attributes:
-        vectors: the direction by parameter, in the dtype of the parameter; empty before the first refresh.
+        example_losses: as given.
+        vectors: the direction by parameter, in float32 or better; empty before the first refresh.
+        plain: V by parameter: the same, unless it is norm-matched.
         target_loss: mean loss on target A at the last refresh, nats: a tensor without dimensions.
         guard_loss: mean loss on guard B at the last refresh, nats; None without guard batches.
         age: captures since the last refresh.
+        unusable: target and guard losses that were left out because they were not finite.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: ExampleLoss,
+        losses: ExampleLoss,
         target_batches: Iterable[Any],
         *,
         refresh_every: int = 10,
@@ -80,6 +100,7 @@ class TargetDirection:
         batches_per_refresh: int | None = None,
         momentum: float = 0.0,
         group: Group = None,
+        norm_matched: bool = False,
     ) -> None:
         _check_repeatable("target_batches", target_batches)
         _check_repeatable("guard_batches", guard_batches)
@@ -89,11 +110,13 @@ class TargetDirection:
         if not 0.0 <= momentum < 1.0:
             raise DirectionError(f"momentum = {momentum}: must be in [0, 1)")
         self.model = model
-        self.loss_fn = loss_fn
+        self.example_losses = losses
         self.vectors: dict[nn.Parameter, Tensor] = {}
+        self.plain: dict[nn.Parameter, Tensor] = {}
         self.target_loss: Tensor | None = None
         self.guard_loss: Tensor | None = None
         self.age = 0
+        self.unusable = 0
         self._target = target_batches
         self._guard = guard_batches
         self._refresh_every = refresh_every
@@ -102,14 +125,43 @@ class TargetDirection:
         self._momentum = momentum
         self._turn: Iterator[Any] = iter(())
         self._taken = 0
+        self._due = False
+        self._parameters: list[nn.Parameter] = []
+        self._differentiates: bool | None = None
         self._group = group
+        self._average = GradientAverage(model) if norm_matched else None
+
+    @property
+    def norm_matched(self) -> bool:
+        """Whether contributions are norm-matched."""
+        return self._average is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether contributions along it can be used: norm-matched ones not before a step of the optimizer."""
+        return self._average is None or self._average.known
+
+    def note_gradients(self) -> None:
+        """Reads the training gradients from `.grad`: to be called before they are cleared, once for each update of the
+        parameters that no torch optimizer makes. Without `norm_matched` nothing is read."""
+        if self._average is not None:
+            self._average.note(self.model.parameters())
+
+    def expect_gradients(self) -> None:
+        """A batch begins: the gradients of the next optimizer step are to be read, where `norm_matched` needs them."""
+        if self._average is not None:
+            self._average.expect()
 
     def advance(self) -> bool:
         """Counts one capture and refreshes when it is due; returns whether it was."""
-        due = not self.vectors or self.age + 1 >= self._refresh_every
+        self.expect_gradients()
+        due = self._due or not self.vectors or self.age + 1 >= self._refresh_every
+        due = due or not _same(self._parameters, _trainable(self.model))
         if due and not (self.vectors and is_accumulating(self.model)):
             self.refresh()
             return True
+        if self._average is not None and self._average.changed:
+            self._aim()
         self.age += 1
         return False
 
@@ -119,40 +171,87 @@ class TargetDirection:
         Raises:
             DirectionError: there is nothing to differentiate, or the losses are not one per example.
         """
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = _trainable(self.model)
         if not parameters:
             raise DirectionError("model: has no trainable parameter")
         with evaluating(self.model):
             gradients, self.target_loss = self._gradients(parameters)
             self.guard_loss = None if self._guard is None else self._mean_loss(self._guard)
-        self.vectors = self._averaged(self._precondition(gradients) if self._precondition else gradients)
-        self.age = 0
+        self.plain = self._averaged(self._precondition(gradients) if self._precondition else gradients)
+        self._aim()
+        self.age, self._due, self._parameters = 0, False, parameters
 
     def losses(self, batch: Any) -> Tensor:
         """The loss of each example of a batch, with its graph: [B]."""
-        return checked_losses(self.loss_fn(self.model, batch))
+        return checked_losses(self.example_losses(self.model, batch))
 
     def quiet_losses(self, batch: Any) -> Tensor:
         """The same past DistributedDataParallel: no process waits for another one's gradients."""
-        return checked_losses(self.loss_fn(unwrapped(self.model), batch))
+        return checked_losses(self.example_losses(unwrapped(self.model), batch))
+
+    def without_graph(self, compute: Callable[[], T]) -> T:
+        """What is computed of losses, without keeping a graph of them.
+
+        Losses that differentiate the model themselves, as those of differential equations do, need one on the way:
+        they are found out by their failure.
+        """
+        if self._differentiates is None:
+            before = ModelState(unwrapped(self.model))
+            try:
+                with torch.no_grad():
+                    result = compute()
+                self._differentiates = False
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                before.restore()
+                self._differentiates = True
+            else:
+                return result
+        with torch.set_grad_enabled(self._differentiates):
+            return compute()
+
+    def is_usable(self, name: str, loss: float) -> bool:
+        """Whether a target or guard loss is finite; those that are not are counted, and logged once.
+
+        Args:
+            name: `target_loss` or `guard_loss`.
+            loss: its value, nats.
+        """
+        if isfinite(loss):
+            return True
+        self.unusable += 1
+        level = logging.WARNING if self.unusable == 1 else logging.DEBUG
+        _log.log(
+            level, "%s = %s is left out: is there a bad value in its batches, or does the training diverge?", name, loss
+        )
+        return False
 
     @property
     def norm(self) -> Tensor:
         """Euclidean norm of the direction: float64, without dimensions."""
-        return torch.stack([whole(vector.double().square().sum()) for vector in self.vectors.values()]).sum().sqrt()
+        return norm_of(self.vectors)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: numbers and tensors, the vectors among them, as large as the trainable parameters.
+        """For a checkpoint: numbers.
 
-        Of a sharded model the part of this process. Without it a resumed job begins with a refresh.
+        The vectors, as large as the trainable parameters, are left out: the next capture computes them anew, here as in
+        the job that resumes from the checkpoint, so that both go on alike, bit for bit. With `momentum` they hold
+        what cannot be computed again, and are part of it, as is the average of the training gradients of a norm-matched
+        direction; of a sharded model those of this process.
         """
-        return {
-            "age": self.age,
-            "batches_taken": self._taken,
-            "target_loss": self.target_loss,
-            "guard_loss": self.guard_loss,
-            "vectors": named_vectors(self.model, self.vectors),
-        }
+        gradients = {} if self._average is None else {"gradients": self._average.state_dict()}
+        if self._momentum:
+            return {
+                "age": self.age,
+                "batches_taken": self._taken,
+                "target_loss": self.target_loss,
+                "guard_loss": self.guard_loss,
+                "vectors": named_vectors(self.model, self.plain),
+                **gradients,
+            }
+        self._due = True
+        return {"batches_taken": self._taken, **gradients}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the direction stood that gave `state`, of a model of the same shape.
@@ -160,24 +259,41 @@ class TargetDirection:
         Raises:
             DirectionError: the vectors are not those of this model.
         """
-        self.vectors = load_vectors(self.model, state["vectors"])
-        self.age, self._taken = state["age"], state["batches_taken"]
-        self.target_loss, self.guard_loss = state["target_loss"], state["guard_loss"]
+        self._taken = state["batches_taken"]
+        self._due = "vectors" not in state
+        if self._average is not None and "gradients" in state:
+            self._average.load_state_dict(state["gradients"])
+        if not self._due:
+            self.plain, self.age = load_vectors(self.model, state["vectors"]), state["age"]
+            self._aim()
+            self._parameters = _trainable(self.model)
+            self.target_loss, self.guard_loss = state["target_loss"], state["guard_loss"]
         self._turn = islice(iter(self._target), self._taken, None) if self._taken else iter(())
+
+    def _aim(self) -> None:
+        """Makes the direction of V, and of ḡ where it is known."""
+        average = self._average
+        self.vectors = (
+            self.plain
+            if average is None or not average.known
+            else average.without(self.plain, scaled=self._precondition)
+        )
 
     def _averaged(self, fresh: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """The fresh direction, with what is kept of those before."""
         kept = self._momentum
         if not kept:
             return fresh
-        old = self.vectors
+        old = self.plain
         return {p: torch.lerp(vector, old[p], kept) if p in old else vector for p, vector in fresh.items()}
 
     def _gradients(self, parameters: list[nn.Parameter]) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
         """Gradient of the mean loss over the target batches, and that loss."""
         sharded = bool(sharded_modules(self.model))
         group = world() if sharded else self._group
-        sums: dict[nn.Parameter, Tensor] = {} if group is None else {p: torch.zeros_like(p) for p in parameters}
+        sums: dict[nn.Parameter, Tensor] = {}
+        if group is not None:
+            sums = {p: torch.zeros_like(p, dtype=precise(p.dtype)) for p in parameters}
         means = LossMean()
         for batch in self._next_batches():
             with torch.enable_grad():
@@ -185,8 +301,9 @@ class TargetDirection:
                 gradients = self._reduced(losses, parameters) if sharded else _gradient(losses.sum(), parameters)
             means.add(losses)
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    sums[parameter] = _dense(gradient) if parameter not in sums else sums[parameter] + _dense(gradient)
+                if gradient is not None:  # sums in half precision lose what is small beside them
+                    gradient = _dense(gradient).to(precise(gradient.dtype))
+                    sums[parameter] = gradient if parameter not in sums else sums[parameter] + gradient
         mean, count = means.over(group, field="target_batches")
         if not sharded:
             sums = {parameter: total(gradient, group) for parameter, gradient in sums.items()}
@@ -201,22 +318,28 @@ class TargetDirection:
 
     def _mean_loss(self, batches: Iterable[Any]) -> Tensor:
         means = LossMean()
-        with torch.no_grad():
-            for batch in batches:
-                means.add(self.quiet_losses(batch))
+        for batch in batches:
+            means.add(self.without_graph(partial(self.quiet_losses, batch)))
         return means.over(world() if sharded_modules(self.model) else self._group, field="guard_batches")[0]
 
     def _next_batches(self) -> Iterator[Any]:
         if self._batches_per_refresh is None:
             yield from self._target
             return
-        batches = list(islice(self._turn, self._batches_per_refresh))
-        self._taken += len(batches)
-        if len(batches) < self._batches_per_refresh:
-            self._turn = iter(self._target)
-            first = list(islice(self._turn, self._batches_per_refresh - len(batches)))
-            self._taken, batches = len(first), batches + first
-        yield from batches
+        left = self._batches_per_refresh
+        for again in (False, True):
+            if again:
+                self._turn, self._taken = iter(self._target), 0
+            for batch in islice(self._turn, left):
+                left, self._taken = left - 1, self._taken + 1
+                yield batch
+            if not left:
+                return
+
+
+def norm_of(vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """Euclidean norm of a direction: float64, without dimensions."""
+    return torch.stack([whole(vector.abs().double().square().sum()) for vector in vectors.values()]).sum().sqrt()
 
 
 def checked_losses(losses: Tensor, count: int | None = None) -> Tensor:
@@ -233,8 +356,14 @@ def checked_losses(losses: Tensor, count: int | None = None) -> Tensor:
     return losses
 
 
-def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+    """Gradients of a loss; of float16 parameters by a scaled loss, since small ones would vanish, and in float32."""
     try:
+        if not any(parameter.dtype == torch.float16 for parameter in parameters):
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
+        scaled = torch.autograd.grad(loss * _SCALE, parameters, allow_unused=True, retain_graph=True)
+        if all(gradient is None or bool(gradient.isfinite().all()) for gradient in scaled):
+            return [None if gradient is None else gradient.float() / _SCALE for gradient in scaled]
         return torch.autograd.grad(loss, parameters, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
@@ -247,6 +376,14 @@ def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | No
 
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _same(one: list[nn.Parameter], other: list[nn.Parameter]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _check_repeatable(field: str, batches: Iterable[Any] | None) -> None:

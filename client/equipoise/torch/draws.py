@@ -28,14 +28,11 @@ class Draws:
     Args:
         client: what draws.
         num_examples: N.
-        size: ids in a draw.
-        seed: numbers that give every process draws of its own.
+        seed: equal seeds draw equal ids from equal weights.
         timeout: longest wait for a draw, seconds; then the draw is uniform.
     """
 
-    def __init__(
-        self, client: Sampling, num_examples: int, *, size: int, seed: tuple[int, int], timeout: float
-    ) -> None:
+    def __init__(self, client: Sampling, num_examples: int, *, seed: int, timeout: float) -> None:
         self.lost = False
         """Whether the newest draw was uniform because the server did not answer."""
         self.fallbacks = 0
@@ -43,10 +40,22 @@ class Draws:
         self.client = client
         """What draws; may be exchanged."""
         self._num_examples = num_examples
-        self._size = size
         self._seed = seed
         self._timeout = timeout
+        self._rank = 0
+        self._size = 1
         self._coming: Future[NDArray[np.uint64]] | None = None
+
+    def check(self) -> None:
+        """Raises InvalidRequestError if the policy is known to have more or fewer examples, which would never come."""
+        known = getattr(self.client, "num_examples", None)
+        if known not in (None, self._num_examples):
+            rule = f"must be that of the policy, {known}"
+            raise InvalidRequestError(field="num_examples", value=self._num_examples, rule=rule)
+
+    def begin(self, *, rank: int, size: int) -> None:
+        """Draws to come are of `size` ids, and differ from those of processes of another rank."""
+        self._rank, self._size = rank, size
 
     def take(self, number: int) -> NDArray[np.uint64]:
         """Ids of a draw, [size]; asks for the next one.
@@ -54,6 +63,7 @@ class Draws:
         Raises:
             EquipoiseError: what no retry mends.
         """
+        self.check()
         ids = self._wait(number)
         if self._coming is None:
             self._ask(number + 1)
@@ -108,7 +118,7 @@ class Draws:
             future.set_exception(error)
 
     def _generator(self, number: int) -> np.random.Generator:
-        return np.random.default_rng((*self._seed, number))
+        return np.random.default_rng((self._seed, self._rank, number))
 
     def _note(self, *, lost: bool) -> None:
         self.fallbacks += lost

@@ -6,6 +6,9 @@ from torch import nn
 
 from equipoise.errors import EquipoiseError
 
+NAMED = 12
+"""How many modules a message names."""
+
 
 class UnsupportedModuleError(EquipoiseError, TypeError):
     """A method cannot see through a module that has trainable parameters.
@@ -15,13 +18,11 @@ class UnsupportedModuleError(EquipoiseError, TypeError):
     """
 
     def __init__(self, modules: Sequence[tuple[str, nn.Module]], *, why: str, instead: str) -> None:
-        named = ", ".join(f"{path or 'the model itself'} ({type(module).__name__})" for path, module in modules)
+        named = ", ".join(f"{path or 'the model itself'} ({type(module).__name__})" for path, module in modules[:NAMED])
+        if len(modules) > NAMED:
+            named += f" and {len(modules) - NAMED} more"
         super().__init__(f"{named}: {why}; {instead}")
         self.modules = tuple(modules)
-
-
-class BatchShapeError(EquipoiseError, ValueError):
-    """A tensor does not have one row, or one group of rows, for each example."""
 
 
 class CaptureError(EquipoiseError, RuntimeError):

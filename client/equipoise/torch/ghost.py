@@ -1,88 +1,155 @@
 """Contributions from the training backward pass itself: `ghost`, and its last-layer variant."""
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from equipoise.torch.calls import Observed, Whole
 from equipoise.torch.capture import Contributions
+from equipoise.torch.coverage import Coverage
 from equipoise.torch.direction import TargetDirection
 from equipoise.torch.errors import CaptureError, UnsupportedModuleError
-from equipoise.torch.hooked import Call, HookedCapture
-from equipoise.torch.kinds import Kinds, check_eager, check_whole, layers_of
-from equipoise.torch.layers import Layer
-from equipoise.torch.rows import Rows
+from equipoise.torch.graph import Node
+from equipoise.torch.hooked import HookedCapture, sources
+from equipoise.torch.identity import Identity
+from equipoise.torch.kinds import Kinds
 
 
 class GhostCapture(HookedCapture):
     """One forward and backward pass; the contributions are known after the backward pass."""
 
-    def __init__(
-        self, direction: TargetDirection, ids: ArrayLike, *, layers: dict[nn.Module, Layer], rows: Rows
-    ) -> None:
-        super().__init__(direction, ids, layers=layers, rows=rows)
+    def __init__(self, direction: TargetDirection, ids: ArrayLike | None, *, coverage: Coverage) -> None:
+        super().__init__(direction, ids, coverage=coverage)
         self._sum: Tensor | None = None
         self._scale: Tensor | None = None
-        self._waiting = 0
-        self._missed = ""
+        self._probing = True
+        self._identity: Identity | None = None
+        self._parts: dict[nn.Module, Tensor] = {}
 
     def watch(self, losses: Tensor) -> Tensor:
         """As in `Capture`; the backward pass must go through the losses that are returned."""
-        super().watch(losses)
+        self._let_go_while_probing()
+        losses = super().watch(losses)
+        self._probing = False
         # The gradient that arrives here is what each example's loss was multiplied by: weight, mean over the batch,
         # accumulation, the scale of a GradScaler, all at once and exactly.
         losses.register_hook(self._see_scale)  # type: ignore[no-untyped-call]
+        if self._settled is not None:
+            for call, spread in self._settled.observed:
+                self._listen(call, spread)
+            for whole in self._settled.wholes:
+                self._listen_whole(whole)
+            if self._watched():
+                self._identity = Identity(self._direction.vectors, self._coverage.trainable)
         return losses
+
+    def _watched(self) -> bool:
+        """Whether contributions and gradient are compared on this step."""
+        new = self._settled is not None and self._settled.surveyed
+        return (self.refreshed or new) and not self._coverage.partial
+
+    def __exit__(self, *error: Any) -> None:
+        if self._identity is not None:
+            self._identity.detach()
+        super().__exit__(*error)
+
+    def enter(self, call: Observed, x: Tensor) -> Tensor:
+        """As in `HookedCapture`."""
+        if x.requires_grad:
+            kept: Tensor = _Keep.apply(x)  # type: ignore[no-untyped-call]
+            call.keeper = kept.grad_fn
+        else:
+            call.x = x
+        return x
+
+    def leave(self, call: Observed, y: Tensor) -> None:
+        """As in `HookedCapture`; after the forward pass, of what is recomputed and differentiated at once."""
+        if self._settled is not None:
+            self._listen(call, [])
 
     def _contributions(self) -> Tensor:
         if self._scale is None:
             raise CaptureError(
                 "no backward pass was captured: it belongs into the `with` block, after the forward pass"
             )
-        if self._sum is None or self._waiting:
+        if self._settled is None:
+            return self._unknown()
+        if self._sum is None:
             raise CaptureError("the backward pass did not go through the whole model: call `.backward()`")
-        if self._missed:
-            raise CaptureError(f"{self._missed}: its output was replaced before its gradient could be seen")
+        # What is partly computed in float32 is no more precise than that.
+        weighted = self._sum.float() if self._coverage.single else self._sum
+        if self._identity is not None and not self._identity.checked:
+            self._identity.check(weighted[0], self._parts, self._coverage)
         known = self._scale != 0
-        contributions = self._sum / torch.where(known, self._scale, 1).to(self._sum)
+        contributions = weighted / torch.where(known, self._scale, 1).to(weighted)
         return torch.where(known & contributions.isfinite(), contributions, torch.nan)
 
     def _see_scale(self, scale: Tensor) -> None:
-        if self._open:
-            self._scale = scale.detach() if self._scale is None else self._scale + scale.detach()
+        if not self._open:
+            return
+        self._scale = scale.detach() if self._scale is None else self._scale + scale.detach()
+        if self._settled is not None and self._settled.wholes:
+            # At the end of this backward pass, when all gradients are there and the parameters are still the same.
+            torch.autograd.Variable._execution_engine.queue_callback(self._contract_wholes)
 
-    def _enter(self, call: Call, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            kept: Tensor = _Keep.apply(x, call, self)  # type: ignore[no-untyped-call]
-            return kept
-        call.x = x
-        return x
+    def _let_go_while_probing(self) -> None:
+        """Takes back what checkpoints recompute for us in backward passes before the one of the training."""
 
-    def _leave(self, call: Call, y: Tensor) -> None:
-        def see(g: Tensor) -> None:
-            if not self._open:
+        def take(_gradients: Any, keeper: Any) -> None:
+            if self._probing:
+                _ = keeper.saved_tensors
+
+        if self._coverage.plan is None or self._to_verify is not None:
+            for call in () if self._recorder is None else self._recorder.observed:
+                if call.keeper is not None:
+                    call.source[0].register_prehook(partial(take, keeper=call.keeper))
+
+    def _listen(self, call: Observed, spread: list[Node]) -> None:
+        def see(gradients: Any, number: int) -> None:
+            g = gradients[number]
+            if not self._open or g is None:
                 return
-            g = g.reshape(call.output)
-            if call.x is None:
-                call.g, self._waiting = g, self._waiting + 1
-            else:
-                self._add(call, call.x, g)
+            x = call.x if call.keeper is None else call.keeper.saved_tensors[0]
+            if x is None:
+                raise CaptureError(f"{call.layer.path}: a second backward pass needs retain_graph=True in the first")
+            self._take(call.layer.module, self._contract(call, x, g.detach(), copied=bool(spread)))
+            if len(ends) == 1 and not _keeps_graph():
+                call.keeper = None  # as autograd lets go of what it saved
 
-        y.register_hook(see)  # type: ignore[no-untyped-call]
+        ends = sources(call, spread)
+        for node, number in ends:
+            node.register_prehook(partial(see, number=number))
 
-    def see_input(self, call: Call, x: Tensor) -> None:
-        """Autograd has given back the input of a call, after the gradient of its output."""
-        if call.g is None:
-            self._missed = call.layer.path
-        else:
-            g, call.g, self._waiting = call.g, None, self._waiting - 1
-            self._add(call, x, g)
+    def _listen_whole(self, call: Whole) -> None:
+        def see(gradients: Any, place: int, number: int) -> None:
+            g = gradients[number]
+            if self._open and g is not None:
+                g = g.detach().reshape(call.sources[place][2])
+                call.g[place] = call.g[place] + g if place in call.g else g
 
-    def _add(self, call: Call, x: Tensor, g: Tensor) -> None:
-        part = self._contract(call, x, g)
+        assert self._settled is not None
+        for place in self._settled.plan.blocks[call.module].places & call.sources.keys():
+            node, number, _ = call.sources[place]
+            node.register_prehook(partial(see, place=place, number=number))
+
+    def _contract_wholes(self) -> None:
+        if self._settled is None:
+            return
+        for call in self._settled.wholes:
+            if call.g:
+                part = self._contract_block(call)
+                call.g.clear()
+                self._take(call.module, part)
+
+    def _take(self, module: nn.Module, part: Tensor) -> None:
         self._sum = part if self._sum is None else self._sum + part.to(self._sum)
+        if self._identity is not None:
+            total = part[0].double().sum()
+            self._parts[module] = self._parts[module] + total if module in self._parts else total
 
 
 class GhostContributions(Contributions[GhostCapture]):
@@ -94,8 +161,11 @@ class GhostContributions(Contributions[GhostCapture]):
     were trained with weight 0 have no gradient to see: their contributions are NaN and not scored.
 
     Works with gradient accumulation (one capture for each micro-batch), autocast and GradScaler, activation
-    checkpointing, DistributedDataParallel, any attention kernel, tied weights, frozen parameters, and with losses
-    averaged over the tokens of an example, padding or not.
+    checkpointing, DistributedDataParallel, any attention kernel, tied weights, frozen parameters, adapters, experts,
+    packed rows and padding-free batches, pairs, and with losses averaged over the tokens of an example, padding or not.
+    The first step is surveyed, at two more backward passes; see `equipoise.torch.coverage`. Modules without a formula
+    are called once more. Of a step that is unlike all before nothing is known, and for some steps from then on one that
+    is unlike them is surveyed itself.
 
     Example:
         >>> contributions = GhostContributions(model, direction)
@@ -110,30 +180,29 @@ class GhostContributions(Contributions[GhostCapture]):
     Args:
         model: the model in training.
         direction: where learning should go.
-        shared: paths of embeddings that are called with one index for each position rather than each example, as
-            `nn.Embedding(positions)(torch.arange(length))`; found out where the two numbers differ.
-        also: types of your own modules with parameters that treat each example alone; they are differentiated by
-            forward mode.
+        shared: paths of modules whose output all examples share, as positions: they are found out but where activations
+            are checkpointed with `use_reentrant=True`.
+        also: types of modules that are differentiated by forward mode as a whole, with all that is in them.
+
+    Attributes:
+        coverage: who accounts for which parameter, and counts of what was watched.
 
     Raises:
-        UnsupportedModuleError: the model has trainable parameters in other modules, or is compiled or sharded.
+        UnsupportedModuleError: the model is compiled or sharded; a capture raises it where a parameter cannot be
+            accounted for.
     """
 
     def __init__(
         self, model: nn.Module, direction: TargetDirection, *, shared: Collection[str] = (), also: Kinds = ()
     ) -> None:
         super().__init__(model, direction)
-        self._also = also
-        self._rows = Rows(shared)
-        self._refreshed()
+        self.coverage = Coverage(model, shared=shared, also=also)
 
     def _refreshed(self) -> None:
-        check_eager(self.model)
-        check_whole(self.model)
-        self._layers = layers_of(self.model, also=self._also)
+        self.coverage.refresh()
 
-    def _capture(self, ids: ArrayLike) -> GhostCapture:
-        return GhostCapture(self.direction, ids, layers=self._layers, rows=self._rows)
+    def _capture(self, ids: ArrayLike | None) -> GhostCapture:
+        return GhostCapture(self.direction, ids, coverage=self.coverage)
 
 
 class LastLayerContributions(GhostContributions):
@@ -151,19 +220,21 @@ class LastLayerContributions(GhostContributions):
         UnsupportedModuleError: the layer is of another kind.
     """
 
-    def __init__(self, model: nn.Module, direction: TargetDirection, *, layer: str | None = None) -> None:
-        self._path = _last_linear(model) if layer is None else layer
-        super().__init__(model, direction)
+    tolerance = None
 
-    def _refreshed(self) -> None:
-        module = self.model.get_submodule(self._path)
-        check_eager(module)
-        check_whole(module)
-        self._layers = layers_of(module, prefix=self._path)
-        if not self._layers:
-            raise UnsupportedModuleError(
-                [(self._path, module)], why="has no trainable parameter", instead="name another layer"
-            )
+    def __init__(self, model: nn.Module, direction: TargetDirection, *, layer: str | None = None) -> None:
+        path = _last_linear(model) if layer is None else layer
+        module = model.get_submodule(path)
+        Contributions.__init__(self, model, direction)
+        self.coverage = Coverage(model, part=(path, module), whole=False)
+        if module not in self.coverage.layers:
+            frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+            why = "has no trainable parameter" if frozen else "is no layer whose formula is known"
+            raise UnsupportedModuleError([(path, module)], why=why, instead="name another layer")
+
+    def verify(self, batch: Any, *, examples: int = 4, tolerance: float = 1.0) -> float:
+        """As in `Contributions`; one layer's share is an approximation, so that much more than 0 is to be expected."""
+        return super().verify(batch, examples=examples, tolerance=tolerance)
 
 
 def _last_linear(model: nn.Module) -> str:
@@ -174,20 +245,23 @@ def _last_linear(model: nn.Module) -> str:
 
 
 class _Keep(torch.autograd.Function):
-    """The input of a call, kept with its graph and given back on the way back.
+    """Keeps a tensor beside the graph, not in it: nothing of a training's backward pass is ordered otherwise.
 
     What a function saves is recomputed under activation checkpointing and offloaded as everything else; a reference of
     our own would defeat both.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call, capture: GhostCapture) -> Tensor:
-        ctx.call, ctx.capture = call, capture
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x.view_as(x)
+        return x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        ctx.capture.see_input(ctx.call, x)
-        return gradients[0], None, None
+        return None
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass under way leaves its graph for another one."""
+    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # not by torch 2.4
+    return told is None or bool(told())

@@ -1,90 +1,123 @@
-"""Captures that see every call of a module with parameters."""
+"""Captures that see every call of the modules that account for the parameters."""
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from equipoise.torch.calls import Observed, Recorder, Whole
 from equipoise.torch.capture import Capture
+from equipoise.torch.coverage import Coverage
 from equipoise.torch.direction import TargetDirection
-from equipoise.torch.layers import Layer
-from equipoise.torch.rows import Rows
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """One call of a module in a forward pass.
-
-    Attributes:
-        layer: the module.
-        x: its input; None while autograd keeps it.
-        g: gradient of its output; None until it is known.
-        shape: shape to which the input is expanded so that each example has its rows; None: as it is.
-        output: shape of its output, with rows for each example.
-    """
-
-    layer: Layer
-    x: Tensor | None = None
-    g: Tensor | None = None
-    shape: list[int] | None = None
-    output: tuple[int, ...] = ()
+from equipoise.torch.errors import CaptureError
+from equipoise.torch.graph import Node
+from equipoise.torch.layers import Direction, Layer
+from equipoise.torch.plan import Settled
+from equipoise.torch.rows import Rows, precise
 
 
 class HookedCapture(Capture):
-    """Hooks on one batch; gone when the `with` block ends."""
+    """Hooks on one batch; gone when the `with` block ends. No output and no gradient is altered by them."""
 
-    def __init__(
-        self, direction: TargetDirection, ids: ArrayLike, *, layers: dict[nn.Module, Layer], rows: Rows
-    ) -> None:
+    def __init__(self, direction: TargetDirection, ids: ArrayLike | None, *, coverage: Coverage) -> None:
         super().__init__(direction, ids)
-        self._layers = layers
-        self._rows = rows
-        self._handles: list[RemovableHandle] = []
-        self._entered: dict[nn.Module, tuple[Call, Tensor]] = {}
-        self._hidden: set[str] = set()
+        self._coverage = coverage
+        self._recorder: Recorder | None = None
+        self._settled: Settled | None = None
         self._contracting = False
 
     def __enter__(self) -> Self:
         super().__enter__()
-        for module in self._layers:
-            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after))
+        self._recorder = self._coverage.recorder(len(self.ids) if self.identified else None, self)
+        self._recorder.attach()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._entered.clear()
+        if self._recorder is not None:
+            self._recorder.detach()
 
-    def _wanted(self) -> bool:
+    def watch(self, losses: Tensor) -> Tensor:
+        """As in `Capture`.
+
+        Raises:
+            UnsupportedModuleError: some parameter cannot be accounted for; the message says by which.
+        """
+        losses = super().watch(losses)
+        assert self._recorder is not None
+        self._settled = self._coverage.settle(self._recorder, losses, len(self.ids), self._direction.vectors)
+        self._recorder.forget()
+        if self._settled is not None:
+            self.expect(self._settled.sums, coarse=self._coverage.coarse)
+        return losses
+
+    def wants(self) -> bool:
         """Whether a forward pass of now is the captured one: until its losses are known, or when it is recomputed."""
-        return self._losses is None or torch._C._current_graph_task_id() != -1
+        return not self._contracting and (self._losses is None or torch._C._current_graph_task_id() != -1)
 
-    @abstractmethod
-    def _enter(self, call: Call, x: Tensor) -> Tensor:
-        """A module is called with x; returns what it gets instead, equal in value."""
+    def enter(self, call: Observed, x: Tensor) -> Tensor:
+        """A module with a formula is called with x; returns what it gets instead, equal in value."""
+        call.x = x
+        return x
 
-    @abstractmethod
-    def _leave(self, call: Call, y: Tensor) -> None:
-        """A module has given y, which has the shape `call.output` but for views."""
+    def leave(self, call: Observed, y: Tensor) -> None:
+        """A module with a formula has given y."""
 
-    def _contract(self, call: Call, x: Tensor, g: Tensor) -> Tensor:
-        """Contributions of one call: [B]."""
-        vectors, count = self._direction.vectors, len(self.ids)
-        if not any(parameter in vectors for parameter in call.layer.module.parameters(recurse=False)):
-            return g.new_zeros(count, dtype=torch.float32)
-        if call.shape is not None:
-            x = x.expand(call.shape)
+    def _unknown(self) -> Tensor:
+        """The contributions of a step that cannot be seen through: NaN."""
+        assert self._losses is not None
+        return torch.full_like(self._losses, torch.nan, dtype=torch.float32).expand(len(self._along), -1)
+
+    def _claimed(self, module: nn.Module, vectors: Direction) -> Direction:
+        """The part of a direction in the parameters of a module that its calls account for."""
+        assert self._settled is not None
+        return {p: vectors[p] for p in self._settled.plan.claims.get(module, ()) if p in vectors}
+
+    def _contract(self, call: Observed, x: Tensor, g: Tensor, *, copied: bool) -> Tensor:
+        """Contributions of one call of a module with a formula along each direction: [D, B].
+
+        Args:
+            call: the call.
+            x: its input.
+            g: gradient of its output.
+            copied: whether all examples share the output, and g has a copy of it for each.
+        """
+        claimed = [self._claimed(call.layer.module, vectors) for vectors in self._along]
+        if not any(claimed):
+            return g.new_zeros(len(claimed), len(self.ids), dtype=torch.float32)
         with self._contraction(g):
-            return call.layer.contract(x, g, vectors, count)
+            x, g = self._aligned(call, x, g, copied=copied)
+            rows = self._rows(call, g)
+            return torch.stack([_contracted(call.layer, x, g, direction, rows) for direction in claimed])
+
+    def _contract_block(self, call: Whole) -> Tensor:
+        """Contributions of one call of a module taken as a whole along each direction: [D, B]."""
+        assert self._settled is not None
+        block, layout = self._settled.plan.blocks[call.module], self._settled.layout
+        with self._contraction(next(iter(call.g.values()))):
+            return torch.stack([block.contract(call, vectors, layout) for vectors in self._along])
+
+    def _aligned(self, call: Observed, x: Tensor, g: Tensor, *, copied: bool) -> tuple[Tensor, Tensor]:
+        """Input and gradient of the output with rows for each example."""
+        if not copied:
+            return x, g.reshape(call.shape)
+        assert self._settled is not None
+        copies, alone = self._settled.layout.copies, call.shape[0] == 1
+        x = x.expand(copies, *(x.shape[1:] if alone and x.shape[0] == 1 else x.shape))
+        return x, g.reshape(copies, *(call.shape[1:] if alone else call.shape))
+
+    def _rows(self, call: Observed, g: Tensor) -> Rows:
+        assert self._settled is not None
+        rows = self._settled.layout.rows(tuple(g.shape))
+        if rows is None:
+            raise CaptureError(
+                f"{call.layer.path}: its rows cannot be told apart under activation checkpointing with "
+                "use_reentrant=True; use use_reentrant=False"
+            )
+        return rows
 
     @contextmanager
     def _contraction(self, g: Tensor) -> Iterator[None]:
@@ -96,35 +129,18 @@ class HookedCapture(Capture):
         finally:
             self._contracting = False
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._contracting or not self._wanted():
-            return None
-        if not torch.is_grad_enabled():
-            self._hidden.add(self._layers[module].path)
-            return None
-        call = Call(self._layers[module])
-        name = None if args else next(iter(kwargs))
-        x = args[0] if name is None else kwargs[name]
-        self._entered[module] = call, x
-        x = self._enter(call, x)
-        return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
-    def _after(self, module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-        call, x = self._entered.pop(module, (None, None))
-        if call is None or x is None or not y.requires_grad:
-            return None
-        y, call.shape = self._rows.expand(call.layer.path, module, x, y, len(self.ids))
-        call.output = y.shape
-        self._leave(call, _source(y) if call.shape is None else y)
-        return y
+def _contracted(layer: Layer, x: Tensor, g: Tensor, direction: Direction, rows: Rows) -> Tensor:
+    """Contributions of one call along one direction: [B]."""
+    if not direction:
+        return g.new_zeros(rows.count, dtype=precise(g.dtype))
+    if g.dtype.itemsize >= 4:
+        return layer.contract(x, g, direction, rows)
+    # A direction is small, and would vanish in half precision.
+    size = torch.stack([vector.abs().max() for vector in direction.values()]).max().clamp(min=1e-30)
+    return layer.contract(x, g, {p: vector / size for p, vector in direction.items()}, rows) * size
 
 
-def _source(y: Tensor) -> Tensor:
-    """Where the gradient of an output arrives even when the output is changed in place afterwards.
-
-    What a module returns is often a view: of a matrix of all rows, say. A change in place gives the view a new history
-    that begins at its base.
-    """
-    base = y._base
-    same = base is not None and base.requires_grad and base.numel() == y.numel()
-    return base if base is not None and same and base.is_contiguous() and y.is_contiguous() else y
+def sources(call: Observed, spread: list[Node]) -> list[tuple[Node, int]]:
+    """Where the gradients of a call arrive: at its output, or where the output is given to each example."""
+    return [(node, 0) for node in spread] if spread else [call.source[:2]]

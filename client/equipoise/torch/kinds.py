@@ -1,8 +1,9 @@
-"""Which layer stands for a module: the modules that `ghost` and `one_pass` see through."""
+"""Which formula stands for a module, and which modules run no hooks."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import nn
 
 from equipoise.torch.errors import UnsupportedModuleError
@@ -10,7 +11,6 @@ from equipoise.torch.layers import (
     ConvolutionLayer,
     DenseLayer,
     EmbeddingLayer,
-    ForwardModeLayer,
     GroupNormLayer,
     Layer,
     LayerNormLayer,
@@ -22,7 +22,13 @@ from equipoise.torch.processes import sharded_modules
 
 Kinds: TypeAlias = tuple[type[nn.Module], ...]
 
-INSTEAD = "FiniteDifferenceContributions handles any module"
+INSTEAD = 'use JvpContributions(model, direction), in a trainer TrainingOptions(method="jvp")'
+"""What to paste where a method does not fit: exact, about a step more."""
+
+BY_DIFFERENCES = (
+    'use FiniteDifferenceContributions(model, direction), in a trainer TrainingOptions(method="finite_difference")'
+)
+"""The same where there is no forward mode: right to about 0.5 %."""
 
 _KINDS: tuple[tuple[type[nn.Module], type[Layer]], ...] = (
     (nn.Linear, DenseLayer),
@@ -36,30 +42,30 @@ _KINDS: tuple[tuple[type[nn.Module], type[Layer]], ...] = (
 )
 
 
-def layers_of(model: nn.Module, *, also: Kinds = (), prefix: str = "") -> dict[nn.Module, Layer]:
-    """The layers of all modules that have trainable parameters of their own.
+def closed_layers(model: nn.Module, *, prefix: str = "", but: Kinds = ()) -> dict[nn.Module, Layer]:
+    """The modules with trainable parameters whose formula is known.
 
     Args:
         model: the model.
-        also: types of modules of the user's that treat each example alone.
         prefix: path of the model itself, where it is a part.
-
-    Raises:
-        UnsupportedModuleError: some modules cannot be seen through; names them all.
+        but: types of modules that are left out.
     """
     layers: dict[nn.Module, Layer] = {}
-    unsupported = []
     for path, module in model.named_modules(prefix=prefix):
-        if not any(p.requires_grad for p in module.parameters(recurse=False)):
+        own = dict(module.named_parameters(recurse=False))
+        if any(p.is_complex() for p in own.values()):
             continue
-        kind = _kind(module, also)
-        if kind is None:
-            unsupported.append((path, module))
-        else:
+        if not any(p.requires_grad for p in own.values()) or isinstance(module, but) or not takes_hooks(module):
+            continue
+        kind = _kind(module)
+        if kind is not None and own.keys() <= {"weight", "bias"}:
             layers[module] = kind(path, module)
-    if unsupported:
-        raise UnsupportedModuleError(unsupported, why=_why(module for _, module in unsupported), instead=INSTEAD)
     return layers
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether hooks can be registered: not on what `torch.jit` has compiled."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def check_eager(model: nn.Module) -> None:
@@ -84,7 +90,39 @@ def check_whole(model: nn.Module) -> None:
         UnsupportedModuleError: a module is sharded.
     """
     if sharded := sharded_modules(model):
-        raise UnsupportedModuleError(sharded, why="this process has a part of its parameters only", instead=INSTEAD)
+        raise UnsupportedModuleError(
+            sharded, why="this process has a part of its parameters only", instead=BY_DIFFERENCES
+        )
+
+
+def check_alone(called: Sequence[tuple[str, nn.Module]], *, count: int) -> None:
+    """Refuses modules that make an example's loss, or what is taken for its gradient, depend on the other examples.
+
+    Args:
+        called: (path, module) of the modules in a forward pass.
+        count: number of examples.
+
+    Raises:
+        UnsupportedModuleError: a module does.
+    """
+    counted = {
+        path: module
+        for path, module in called
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and (module.scale_grad_by_freq or module.max_norm is not None)
+        and module.weight.requires_grad
+    }
+    if counted:
+        why = "scale_grad_by_freq and max_norm make an example's gradient depend on the other examples"
+        raise UnsupportedModuleError(list(counted.items()), why=why, instead=BY_DIFFERENCES)
+    mixing = {
+        path: module
+        for path, module in called
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    }
+    if mixing and count > 1:
+        why = "batch normalisation in training mode mixes examples, so that hooks cannot tell them apart"
+        raise UnsupportedModuleError(list(mixing.items()), why=why, instead=INSTEAD)
 
 
 def compiled_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -96,9 +134,9 @@ def compiled_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _kind(module: nn.Module, also: Kinds) -> type[Layer] | None:
-    if isinstance(module, also):
-        return ForwardModeLayer
+def _kind(module: nn.Module) -> type[Layer] | None:
+    if "forward" in vars(module):
+        return None  # somebody has replaced what it computes
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
         return None  # what one example's gradient is depends on the others; or the weights change in the forward pass
     for base, kind in _KINDS:
@@ -120,12 +158,3 @@ def _is_rms_norm(module: nn.Module) -> bool:
 def _named(module: nn.Module, package: str, name: str) -> bool:
     """Whether this is a class of a package that may not be installed."""
     return any(kind.__module__ == package and kind.__name__ == name for kind in type(module).__mro__)
-
-
-def _why(modules: Iterable[nn.Module]) -> str:
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
-        return "batch normalisation mixes examples, so that hooks cannot tell them apart"
-    return (
-        "hooks see through Linear, Embedding, LayerNorm, RMSNorm, GroupNorm, convolutions and transformers' Conv1D, "
-        "and through your own modules that treat each example alone when their types are given as `also`"
-    )

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
+from equipoise.torch.rows import Rows, precise
+
 Direction: TypeAlias = Mapping[nn.Parameter, Tensor]
 """A vector in the space of the parameters; a parameter that is missing has zero."""
 
@@ -30,53 +32,54 @@ class Layer(ABC):
     module: Any
 
     @abstractmethod
-    def contract(self, x: Tensor, g: Tensor, direction: Direction, count: int) -> Tensor:
-        """Contributions of one call: float [count].
+    def contract(self, x: Tensor, g: Tensor, direction: Direction, rows: Rows) -> Tensor:
+        """Contributions of one call: float [B].
 
         Args:
-            x: input; rows of one example lie together: shape[0] is `count` or a multiple of it.
-            g: gradient with respect to the output, rows as in x.
+            x: input.
+            g: gradient with respect to the output.
             direction: V.
-            count: number of examples B.
+            rows: which rows of x and g are whose.
         """
 
-    def gradients(self, x: Tensor, g: Tensor, weights: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def gradients(self, x: Tensor, g: Tensor, weights: Tensor, rows: Rows) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Gradients of `Σ_n weights_n·l_n` with respect to the trainable parameters, for one call.
 
         Args:
             x: input, as above.
             g: gradient of the unweighted losses with respect to the output; may be overwritten.
             weights: float [B].
+            rows: which rows of x and g are whose.
         """
         parameters = {name: p for name, p in self.module.named_parameters(recurse=False) if p.requires_grad}
         copies = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         with torch.enable_grad():
             y = torch.func.functional_call(self.module, copies, (x.detach(),))
-            gradients = torch.autograd.grad(y, list(copies.values()), _weighted(g, weights).to(y.dtype))
+            gradients = torch.autograd.grad(y, list(copies.values()), rows.weighted(g, weights).to(y.dtype))
         yield from zip(parameters.values(), gradients, strict=True)
 
 
 class DenseLayer(Layer):
     """y = x·Wᵀ + b, W [out, in] (`nn.Linear`)."""
 
-    def contract(self, x: Tensor, g: Tensor, direction: Direction, count: int) -> Tensor:
+    def contract(self, x: Tensor, g: Tensor, direction: Direction, rows: Rows) -> Tensor:
         """As in `Layer`."""
-        total = g.new_zeros(count, dtype=_precise(g.dtype))
+        total = g.new_zeros(rows.count, dtype=precise(g.dtype))
         weight, bias = self._matrix(direction.get(self.module.weight)), direction.get(self.module.bias)
         if weight is not None:
             weight, x = weight.to(g.dtype), x.to(g.dtype)
             # Both orders cost the same; the narrower product is the one that is stored.
             wide = weight.shape[0] > weight.shape[1]
-            total += _row_dots(g @ weight, x, count) if wide else _row_dots(x @ weight.T, g, count)
+            total += rows.dots(g @ weight, x) if wide else rows.dots(x @ weight.T, g)
         if bias is not None:
-            total += (g @ bias.to(g.dtype)).reshape(count, -1).sum(1, dtype=total.dtype)
+            total += rows.sums(g @ bias.to(g.dtype))
         return total
 
-    def gradients(self, x: Tensor, g: Tensor, weights: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def gradients(self, x: Tensor, g: Tensor, weights: Tensor, rows: Rows) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """As in `Layer`."""
         module = self.module
         x, g = x.reshape(-1, x.shape[-1]).to(g.dtype), g.reshape(-1, g.shape[-1])
-        row_weights = weights.repeat_interleave(g.shape[0] // weights.shape[0]).to(g.dtype)
+        row_weights = rows.spread(weights, g.shape[0]).to(g.dtype)
         if module.bias is not None and module.bias.requires_grad:
             yield module.bias, row_weights @ g
         if module.weight.requires_grad:
@@ -105,31 +108,31 @@ class TransposedDenseLayer(DenseLayer):
 class EmbeddingLayer(Layer):
     """y = W[x] (`nn.Embedding`)."""
 
-    def contract(self, x: Tensor, g: Tensor, direction: Direction, count: int) -> Tensor:
+    def contract(self, x: Tensor, g: Tensor, direction: Direction, rows: Rows) -> Tensor:
         """As in `Layer`."""
-        rows = F.embedding(x, direction[self.module.weight])
+        looked_up = F.embedding(x, direction[self.module.weight])
         padding = self.module.padding_idx
         if padding is not None:  # its row gets no gradient, though a tied head gives it a direction
-            rows = rows.masked_fill((x == padding)[..., None], 0)
-        return _row_dots(rows, g, count)
+            looked_up = looked_up.masked_fill((x == padding)[..., None], 0)
+        return rows.dots(looked_up, g)
 
-    def gradients(self, x: Tensor, g: Tensor, weights: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def gradients(self, x: Tensor, g: Tensor, weights: Tensor, rows: Rows) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """As in `Layer`."""
         module, padding = self.module, self.module.padding_idx
         backward = torch.ops.aten.embedding_dense_backward
         padding = -1 if padding is None else padding
-        yield module.weight, backward(_weighted(g, weights), x, module.num_embeddings, padding, False)
+        yield module.weight, backward(rows.weighted(g, weights), x, module.num_embeddings, padding, False)
 
 
 class AffineLayer(Layer):
     """y = normalised(x)·w + b (`nn.LayerNorm`, `nn.GroupNorm`, `nn.RMSNorm`)."""
 
-    def contract(self, x: Tensor, g: Tensor, direction: Direction, count: int) -> Tensor:
+    def contract(self, x: Tensor, g: Tensor, direction: Direction, rows: Rows) -> Tensor:
         """As in `Layer`."""
         weight, bias = direction.get(self.module.weight), self._bias(direction)
         if weight is None:
-            weight = torch.zeros_like(self.module.weight)
-        return _row_dots(self._affine(x.to(weight.dtype), weight, bias), g, count)
+            weight = torch.zeros_like(self.module.weight, dtype=None if bias is None else bias.dtype)
+        return rows.dots(self._affine(x.to(weight.dtype), weight, bias), g)
 
     def _bias(self, direction: Direction) -> Tensor | None:
         return direction.get(self.module.bias)
@@ -170,25 +173,25 @@ class RMSNormLayer(AffineLayer):
 class ConvolutionLayer(Layer):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, with groups, strides, dilation and any padding."""
 
-    def contract(self, x: Tensor, g: Tensor, direction: Direction, count: int) -> Tensor:
+    def contract(self, x: Tensor, g: Tensor, direction: Direction, rows: Rows) -> Tensor:
         """As in `Layer`."""
         module = self.module
         weight, bias = direction.get(module.weight), direction.get(module.bias)
         weight = torch.zeros_like(module.weight) if weight is None else weight
         bias = None if bias is None else bias.to(g.dtype)
-        return _row_dots(module._conv_forward(x.to(g.dtype), weight.to(g.dtype), bias), g, count)
+        return rows.dots(module._conv_forward(x.to(g.dtype), weight.to(g.dtype), bias), g)
 
 
 class ScaleLayer(Layer):
     """A module whose output is affine in its only parameter, such as the RMSNorms of `transformers`."""
 
-    def contract(self, x: Tensor, g: Tensor, direction: Direction, count: int) -> Tensor:
+    def contract(self, x: Tensor, g: Tensor, direction: Direction, rows: Rows) -> Tensor:
         """As in `Layer`."""
         weight = direction[self.module.weight]
         # For w in (1 + w)·x̂ a small direction would drown in the difference.
         size = weight.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
         moved = self._output(x, weight / size) - self._output(x, torch.zeros_like(weight))
-        return _row_dots(moved, g, count) * size
+        return rows.dots(moved, g) * size
 
     def normalised(self, x: Tensor) -> Tensor:
         """What the weight multiplies."""
@@ -198,35 +201,3 @@ class ScaleLayer(Layer):
     def _output(self, x: Tensor, weight: Tensor) -> Tensor:
         output: Tensor = torch.func.functional_call(self.module, {"weight": weight}, (x,))
         return output
-
-
-class ForwardModeLayer(Layer):
-    """Any module that treats each example alone, by forward-mode differentiation of the module itself."""
-
-    def contract(self, x: Tensor, g: Tensor, direction: Direction, count: int) -> Tensor:
-        """As in `Layer`."""
-        parameters = {n: p.detach() for n, p in self.module.named_parameters(recurse=False) if p in direction}
-        tangents = {n: direction[p] for n, p in self.module.named_parameters(recurse=False) if p in direction}
-
-        def output(values: dict[str, Tensor]) -> Any:
-            return torch.func.functional_call(self.module, values, (x,))
-
-        return _row_dots(torch.func.jvp(output, (parameters,), (tangents,))[1], g, count)
-
-
-def _row_dots(a: Tensor, b: Tensor, count: int) -> Tensor:
-    """Per example the inner product of its rows in a and b, in float32 or better: [count]."""
-    dtype = _precise(a.dtype)
-    # vecdot would keep half precision; on a CPU it is four times faster than bmm and einsum.
-    dots: Tensor = torch.linalg.vecdot(a.reshape(count, -1).to(dtype), b.reshape(count, -1).to(dtype))
-    return dots
-
-
-def _weighted(g: Tensor, weights: Tensor) -> Tensor:
-    """g with the rows of example n multiplied by weights[n]."""
-    row_weights = weights.repeat_interleave(g.shape[0] // weights.shape[0])
-    return g * row_weights.to(g.dtype).reshape(-1, *[1] * (g.ndim - 1))
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

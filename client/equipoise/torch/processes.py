@@ -37,11 +37,11 @@ def sharded_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         UnsupportedModuleError: they are spread by the first generation of FSDP, which hides its shards.
     """
-    hidden = _known("torch.distributed.fsdp", "FullyShardedDataParallel")
+    hidden = known("torch.distributed.fsdp", "FullyShardedDataParallel")
     first = [(path, module) for path, module in model.named_modules() if isinstance(module, hidden)]
     if first:
         raise UnsupportedModuleError(first, why="FullyShardedDataParallel hides its shards", instead="use fully_shard")
-    shards = _known("torch.distributed.fsdp", "FSDPModule")
+    shards = known("torch.distributed.fsdp", "FSDPModule")
     return [(path, module) for path, module in model.named_modules() if isinstance(module, shards)]
 
 
@@ -86,7 +86,7 @@ def num_averaged(tensors: Iterable[Tensor]) -> int:
         DirectionError: not over all that train together, each of which has other examples: what they sum would not
             belong together.
     """
-    spread = [tensor for tensor in tensors if isinstance(tensor, _known("torch.distributed.tensor", "DTensor"))]
+    spread = [tensor for tensor in tensors if isinstance(tensor, known("torch.distributed.tensor", "DTensor"))]
     for tensor in spread:
         size, dimensions = tensor.device_mesh.size(), sum(p.is_shard() for p in tensor.placements)
         if size != num_processes() or dimensions > 1:
@@ -108,8 +108,13 @@ def total(value: Tensor, group: Group) -> Tensor:
 
 def whole(value: Tensor) -> Tensor:
     """A number that may be summed over processes yet."""
-    full: Tensor = value.full_tensor() if isinstance(value, _known("torch.distributed.tensor", "DTensor")) else value
+    full: Tensor = value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
     return full
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Whether a tensor is spread over processes."""
+    return isinstance(value, known("torch.distributed.tensor", "DTensor"))
 
 
 def _shards(model: nn.Module) -> list[Any]:
@@ -123,14 +128,19 @@ def _groups(module: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def _known(package: str, name: str) -> Any:
+def known(package: str, name: str) -> Any:
     """A type of a package that is slow to import, if anybody has imported it: else nothing can be of that type."""
     return getattr(sys.modules.get(package), name, ())
 
 
+def is_initialized() -> bool:
+    """Whether processes know of each other."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def num_processes() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_initialized() else 1
 
 
 def world() -> Group:

@@ -140,6 +140,21 @@ _PROJECTIONS: Mapping[type[Layer], type[Projection]] = {
 }
 
 
+def check_formulas(model: nn.Module, layers: Mapping[nn.Module, Layer]) -> None:
+    """Refuses models with trainable parameters outside of the layers.
+
+    Raises:
+        UnsupportedModuleError: there are some; names their modules.
+    """
+    others = [
+        (path, module)
+        for path, module in model.named_modules()
+        if module not in layers and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    if others:
+        raise UnsupportedModuleError(others, why=SEEN, instead=INSTEAD)
+
+
 def projections_of(layers: Mapping[nn.Module, Layer], *, width: int, seed: int) -> dict[nn.Module, Projection]:
     """A projection for each layer, drawn from the seed and the layer's path alone.
 

@@ -40,8 +40,8 @@ def run_state(
 
     Args:
         client: the client of the run.
-        direction: its target direction, of the size of the trainable parameters; None: a resumed run begins with a
-            refresh.
+        direction: its target direction, which is refreshed at the next step, here as in a run that resumes from this
+            checkpoint: no vectors are stored. None: a resumed run begins with a refresh, and this one goes on as it is.
         sampler: its sampler.
         trained: as in `WeightedSampler.state_dict`.
         keep: how many forks of this run stay on the server, the newest; None: all.

@@ -1,47 +1,55 @@
 """Contributions from a second forward pass: finite differences, and forward-mode differentiation as the reference."""
 
 from abc import abstractmethod
+from functools import partial
 from typing import Any, Never
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from equipoise.torch.capture import Capture, Contributions
-from equipoise.torch.direction import TargetDirection
+from equipoise.torch.direction import TargetDirection, norm_of
 from equipoise.torch.errors import CaptureError, DirectionError, UnsupportedModuleError
-from equipoise.torch.kinds import check_whole, compiled_modules
+from equipoise.torch.forward_mode import tangents_of
+from equipoise.torch.kinds import BY_DIFFERENCES, check_whole, compiled_modules, takes_hooks
+from equipoise.torch.layers import Direction
 from equipoise.torch.processes import unwrapped
-from equipoise.torch.quiet import RandomState, moved, repeating
+from equipoise.torch.quiet import ModelState, moved, repeating
 
 
 class SecondPassCapture(Capture):
     """Two forward passes over one batch; the contributions are known before the backward pass."""
 
-    def __init__(self, model: nn.Module, direction: TargetDirection, ids: ArrayLike) -> None:
+    def __init__(self, model: nn.Module, direction: TargetDirection, ids: ArrayLike | None) -> None:
         super().__init__(direction, ids)
         self._model = model
         self._known: Tensor | None = None
 
     def losses(self, batch: Any) -> Tensor:
         """The training forward pass, and a second one that leaves no trace: same dropout, same buffers."""
-        random = RandomState(self._model)
+        model = unwrapped(self._model)
+        before = ModelState(model)
         losses = self._first(batch)
-        with repeating(self._model, random):
-            self._known = self._second(batch, losses.detach())
+        found = []
+        for vectors in self._along:
+            with repeating(model, before):
+                found.append(self._second(batch, losses.detach(), vectors))
+        self._known = torch.stack(found)
         return losses
 
     def watch(self, losses: Tensor) -> Never:
         """Not possible here: the second pass needs the batch."""
-        raise CaptureError("this method makes a forward pass of its own: use `capture.losses(batch)`")
+        raise CaptureError(
+            "this method makes a forward pass of its own: use `capture.losses(batch)`, or `loss` instead of `weigh`"
+        )
 
     def _first(self, batch: Any) -> Tensor:
         return Capture.watch(self, self._direction.losses(batch))
 
     @abstractmethod
-    def _second(self, batch: Any, losses: Tensor) -> Tensor:
-        """Contributions [B], from a second pass."""
+    def _second(self, batch: Any, losses: Tensor, vectors: Direction) -> Tensor:
+        """Contributions along the vectors, [B], from a second pass."""
 
     def _contributions(self) -> Tensor:
         assert self._known is not None
@@ -52,7 +60,7 @@ class FiniteDifferenceCapture(SecondPassCapture):
     """(l(θ + ε·v/|v|) − l(θ))·|v|/ε."""
 
     def __init__(
-        self, model: nn.Module, direction: TargetDirection, ids: ArrayLike, *, step: float, checked: bool
+        self, model: nn.Module, direction: TargetDirection, ids: ArrayLike | None, *, step: float, checked: bool
     ) -> None:
         super().__init__(model, direction, ids)
         self._step = step
@@ -64,7 +72,7 @@ class FiniteDifferenceCapture(SecondPassCapture):
         handles = [
             module.register_forward_pre_hook(_refuse_autocast)
             for module in self._model.modules()
-            if next(module.parameters(recurse=False), None) is not None
+            if takes_hooks(module) and next(module.parameters(recurse=False), None) is not None
         ]
         try:
             return super()._first(batch)
@@ -72,11 +80,10 @@ class FiniteDifferenceCapture(SecondPassCapture):
             for handle in handles:
                 handle.remove()
 
-    def _second(self, batch: Any, losses: Tensor) -> Tensor:
-        norm = self._direction.norm
-        vectors = self._direction.vectors
-        with moved(self._model, vectors, self._step / float(norm)), torch.no_grad():
-            shifted = self._direction.quiet_losses(batch)
+    def _second(self, batch: Any, losses: Tensor, vectors: Direction) -> Tensor:
+        norm = norm_of(vectors)
+        with moved(self._model, vectors, self._step / float(norm)):
+            shifted = self._direction.without_graph(partial(self._direction.quiet_losses, batch)).detach()
         return (shifted.double() - losses.double()) * (norm.to(losses.device) / self._step)
 
 
@@ -105,6 +112,9 @@ class FiniteDifferenceContributions(Contributions[FiniteDifferenceCapture]):
         UnsupportedModuleError: trainable parameters have less precision than float32.
     """
 
+    tolerance = 0.5
+    watches = False
+
     def __init__(self, model: nn.Module, direction: TargetDirection, *, step: float = 1e-3) -> None:
         super().__init__(model, direction)
         if not step > 0:
@@ -125,7 +135,7 @@ class FiniteDifferenceContributions(Contributions[FiniteDifferenceCapture]):
                 coarse, why="finite differences need float32 parameters", instead="GhostContributions does not"
             )
 
-    def _capture(self, ids: ArrayLike) -> FiniteDifferenceCapture:
+    def _capture(self, ids: ArrayLike | None) -> FiniteDifferenceCapture:
         checked, self._checked = self._checked, True
         return FiniteDifferenceCapture(self.model, self.direction, ids, step=self._step, checked=checked)
 
@@ -133,22 +143,16 @@ class FiniteDifferenceContributions(Contributions[FiniteDifferenceCapture]):
 class JvpCapture(SecondPassCapture):
     """Forward-mode differentiation of the losses along the direction."""
 
-    def _second(self, batch: Any, losses: Tensor) -> Tensor:
+    def _second(self, batch: Any, losses: Tensor, vectors: Direction) -> Tensor:
         model = unwrapped(self._model)
-        named = dict(model.named_parameters())
-        vectors = self._direction.vectors
-        values = {name: p.detach() for name, p in named.items() if p in vectors}
-        tangents = {name: vectors[p] for name, p in named.items() if p in vectors}
-        wrapped = _Losses(model, self._direction.loss_fn)
-
-        def run(parameters: dict[str, Tensor]) -> Any:
-            replaced = {f"model.{name}": value for name, value in parameters.items()}
-            return torch.func.functional_call(wrapped, replaced, (batch,))
-
-        # Forward mode is implemented for none of the fused attention kernels.
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            contributions: Tensor = torch.func.jvp(run, (values,), (tangents,))[1]
-        return contributions
+        moves = {f"model.{name}": vectors[p] for name, p in model.named_parameters() if p in vectors}
+        try:
+            losses_of = _Losses(model, self._direction.example_losses)
+            _, (tangent,) = self._direction.without_graph(partial(tangents_of, losses_of, moves, (batch,), {}))
+        except NotImplementedError as error:
+            why = f"an operation in it has no forward mode ({str(error).splitlines()[0][:200]})"
+            raise UnsupportedModuleError([("", model)], why=why, instead=BY_DIFFERENCES) from error
+        return torch.zeros_like(losses) if tangent is None else tangent
 
 
 class JvpContributions(Contributions[JvpCapture]):
@@ -162,27 +166,29 @@ class JvpContributions(Contributions[JvpCapture]):
         direction: where learning should go.
 
     Raises:
-        UnsupportedModuleError: the model is sharded.
+        UnsupportedModuleError: the model is sharded; a capture raises it where an operation has no forward mode.
     """
 
     def __init__(self, model: nn.Module, direction: TargetDirection) -> None:
         super().__init__(model, direction)
         check_whole(model)
 
-    def _capture(self, ids: ArrayLike) -> JvpCapture:
+    watches = False
+
+    def _capture(self, ids: ArrayLike | None) -> JvpCapture:
         return JvpCapture(self.model, self.direction, ids)
 
 
 class _Losses(nn.Module):
     """A loss function as a module, so that parameters can be replaced in it."""
 
-    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+    def __init__(self, model: nn.Module, losses: Any) -> None:
         super().__init__()
         self.model = model
-        self.loss_fn = loss_fn
+        self.losses = losses
 
     def forward(self, batch: Any) -> Any:
-        return self.loss_fn(self.model, batch)
+        return self.losses(self.model, batch)
 
 
 def _refuse_autocast(module: nn.Module, _args: Any) -> None:

@@ -6,14 +6,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from equipoise.torch.capture import Contributions, _numpy
+from equipoise.torch.calls import Observed
+from equipoise.torch.capture import Contributions, Sums, _numpy
+from equipoise.torch.coverage import Coverage
 from equipoise.torch.direction import TargetDirection
+from equipoise.torch.errors import UnsupportedModuleError
 from equipoise.torch.ghost import GhostCapture
-from equipoise.torch.hooked import Call
-from equipoise.torch.kinds import check_eager, check_whole, layers_of
-from equipoise.torch.layers import Layer
-from equipoise.torch.projections import Projection, projections_of
-from equipoise.torch.rows import Rows
+from equipoise.torch.layers import Direction
+from equipoise.torch.projections import Projection, check_formulas, projections_of
 from equipoise.wire import StepFields
 
 
@@ -23,17 +23,18 @@ class SketchCapture(GhostCapture):
     def __init__(
         self,
         direction: TargetDirection,
-        ids: ArrayLike,
+        ids: ArrayLike | None,
         *,
-        layers: dict[nn.Module, Layer],
-        rows: Rows,
+        coverage: Coverage,
         projections: dict[nn.Module, Projection],
         targets: dict[nn.Module, Tensor],
+        plain: dict[nn.Module, Tensor],
     ) -> None:
-        super().__init__(direction, ids, layers=layers, rows=rows)
+        super().__init__(direction, ids, coverage=coverage)
         self._projections = projections
         self._targets = targets
-        self._parts: dict[nn.Module, Tensor] = {}
+        self._plain = plain
+        self._sketched: dict[nn.Module, Tensor] = {}
 
     @property
     def target_sketch(self) -> Tensor:
@@ -50,7 +51,7 @@ class SketchCapture(GhostCapture):
         known = self.contributions.isfinite()
         assert self._scale is not None
         empty = torch.zeros(len(self.ids), 1, device=known.device)
-        parts = [self._parts.get(module, empty.expand(-1, len(part))) for module, part in self._targets.items()]
+        parts = [self._sketched.get(module, empty.expand(-1, len(part))) for module, part in self._targets.items()]
         scale = torch.where(known, self._scale, 1).float()[:, None]
         return torch.where(known[:, None], torch.cat(parts, dim=1) / scale, torch.nan)
 
@@ -62,15 +63,27 @@ class SketchCapture(GhostCapture):
         fields["target_sketch"] = _numpy(self.target_sketch)
         return fields
 
-    def _contract(self, call: Call, x: Tensor, g: Tensor) -> Tensor:
-        """What one call adds to the estimated contributions, [B]; its sketches are kept."""
-        module = call.layer.module
-        if call.shape is not None:
-            x = x.expand(call.shape)
+    def expect(self, sums: Sums, *, coarse: bool) -> None:
+        """Nothing: sketches are estimates, which add up to no gradient."""
+
+    def _watched(self) -> bool:
+        return False
+
+    def _contract(self, call: Observed, x: Tensor, g: Tensor, *, copied: bool) -> Tensor:
+        """What one call adds to the estimated contributions, [D, B]; its sketches are kept."""
+        module, count = call.layer.module, len(self.ids)
+        x, g = self._aligned(call, x, g, copied=copied)
+        if self._rows(call, g).owners is not None:
+            raise UnsupportedModuleError(
+                [(call.layer.path, module)],
+                why="sketches are made of batches whose first dimension holds the examples",
+                instead="use GhostContributions(model, direction) for packed and paired examples",
+            )
         with self._contraction(g):
-            rows = self._projections[module].rows(x, g, len(self.ids))
-            self._parts[module] = self._parts[module] + rows if module in self._parts else rows
-            return rows @ self._targets[module]
+            rows = self._projections[module].rows(x, g, count)
+            self._sketched[module] = self._sketched[module] + rows if module in self._sketched else rows
+            targets = (self._targets, self._plain)[: len(self._along)]
+            return torch.stack([rows @ target[module] for target in targets])
 
 
 class SketchContributions(Contributions[SketchCapture]):
@@ -106,6 +119,8 @@ class SketchContributions(Contributions[SketchCapture]):
         ValueError: the width is not positive, or the seed not in [0, 2^31).
     """
 
+    tolerance = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -121,9 +136,11 @@ class SketchContributions(Contributions[SketchCapture]):
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed = {seed}: must be in [0, 2^31)")
         self._width, self._seed = width, seed
-        self._rows = Rows(shared)
+        self.coverage = Coverage(model, shared=shared, whole=False)
         self._targets: dict[nn.Module, Tensor] = {}
+        self._plain: dict[nn.Module, Tensor] = {}
         self._sketched: object = None
+        self._plain_sketched: object = None
         self._trainable: list[int] = []
         self._projections: dict[nn.Module, Projection] = {}
         self._refreshed()
@@ -133,27 +150,33 @@ class SketchContributions(Contributions[SketchCapture]):
         return super().verify(batch, examples=examples, tolerance=tolerance)
 
     def _refreshed(self) -> None:
-        check_eager(self.model)
-        check_whole(self.model)
-        self._layers = layers_of(self.model)
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if [id(parameter) for parameter in trainable] != self._trainable:
-            self._trainable = [id(parameter) for parameter in trainable]
-            self._projections = projections_of(self._layers, width=self._width, seed=self._seed)
+        self.coverage.refresh()
+        trainable = [id(parameter) for parameter in self.coverage.trainable]
+        if trainable != self._trainable:
+            check_formulas(self.model, self.coverage.layers)
+            self._trainable = trainable
+            self._projections = projections_of(self.coverage.layers, width=self._width, seed=self._seed)
 
-    def _capture(self, ids: ArrayLike) -> SketchCapture:
-        if self._sketched is not self.direction.vectors:
-            self._sketched = self.direction.vectors
-            # By linearity this is the mean of the target examples' sketches; and where two layers share a weight, each
-            # needs the sketch of the sum.
-            with torch.no_grad():
-                found = self._projections.items()
-                self._targets = {module: projection.vector(self.direction.vectors) for module, projection in found}
+    def _capture(self, ids: ArrayLike | None) -> SketchCapture:
+        vectors, plain = self.direction.vectors, self.direction.plain
+        if self._plain_sketched is not plain:
+            self._plain_sketched, self._plain = plain, self._sketch_of(plain)
+        if self._sketched is not vectors:
+            self._sketched, self._targets = vectors, self._plain if vectors is plain else self._sketch_of(vectors)
         return SketchCapture(
             self.direction,
             ids,
-            layers=self._layers,
-            rows=self._rows,
+            coverage=self.coverage,
             projections=self._projections,
             targets=self._targets,
+            plain=self._plain,
         )
+
+    @torch.no_grad()
+    def _sketch_of(self, vectors: Direction) -> dict[nn.Module, Tensor]:
+        """A sketch by module.
+
+        By linearity that of the target is the mean of its examples' sketches; and where two layers share a weight, each
+        needs the sketch of the sum.
+        """
+        return {module: projection.vector(vectors) for module, projection in self._projections.items()}

@@ -1,21 +1,30 @@
-"""The steps of a training loop under a policy: weights in, statistics out, and nothing waits for the network."""
+"""The steps of a training job under a policy: weights in, statistics out, and nothing waits for the network."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, Unpack
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, Protocol, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from equipoise.torch.capture import Capture, Contributions, join
+from equipoise.client import PolicyClient
+from equipoise.errors import UnavailableError
+from equipoise.results import Source
+from equipoise.torch.capture import Contributions, join
 from equipoise.torch.errors import CaptureError
-from equipoise.torch.losses import weighted_mean
+from equipoise.torch.metrics import Metrics
 from equipoise.torch.one_pass import OnePassContributions
+from equipoise.torch.resume import resume_run, run_state
+from equipoise.torch.sampler import WeightedSampler
+from equipoise.torch.step import WeightedStep
 from equipoise.wire import StepFields
 
+logger = logging.getLogger("equipoise")
+
 T = TypeVar("T")
+
+LOSSES_FIRST: Final = frozenset({"strata"})
+"""Rules that give weights for losses, before they know contributions: in the same step, also at a first visit."""
 
 
 class Policy(Protocol):
@@ -28,50 +37,28 @@ class Policy(Protocol):
         """Sends statistics and does not wait."""
 
 
-class WeightedStep(AbstractContextManager["WeightedStep"]):
-    """One batch, or micro-batch: a context manager around its forward and backward pass.
+class Accumulating(Protocol):
+    """What says whether gradients are complete: an `accelerate.Accelerator`."""
 
-    Attributes:
-        capture: what takes the statistics.
-        weights: the weights of the rows, float32 [B]: the newest that were known when the step began.
-    """
-
-    def __init__(self, steps: "WeightedSteps", capture: Capture, *, upcoming: ArrayLike | None) -> None:
-        self.capture = capture
-        self.weights = steps.weights(capture.ids)
-        self.upcoming = upcoming
-        self._steps = steps
-
-    def loss(self, batch: Any) -> Tensor:
-        """The forward pass, and the weighted mean of its losses: call `.backward()` on it within the block."""
-        return self._mean(self.capture.losses(batch))
-
-    def weigh(self, losses: Tensor) -> Tensor:
-        """The weighted mean of the loss of each example, [B], from a forward pass of yours."""
-        return self._mean(self.capture.watch(losses))
-
-    def _mean(self, losses: Tensor) -> Tensor:
-        return weighted_mean(losses, self.weights) * self._steps.scale
-
-    def __enter__(self) -> Self:
-        self.capture.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.capture.__exit__(kind, error, trace)
-        if error is None:
-            self._steps.take(self)
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the micro-batch of now is the last one before an optimizer's step."""
 
 
 class WeightedSteps:
     """Trains under the weights of a policy and sends what it learns from: the whole of a loop's part, in two lines.
 
-    Weights are the newest known when a step begins; statistics are sent when it ends; the network is in between,
-    beside the training. The answer to a step holds the weights of its own rows, for their next visit. With `upcoming`
-    it holds those of the next batch instead, from all that every trainer has found out up to now: they are one step
-    old when they are used, or a few on a slow network, and at most the client's `max_staleness`.
+    What is sent when follows from the policy's rule. With `strata` losses are sent at the forward pass, and the step
+    waits for the answer and is weighted by it, at an example's first visit too; contributions follow after the backward
+    pass, in a request of their own that nothing waits for. Each micro-batch and each process asks for its own rows.
+
+    With any other rule weights are the newest known when a step begins; statistics are sent when it ends; the network
+    is in between, beside the training. The answer to a step holds the weights of its own rows, for their next visit: in
+    the first pass over the data nothing is weighted. With `upcoming` it holds those of the next batch instead, from all
+    that every trainer has found out up to now: they are one step old when they are used, or a few on a slow network,
+    and at most the client's `max_staleness`.
+
+    A batch may be skipped, by `continue` or an exception, at any point of the block.
 
     Example:
         >>> direction = TargetDirection(model, example_losses, target_batches)
@@ -81,16 +68,26 @@ class WeightedSteps:
         ...         step.loss(batch).backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
+        >>> steps.submit()
 
     Args:
         client: a `PolicyClient`.
         contributions: how they are found: any method but `OnePassContributions`, which weighs in the same step.
         accumulate: micro-batches to an optimizer's step: each loss is divided by it, and their statistics are sent
-            together. None: the loop scales losses itself and calls `submit`.
+            together; earlier where the parameters have moved. None: the loop scales losses itself and calls `submit`.
+        accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
         sampled: the examples come from a `WeightedSampler`, so that losses are not weighted again.
+        measure_every: contributions are measured of every k-th batch, or micro-batch, alone, from the first on: for
+            rules that need them of a share of the rows, as `strata` does. Losses are sent of all.
+        verify: whether the first step's first four examples are compared with gradients of their own, at a backward
+            pass for each.
+
+    Attributes:
+        client: the client that is in use: after `resume` from an older checkpoint that of a fork.
+        discarded: batches of which nothing was sent because they were skipped, failed or were discarded.
 
     Raises:
-        CaptureError: the method makes a backward pass of its own.
+        CaptureError: the method makes a backward pass of its own, or an argument breaks a rule.
     """
 
     def __init__(
@@ -99,7 +96,10 @@ class WeightedSteps:
         contributions: Contributions[Any],
         *,
         accumulate: int | None = 1,
+        accelerator: Accumulating | None = None,
         sampled: bool = False,
+        measure_every: int = 1,
+        verify: bool = True,
     ) -> None:
         if isinstance(contributions, OnePassContributions):
             raise CaptureError(
@@ -108,35 +108,102 @@ class WeightedSteps:
             )
         if accumulate is not None and accumulate < 1:
             raise CaptureError(f"accumulate = {accumulate}: must be at least 1")
+        if measure_every < 1:
+            raise CaptureError(f"measure_every = {measure_every}: must be at least 1")
+        if accelerator is not None and accumulate not in (1, None):
+            raise CaptureError(f"accumulate = {accumulate}: must not be given beside accelerator, which knows it")
         self.client = client
         self.contributions = contributions
-        self._accumulate = accumulate
+        self.discarded = 0
+        self._accumulate = None if accelerator is not None else accumulate
+        self._accelerator = accelerator
         self._sampled = sampled
+        self._measure_every = measure_every
+        self._begun = 0
+        self._losses_first: bool | None = None
+        self._open: WeightedStep | None = None
         self._taken: list[WeightedStep] = []
+        self._parameters_seen: int | None = None
+        self._told = self._skipped = self._ever = False
+        self._metrics = Metrics(contributions, sampled=sampled)
+        if verify:
+            contributions.verify_first()
 
     @property
     def scale(self) -> float:
         """What a micro-batch's mean loss is multiplied by."""
         return 1.0 if self._accumulate is None else 1.0 / self._accumulate
 
-    def capture(self, ids: ArrayLike, *, upcoming: ArrayLike | None = None) -> WeightedStep:
+    def capture(
+        self, ids: ArrayLike, *, groups: ArrayLike | None = None, upcoming: ArrayLike | None = None
+    ) -> WeightedStep:
         """A step on one batch, to be used as `with steps.capture(ids) as step:`.
 
         Args:
             ids: the example of each row: integers [B], a tensor, an array or a list.
-            upcoming: the examples of the next batch, if known: `look_ahead` tells them.
+            groups: the group of each row's example, such as its label or source: integers [B], for rule `strata`.
+            upcoming: the examples of the next batch, if known: `look_ahead` tells them. Of no use, and left out, where
+                losses come first.
         """
-        return WeightedStep(self, self.contributions.capture(ids), upcoming=upcoming)
+        return self._next(ids, groups, upcoming)
+
+    def begin(self, ids: ArrayLike | None = None) -> WeightedStep:
+        """Begins a step without a `with` block: call its `end` after the backward pass.
+
+        A step that was begun before and has no backward pass is discarded.
+
+        Args:
+            ids: the example of each row, [B]; None: they come with the losses.
+        """
+        self._leave_open()
+        self._open = self._next(ids, None, None).__enter__()
+        return self._open
 
     def weights(self, ids: NDArray[np.uint64]) -> NDArray[np.float32]:
         """The weights that losses get: float32 [B]."""
+        if self._metrics.known is None:
+            knows = getattr(self.client, "knows", None)
+            self._metrics.known = knows is None or bool(knows(ids).any())
         return np.ones(len(ids), np.float32) if self._sampled else self.client.weights(ids)
 
-    def take(self, step: WeightedStep) -> None:
-        """A step is over: its statistics are sent, or wait for those of its other micro-batches."""
-        self._taken.append(step)
-        if self._accumulate is not None and len(self._taken) >= self._accumulate:
+    def ask(self, step: WeightedStep) -> NDArray[np.float32]:
+        """Sends the losses of a step, and waits for the weights that the policy gives for them: float32 [B]."""
+        client: Any = self.client
+        ids, fields = step.capture.ids, step.capture.loss_fields()
+        if step.groups is not None:
+            fields["groups"] = step.groups
+        if self._sampled:
+            fields["omit_weights"] = True
+            self.client.submit(ids, **fields)
+            return np.ones(len(ids), np.float32)
+        weights: NDArray[np.float32] = client.step(ids, **fields).weights
+        return weights
+
+    def take(self, step: WeightedStep | None) -> None:
+        """A micro-batch is over: its statistics are sent, or wait for those of others; None: nothing is known of it."""
+        self._open = None
+        self._parameters_seen = self._parameters_version()
+        if step is None:
+            self.discarded += 1
+        else:
+            self._taken.append(step)
+            self._ever = True
+        if self._accelerator is not None:
+            complete = self._accelerator.sync_gradients
+        else:
+            complete = self._accumulate is not None and len(self._taken) >= self._accumulate
+        if complete:
             self.submit()
+
+    def note_skipped(self) -> None:
+        """A batch has no backward pass: said once."""
+        self._skipped = True
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "a batch has no backward pass: nothing of it is sent, and it is counted in `WeightedSteps.discarded`; "
+                "it is said once"
+            )
 
     def submit(self, *, step: int | None = None) -> None:
         """Sends what was captured since the last time, if anything, and does not wait.
@@ -147,14 +214,137 @@ class WeightedSteps:
         taken, self._taken = self._taken, []
         if not taken:
             return
+        sent = [one for one in taken if one.measured]
+        fields = StepFields()
+        if sent:
+            ids, fields = self._statistics(sent)
+            if step is not None:
+                fields["step"] = step
+            self.client.submit(ids, **fields)
+        weights = [one.weights for one in taken]
+        self._metrics.note(self.client, fields, np.concatenate(weights))
+        plain = [(one.capture.plain_contributions, one.weights) for one in sent]
+        looked_at = [(c.double().cpu().numpy(), w) for c, w in plain if c is not None]
+        if looked_at:
+            self._metrics.note_plain(*(np.concatenate(parts) for parts in zip(*looked_at, strict=True)))
+
+    def metrics(self) -> dict[str, float]:
+        """How the policy does, by name, for a logger: what is known, without waiting for the network.
+
+        Weights, rows and losses are those of this process's newest step, counts those of all its steps; what the server
+        says of the whole policy is some seconds old, and missing until it has answered. See `Metrics`.
+        """
+        return {**self._metrics.values(self.client), "policy/batches_discarded": float(self.discarded)}
+
+    def progress(self) -> str:
+        """A line for people: whether the policy helps, and how."""
+        return self._metrics.line(self.client)
+
+    def state(
+        self, *, sampler: WeightedSampler | None = None, trained: int | None = None, keep: int | None = 3
+    ) -> dict[str, Any]:
+        """What belongs into the trainer's checkpoint; see `run_state`."""
+        if self._taken and self._moved():
+            self.submit()
+        self._begun = 0  # the next batch is measured, here as in a job that resumes
+        client: Any = self.client
+        return run_state(client, direction=self.contributions.direction, sampler=sampler, trained=trained, keep=keep)
+
+    def resume(self, state: Mapping[str, Any], *, sampler: WeightedSampler | None = None) -> PolicyClient:
+        """Goes on from a checkpoint, before the first step, with the client that it returns; see `resume_run`."""
+        client: Any = self.client
+        self.client = resumed = resume_run(client, state, direction=self.contributions.direction, sampler=sampler)
+        return resumed
+
+    def close(self) -> None:
+        """The training is over, or was interrupted: what was trained on is sent, and no hook stays on the model."""
+        self._leave_open()
+        if self._taken and self._moved():
+            self.submit()
+        self._taken.clear()
+        logger.info("%s", self.progress())
+
+    def _statistics(self, taken: list[WeightedStep]) -> tuple[NDArray[np.uint64], StepFields]:
+        """What is told of steps after their backward passes: without the losses, where these came first."""
         first = taken[0].capture
         ids, fields = (first.ids, first.fields()) if len(taken) == 1 else join(*(one.capture for one in taken))
+        if taken[0].losses_first:
+            del fields["losses"]
+            fields["omit_weights"] = True
+            return ids, fields
+        groups = [one.groups for one in taken if one.groups is not None]
+        if groups:
+            fields["groups"] = np.concatenate(groups)
         upcoming = [np.asarray(one.upcoming) for one in taken if one.upcoming is not None]
         if upcoming:
             fields["weights_for"] = np.concatenate(upcoming)
+        return ids, fields
+
+    def _next(self, ids: ArrayLike | None, groups: ArrayLike | None, upcoming: ArrayLike | None) -> WeightedStep:
+        if self._skipped and not self._ever and self._moved():
+            raise CaptureError(
+                "the model is trained, and no step knows of it: call `.backward()` within the block, on what "
+                "`step.loss(batch)` or `step.weigh(losses)` gives; or `step.discard()` where a batch is not weighed"
+            )
+        if self._taken and self._accumulate is not None and self._moved():
+            self.submit()  # of an optimizer's step: the last micro-batches of an epoch are fewer
+        if self._ever and not self.contributions.direction.ready and self._moved():
+            raise CaptureError(
+                "norm_matched: the parameters have moved, and no step of a torch.optim.Optimizer was seen, after which "
+                "gradients are read: call `direction.note_gradients()` before `.grad` is cleared"
+            )
+        losses_first = self._find_losses_first()
+        measured = self._begun % self._measure_every == 0 or not losses_first
+        self._begun += 1  # by batches, whether they are skipped or not, so that processes measure together
+        return WeightedStep(
+            self,
+            self.contributions.capture(ids) if measured else self.contributions.capture_losses(ids),
+            groups=groups,
+            upcoming=upcoming,
+            losses_first=losses_first,
+            measured=measured,
+        )
+
+    def _find_losses_first(self) -> bool:
+        """Whether the policy's rule gives weights for losses; not, while nobody can say what rule it is."""
+        if self._losses_first is not None or self._taken:  # what is sent together was begun alike
+            return bool(self._losses_first)
+        rule = _rule_of(self.client)
+        if self._measure_every > 1 and rule not in LOSSES_FIRST:
+            why = f"rule {rule} needs" if rule else "the policy's rule is not known, and may need"
+            raise CaptureError(
+                f"measure_every = {self._measure_every}: {why} contributions of every row; those of some are enough "
+                f"for {', '.join(sorted(LOSSES_FIRST))}: give PolicyClient(rule=...)"
+            )
+        if rule is None:
+            return False
+        self._losses_first = rule in LOSSES_FIRST
+        return self._losses_first
+
+    def _leave_open(self) -> None:
+        step, self._open = self._open, None
         if step is not None:
-            fields["step"] = step
-        self.client.submit(ids, **fields)
+            step.end()
+
+    def _moved(self) -> bool:
+        """Whether the parameters were changed since the newest micro-batch."""
+        return self._parameters_seen != self._parameters_version()
+
+    def _parameters_version(self) -> int:
+        return sum(p._version for p in self.contributions.model.parameters() if p.requires_grad)
+
+
+def _rule_of(client: Any) -> str | None:
+    """The name of a policy's rule, of a client that was not given it from the server; None: that is lost."""
+    rule: str | None = getattr(client, "rule", "")
+    if rule or not hasattr(client, "admin"):
+        return rule
+    try:
+        found = client.read([0], step=0).source is Source.SERVED  # it makes the policy, if there is none
+        rule = client.admin.get(client.policy).spec.rule if found else None
+    except UnavailableError:
+        return None
+    return rule
 
 
 def look_ahead(batches: Iterable[T]) -> Iterator[tuple[T, T | None]]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from equipoise.torch.errors import DirectionError
 from equipoise.torch.processes import unwrapped
+from equipoise.torch.rows import precise
 
 
 def named_vectors(model: nn.Module, vectors: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
@@ -19,7 +20,7 @@ def named_vectors(model: nn.Module, vectors: Mapping[nn.Parameter, Tensor]) -> d
 
 
 def load_vectors(model: nn.Module, named: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
-    """The vectors by parameter again, in its dtype and on its device.
+    """The vectors by parameter again, in float32 or better and on its device.
 
     Raises:
         DirectionError: names or shapes are not those of this model.
@@ -44,7 +45,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _like(vector: Tensor, parameter: Any) -> Tensor:
-    vector = vector.to(device=parameter.device, dtype=parameter.dtype)
+    vector = vector.to(device=parameter.device, dtype=precise(parameter.dtype))
     if not hasattr(parameter, "to_local"):
         return vector
     sharded: Tensor = type(parameter.data).from_local(

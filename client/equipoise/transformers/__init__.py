@@ -6,9 +6,15 @@ Example:
     >>> trainer = PolicyTrainer(model, arguments, train_dataset=train, policy=policy)
     >>> trainer.train()
 
-Other trainers take the mixin: `class MyTrainer(PolicyMixin, SFTTrainer)`.
+Other trainers take the mixin, `class MyTrainer(PolicyMixin, Trainer)`, which weighs the loss of their own
+`compute_loss`; see there for losses that it cannot weigh.
 
-Needs transformers: `pip install 'equipoise[transformers]'`.
+TRL's trainers (1.16 or newer) take it, too, with raw data as TRL takes it, packed or not:
+
+    >>> class PolicySFTTrainer(PolicyMixin, SFTTrainer): ...
+    >>> PolicySFTTrainer("Qwen/Qwen3-0.6B", SFTConfig(packing=True), train_dataset=train, policy=policy).train()
+
+Needs transformers: `pip install 'equipoise[transformers]'`, or `'equipoise[trl]'`.
 """
 
 try:
@@ -20,7 +26,8 @@ except ModuleNotFoundError as error:
         "equipoise.transformers needs transformers: pip install 'equipoise[transformers]'", name="transformers"
     ) from error
 
+from equipoise.torch.training import TrainingOptions
 from equipoise.transformers.losses import model_losses
 from equipoise.transformers.trainer import PolicyMixin, PolicyTrainer, PolicyTraining
 
-__all__ = ["PolicyMixin", "PolicyTrainer", "PolicyTraining", "model_losses"]
+__all__ = ["PolicyMixin", "PolicyTrainer", "PolicyTraining", "TrainingOptions", "model_losses"]

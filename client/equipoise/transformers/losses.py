@@ -29,21 +29,42 @@ def model_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
     Raises:
         InvalidRequestError: the model is of another kind: give a function of your own.
     """
+    _checked_kind(model)
+    if "labels" not in batch:
+        raise InvalidRequestError(field="batch", value=f"keys {sorted(batch)}", rule="must have labels")
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return output_losses(model, model(**inputs), batch["labels"])
+
+
+def output_losses(model: Any, outputs: Any, labels: Tensor) -> Tensor:
+    """The same from a forward pass that was made: float [B].
+
+    Args:
+        model: as in `model_losses`.
+        outputs: what it gave.
+        labels: as the model takes them.
+
+    Raises:
+        InvalidRequestError: the model is of another kind.
+    """
+    kind = _checked_kind(model)
+    logits = (outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]).float()
+    if kind == "ForCausalLM":
+        return causal_lm_losses(logits, labels)
+    return token_losses(logits, labels) if kind in _TOKENS else _class_losses(logits, labels)
+
+
+def _checked_kind(model: Any) -> str:
     inner: Any = unwrapped(model)
+    inner = getattr(inner, "_orig_mod", inner)  # what torch.compile wraps
     kind = _kind(inner)
-    if kind not in KINDS or inner.config.is_encoder_decoder:
+    if kind is None or kind not in KINDS or inner.config.is_encoder_decoder:
         raise InvalidRequestError(
             field="losses",
             value=f"model_losses for {type(inner).__name__}",
             rule=f"must be a function from (model, batch) to the loss of each example; known are {', '.join(KINDS)}",
         )
-    if "labels" not in batch:
-        raise InvalidRequestError(field="batch", value=f"keys {sorted(batch)}", rule="must have labels")
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits, labels = model(**inputs).logits, batch["labels"]
-    if kind == "ForCausalLM":
-        return causal_lm_losses(logits.float(), labels)
-    return token_losses(logits.float(), labels) if kind in _TOKENS else _class_losses(logits.float(), labels)
+    return kind
 
 
 def _kind(model: Any) -> str | None:

@@ -4,6 +4,11 @@ isort:skip_file
 The contract of Equipoise, a learning-policy service: at every step of a training run it answers how much each
 training example should count now (arXiv 2402.17759, the Learning Law).
 
+Beside this file, in docs/, is what a client or server in another language needs to know beyond the messages:
+docs/training.md (sequences, durability, recovery), docs/methods.md (scopes, repetition, deadlines), docs/errors.md
+(every reason), docs/connection.md (metadata, tokens, limits, pings, proxies), docs/rules.md (every rule's formula
+and settings). vectors/ has golden vectors; `equipoise conformance ADDRESS` checks a server.
+
 Conventions that hold throughout:
   * Bulk data is `bytes`, little-endian, one array element after the other without padding: `uint64` for example
     ids, `float32` for statistics and weights. The number of elements is the byte length over the element size; a
@@ -14,12 +19,13 @@ Conventions that hold throughout:
   * Every RPC that names a policy carries the header `x-equipoise-policy`, equal to the policy in the message, so
     that proxies can route without reading bodies. An absent header is allowed; a different one is INVALID_ARGUMENT
     `POLICY_MISMATCH`.
-  * Errors are canonical codes with google.rpc details: ErrorInfo (reason, domain `equipoise`), BadRequest (field,
-    first bad index, value and rule) and RetryInfo. A request is all or nothing: what is refused changes nothing.
+  * Errors are canonical codes with google.rpc details, in the trailing metadata `grpc-status-details-bin`: ErrorInfo
+    (reason, domain `equipoise`), BadRequest (field, first bad index, value and rule) and RetryInfo. A request is all
+    or nothing: what is refused changes nothing.
     INTERNAL means a bug in the server and carries an opaque id only (`error_id` in the ErrorInfo metadata); a policy
     in whose service it happened is loaded again from the store, so the same call may be made again.
   * A server brings a policy into memory when it is first asked for it, after a restart for example. An RPC that
-    names a policy waits for that within its deadline (the opening of a stream for some seconds), then ends with
+    names a policy waits for that within its deadline (the opening of a stream for 3 s), then ends with
     UNAVAILABLE `LOADING`, RetryInfo and its progress (`replayed` and `entries`, of the log, in the ErrorInfo
     metadata). Loading goes on meanwhile: call again. Other reasons to call again, maybe elsewhere, are UNAVAILABLE
     `DRAINING`, `UNLOADED`, `DEVICE_LOST` and `STATE_STORE_DOWN`.
@@ -117,6 +123,12 @@ class _FieldEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """The rule's own statistic (for most rules the moving average of the contribution, for `trajectory` the mean weight
     over its rows); NaN where an example was never scored. Low scores find mislabelled examples.
     """
+    FIELD_LOSS: _Field.ValueType  # 3
+    """The smoothed loss of each example, nats; NaN where no loss was reported. For rule `strata`."""
+    FIELD_STRATUM: _Field.ValueType  # 4
+    """The stratum of each example: group times the setting `strata`, plus which of these; NaN where no loss was reported.
+    For rule `strata`.
+    """
 
 class Field(_Field, metaclass=_FieldEnumTypeWrapper):
     """What ReadWeights reads."""
@@ -128,6 +140,12 @@ FIELD_WEIGHT: Field.ValueType  # 1
 FIELD_SCORE: Field.ValueType  # 2
 """The rule's own statistic (for most rules the moving average of the contribution, for `trajectory` the mean weight
 over its rows); NaN where an example was never scored. Low scores find mislabelled examples.
+"""
+FIELD_LOSS: Field.ValueType  # 3
+"""The smoothed loss of each example, nats; NaN where no loss was reported. For rule `strata`."""
+FIELD_STRATUM: Field.ValueType  # 4
+"""The stratum of each example: group times the setting `strata`, plus which of these; NaN where no loss was reported.
+For rule `strata`.
 """
 Global___Field: typing_extensions.TypeAlias = Field
 
@@ -298,6 +316,10 @@ class PolicyStatus(google.protobuf.message.Message):
     COMPRESSION_RATIO_FIELD_NUMBER: builtins.int
     BYTES_FIELD_NUMBER: builtins.int
     TRAINING_STEP_FIELD_NUMBER: builtins.int
+    GUARD_TRIALS_WON_FIELD_NUMBER: builtins.int
+    GUARD_TRIALS_LOST_FIELD_NUMBER: builtins.int
+    STRATA_CONTRAST_FIELD_NUMBER: builtins.int
+    STRATA_FIELD_NUMBER: builtins.int
     uid: builtins.str
     """Random id of this incarnation, 32 hexadecimal digits."""
     epoch: builtins.int
@@ -333,6 +355,14 @@ class PolicyStatus(google.protobuf.message.Message):
     """Memory of the policy's tables on the server's device, bytes."""
     training_step: builtins.int
     """Training step last reported by a trainer."""
+    guard_trials_won: builtins.int
+    """Trials of the guard after which the policy's weights were served: they lowered the guard loss faster."""
+    guard_trials_lost: builtins.int
+    """Trials of the guard after which uniform weights were served."""
+    strata_contrast: builtins.float
+    """For rule `strata`: F, how much more the mean contributions of strata differ than their errors explain, among those
+    with enough contributions; about 1 where chance explains it all. Absent for fewer than two of these.
+    """
     @property
     def spec(self) -> Global___PolicySpec:
         """The resolved specification."""
@@ -340,6 +370,10 @@ class PolicyStatus(google.protobuf.message.Message):
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was created (the server's clock)."""
+
+    @property
+    def strata(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StratumStatus]:
+        """For rule `strata`, in GetPolicy alone: all strata, group after group."""
 
     def __init__(
         self,
@@ -361,9 +395,13 @@ class PolicyStatus(google.protobuf.message.Message):
         compression_ratio: builtins.float | None = ...,
         bytes: builtins.int = ...,
         training_step: builtins.int = ...,
+        guard_trials_won: builtins.int = ...,
+        guard_trials_lost: builtins.int = ...,
+        strata_contrast: builtins.float | None = ...,
+        strata: collections.abc.Iterable[Global___StratumStatus] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_compression_ratio", b"_compression_ratio", "_guard_loss", b"_guard_loss", "_positive_share", b"_positive_share", "_sim", b"_sim", "_target_loss", b"_target_loss", "compression_ratio", b"compression_ratio", "create_time", b"create_time", "guard_loss", b"guard_loss", "positive_share", b"positive_share", "sim", b"sim", "spec", b"spec", "target_loss", b"target_loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_compression_ratio", b"_compression_ratio", "_guard_loss", b"_guard_loss", "_positive_share", b"_positive_share", "_sim", b"_sim", "_target_loss", b"_target_loss", "bytes", b"bytes", "compression_ratio", b"compression_ratio", "create_time", b"create_time", "durable_version", b"durable_version", "effective_examples", b"effective_examples", "epoch", b"epoch", "guard_loss", b"guard_loss", "guard_strength", b"guard_strength", "largest_weight", b"largest_weight", "positive_share", b"positive_share", "scored_examples", b"scored_examples", "sim", b"sim", "spec", b"spec", "target_loss", b"target_loss", "training_step", b"training_step", "uid", b"uid", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_compression_ratio", b"_compression_ratio", "_guard_loss", b"_guard_loss", "_positive_share", b"_positive_share", "_sim", b"_sim", "_strata_contrast", b"_strata_contrast", "_target_loss", b"_target_loss", "compression_ratio", b"compression_ratio", "create_time", b"create_time", "guard_loss", b"guard_loss", "positive_share", b"positive_share", "sim", b"sim", "spec", b"spec", "strata_contrast", b"strata_contrast", "target_loss", b"target_loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_compression_ratio", b"_compression_ratio", "_guard_loss", b"_guard_loss", "_positive_share", b"_positive_share", "_sim", b"_sim", "_strata_contrast", b"_strata_contrast", "_target_loss", b"_target_loss", "bytes", b"bytes", "compression_ratio", b"compression_ratio", "create_time", b"create_time", "durable_version", b"durable_version", "effective_examples", b"effective_examples", "epoch", b"epoch", "guard_loss", b"guard_loss", "guard_strength", b"guard_strength", "guard_trials_lost", b"guard_trials_lost", "guard_trials_won", b"guard_trials_won", "largest_weight", b"largest_weight", "positive_share", b"positive_share", "scored_examples", b"scored_examples", "sim", b"sim", "spec", b"spec", "strata", b"strata", "strata_contrast", b"strata_contrast", "target_loss", b"target_loss", "training_step", b"training_step", "uid", b"uid", "version", b"version"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_compression_ratio", b"_compression_ratio"]) -> typing.Literal["compression_ratio"] | None: ...
     @typing.overload
@@ -373,9 +411,63 @@ class PolicyStatus(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_sim", b"_sim"]) -> typing.Literal["sim"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_strata_contrast", b"_strata_contrast"]) -> typing.Literal["strata_contrast"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_target_loss", b"_target_loss"]) -> typing.Literal["target_loss"] | None: ...
 
 Global___PolicyStatus: typing_extensions.TypeAlias = PolicyStatus
+
+@typing.final
+class StratumStatus(google.protobuf.message.Message):
+    """What is known of a stratum: examples of one group whose smoothed losses lie between two quantiles."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: builtins.int
+    STRATUM_FIELD_NUMBER: builtins.int
+    EXAMPLES_FIELD_NUMBER: builtins.int
+    ABOVE_LOSS_FIELD_NUMBER: builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: builtins.int
+    MEAN_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    Z_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    group: builtins.int
+    """Its group, in [0, groups)."""
+    stratum: builtins.int
+    """Which stratum of its group, in [0, strata), by rising loss."""
+    examples: builtins.int
+    """Examples that are in it."""
+    above_loss: builtins.float
+    """The smoothed loss above which it begins, nats; absent for the first one of a group, and before the first loss."""
+    contributions: builtins.float
+    """Contributions that count, older ones less."""
+    mean: builtins.float
+    """Their mean, in units of the running root mean square of all contributions."""
+    error: builtins.float
+    """Standard error of the mean; 0 without contributions."""
+    z: builtins.float
+    """Mean over standard error, after shrinkage; 0 where there are too few contributions."""
+    weight: builtins.float
+    """Served weight of its examples, the guard's mix included."""
+    def __init__(
+        self,
+        *,
+        group: builtins.int = ...,
+        stratum: builtins.int = ...,
+        examples: builtins.int = ...,
+        above_loss: builtins.float | None = ...,
+        contributions: builtins.float = ...,
+        mean: builtins.float = ...,
+        error: builtins.float = ...,
+        z: builtins.float = ...,
+        weight: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_above_loss", b"_above_loss", "above_loss", b"above_loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_above_loss", b"_above_loss", "above_loss", b"above_loss", "contributions", b"contributions", "error", b"error", "examples", b"examples", "group", b"group", "mean", b"mean", "stratum", b"stratum", "weight", b"weight", "z", b"z"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_above_loss", b"_above_loss"]) -> typing.Literal["above_loss"] | None: ...
+
+Global___StratumStatus: typing_extensions.TypeAlias = StratumStatus
 
 @typing.final
 class CreatePolicyRequest(google.protobuf.message.Message):
@@ -621,6 +713,8 @@ class OpenRequest(google.protobuf.message.Message):
     POLICY_FIELD_NUMBER: builtins.int
     TRAINER_ID_FIELD_NUMBER: builtins.int
     UID_FIELD_NUMBER: builtins.int
+    CLIENT_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
     policy: builtins.str
     """Name of the policy."""
     trainer_id: builtins.str
@@ -629,14 +723,24 @@ class OpenRequest(google.protobuf.message.Message):
     """
     uid: builtins.str
     """If set, the opening fails with FAILED_PRECONDITION (`UID_MISMATCH`) on any other incarnation."""
+    client_id: builtins.str
+    """Names the client that opens, at most 128 printable ASCII characters; a fresh random one for each client, so that two
+    with one trainer_id differ. Empty: every opening counts as new.
+    """
+    attempt: builtins.int
+    """Number of this client's opening, rising. An opening that a slow connection delivers behind a later one of the same
+    client fails with ABORTED (`STALE_OPENING`), and does not end the stream of the later one.
+    """
     def __init__(
         self,
         *,
         policy: builtins.str = ...,
         trainer_id: builtins.str = ...,
         uid: builtins.str = ...,
+        client_id: builtins.str = ...,
+        attempt: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["policy", b"policy", "trainer_id", b"trainer_id", "uid", b"uid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "client_id", b"client_id", "policy", b"policy", "trainer_id", b"trainer_id", "uid", b"uid"]) -> None: ...
 
 Global___OpenRequest: typing_extensions.TypeAlias = OpenRequest
 
@@ -661,6 +765,8 @@ class StepRequest(google.protobuf.message.Message):
     SKETCH_TYPE_FIELD_NUMBER: builtins.int
     WEIGHTS_FOR_FIELD_NUMBER: builtins.int
     OMIT_WEIGHTS_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    MEASURED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Number of the step of this trainer, from 1, without gaps; 0 for a read (and, in UpdateWeights, for a step without
     deduplication).
@@ -702,6 +808,14 @@ class StepRequest(google.protobuf.message.Message):
     """uint64 ids whose weights the response returns; absent: those of this request's rows, in their order."""
     omit_weights: builtins.bool
     """The response carries no weights: for callers that only report."""
+    groups: builtins.bytes
+    """uint32 per row: the group of its example, such as a label or a source, below the rule's setting `groups`; all rows of
+    an id have one. For rule `strata`.
+    """
+    measured: builtins.bytes
+    """One byte per row, 0 or 1; absent: all 1. 0: the row has no contribution, which is ignored and may be NaN; its losses
+    count. Where a rule needs contributions, such a row is as good as not scored. Needs `contributions`.
+    """
     def __init__(
         self,
         *,
@@ -720,9 +834,11 @@ class StepRequest(google.protobuf.message.Message):
         sketch_type: Global___SketchType.ValueType = ...,
         weights_for: builtins.bytes | None = ...,
         omit_weights: builtins.bool = ...,
+        groups: builtins.bytes = ...,
+        measured: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "example_ids", b"example_ids", "guard_loss", b"guard_loss", "rows", b"rows", "target_loss", b"target_loss", "weights_for", b"weights_for"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "contributions", b"contributions", "example_ids", b"example_ids", "gradient_sketches", b"gradient_sketches", "guard_loss", b"guard_loss", "losses", b"losses", "omit_weights", b"omit_weights", "reference_losses", b"reference_losses", "rows", b"rows", "scored", b"scored", "sequence", b"sequence", "sketch_type", b"sketch_type", "step", b"step", "target_loss", b"target_loss", "target_sketch", b"target_sketch", "weights_for", b"weights_for"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "contributions", b"contributions", "example_ids", b"example_ids", "gradient_sketches", b"gradient_sketches", "groups", b"groups", "guard_loss", b"guard_loss", "losses", b"losses", "measured", b"measured", "omit_weights", b"omit_weights", "reference_losses", b"reference_losses", "rows", b"rows", "scored", b"scored", "sequence", b"sequence", "sketch_type", b"sketch_type", "step", b"step", "target_loss", b"target_loss", "target_sketch", b"target_sketch", "weights_for", b"weights_for"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_guard_loss", b"_guard_loss"]) -> typing.Literal["guard_loss"] | None: ...
     @typing.overload
@@ -780,6 +896,8 @@ class OpenResponse(google.protobuf.message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: builtins.int
     DURABLE_SEQUENCE_FIELD_NUMBER: builtins.int
     NUM_EXAMPLES_FIELD_NUMBER: builtins.int
+    MAX_BATCH_EXAMPLES_FIELD_NUMBER: builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     uid: builtins.str
     """uid of the policy."""
     epoch: builtins.int
@@ -787,11 +905,17 @@ class OpenResponse(google.protobuf.message.Message):
     version: builtins.int
     """Version of the policy."""
     last_sequence: builtins.int
-    """Last sequence of this trainer that was applied; the next is one higher. 0: none."""
+    """Last sequence of this trainer that was applied or refused; the next is one higher. 0: none. It may be lower than
+    what was answered, where a server died before that was durable: send again what follows it.
+    """
     durable_sequence: builtins.int
     """Last sequence of this trainer that is in Redis."""
     num_examples: builtins.int
     """Number of examples of the policy."""
+    max_batch_examples: builtins.int
+    """Most rows of a step; 0: the server does not say."""
+    max_message_bytes: builtins.int
+    """Largest message that the server takes, bytes; 0: it does not say. A larger one ends the stream, whoever resends it."""
     def __init__(
         self,
         *,
@@ -801,8 +925,10 @@ class OpenResponse(google.protobuf.message.Message):
         last_sequence: builtins.int = ...,
         durable_sequence: builtins.int = ...,
         num_examples: builtins.int = ...,
+        max_batch_examples: builtins.int = ...,
+        max_message_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["durable_sequence", b"durable_sequence", "epoch", b"epoch", "last_sequence", b"last_sequence", "num_examples", b"num_examples", "uid", b"uid", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["durable_sequence", b"durable_sequence", "epoch", b"epoch", "last_sequence", b"last_sequence", "max_batch_examples", b"max_batch_examples", "max_message_bytes", b"max_message_bytes", "num_examples", b"num_examples", "uid", b"uid", "version", b"version"]) -> None: ...
 
 Global___OpenResponse: typing_extensions.TypeAlias = OpenResponse
 
@@ -824,9 +950,9 @@ class StepResponse(google.protobuf.message.Message):
     epoch: builtins.int
     """Epoch of the policy."""
     version: builtins.int
-    """Version of the policy right after this step."""
+    """Version of the policy right after this step; of a duplicate, that of now."""
     durable_sequence: builtins.int
-    """All steps of this trainer up to this sequence are in Redis."""
+    """All steps of this trainer up to this sequence are in Redis. Keep a step until then. Reads tell it too."""
     outcome: Global___Outcome.ValueType
     """What happened."""
     weights: builtins.bytes
@@ -855,7 +981,9 @@ Global___StepResponse: typing_extensions.TypeAlias = StepResponse
 
 @typing.final
 class ReconnectRequest(google.protobuf.message.Message):
-    """The server asks to reconnect."""
+    """The server asks to reconnect. Send no new steps, take the answers to those that were sent, close your side of the
+    stream and read it to its end; then open another.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -153,8 +153,9 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateWeights(self, request, context):
-        """One step or read, for callers without streams. A step that cannot be applied fails the call and consumes no
-        sequence. Errors: as for a refused step, and RESOURCE_EXHAUSTED (`QUEUE_FULL`, with RetryInfo).
+        """One step or read, for callers without streams. It shares the sequences of a trainer with its streams. A step that
+        cannot be applied fails the call and consumes no sequence. Errors: as for a refused step, OUT_OF_RANGE
+        (`SEQUENCE_GAP`), and RESOURCE_EXHAUSTED (`QUEUE_FULL`, with RetryInfo).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,8 +172,9 @@ class PolicyServiceServicer(object):
 
     def SampleExamples(self, request, context):
         """Draws example ids with probability proportional to their served weights (of a trajectory: the means over its
-        rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
-        number of examples with non-zero weight), NOT_FOUND (`POLICY_NOT_FOUND`).
+        rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count
+        above the limit, or without replacement above the number of examples with non-zero weight), NOT_FOUND
+        (`POLICY_NOT_FOUND`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -188,7 +190,7 @@ class PolicyServiceServicer(object):
 
     def ExportPolicy(self, request, context):
         """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks, each
-        column's in order, the columns in turn. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
+        column's in order, those of different columns mixed. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,8 +198,8 @@ class PolicyServiceServicer(object):
 
     def ImportPolicy(self, request_iterator, context):
         """Creates a policy from an exported state: the header first, then every column completely, the chunks of
-        each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
-        INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
+        each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not
+        idempotent. Errors: INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -4,6 +4,11 @@ isort:skip_file
 The contract of Equipoise, a learning-policy service: at every step of a training run it answers how much each
 training example should count now (arXiv 2402.17759, the Learning Law).
 
+Beside this file, in docs/, is what a client or server in another language needs to know beyond the messages:
+docs/training.md (sequences, durability, recovery), docs/methods.md (scopes, repetition, deadlines), docs/errors.md
+(every reason), docs/connection.md (metadata, tokens, limits, pings, proxies), docs/rules.md (every rule's formula
+and settings). vectors/ has golden vectors; `equipoise conformance ADDRESS` checks a server.
+
 Conventions that hold throughout:
   * Bulk data is `bytes`, little-endian, one array element after the other without padding: `uint64` for example
     ids, `float32` for statistics and weights. The number of elements is the byte length over the element size; a
@@ -14,12 +19,13 @@ Conventions that hold throughout:
   * Every RPC that names a policy carries the header `x-equipoise-policy`, equal to the policy in the message, so
     that proxies can route without reading bodies. An absent header is allowed; a different one is INVALID_ARGUMENT
     `POLICY_MISMATCH`.
-  * Errors are canonical codes with google.rpc details: ErrorInfo (reason, domain `equipoise`), BadRequest (field,
-    first bad index, value and rule) and RetryInfo. A request is all or nothing: what is refused changes nothing.
+  * Errors are canonical codes with google.rpc details, in the trailing metadata `grpc-status-details-bin`: ErrorInfo
+    (reason, domain `equipoise`), BadRequest (field, first bad index, value and rule) and RetryInfo. A request is all
+    or nothing: what is refused changes nothing.
     INTERNAL means a bug in the server and carries an opaque id only (`error_id` in the ErrorInfo metadata); a policy
     in whose service it happened is loaded again from the store, so the same call may be made again.
   * A server brings a policy into memory when it is first asked for it, after a restart for example. An RPC that
-    names a policy waits for that within its deadline (the opening of a stream for some seconds), then ends with
+    names a policy waits for that within its deadline (the opening of a stream for 3 s), then ends with
     UNAVAILABLE `LOADING`, RetryInfo and its progress (`replayed` and `entries`, of the log, in the ErrorInfo
     metadata). Loading goes on meanwhile: call again. Other reasons to call again, maybe elsewhere, are UNAVAILABLE
     `DRAINING`, `UNLOADED`, `DEVICE_LOST` and `STATE_STORE_DOWN`.
@@ -382,8 +388,9 @@ class PolicyServiceStub(typing.Generic[_PolicyServiceCreatePolicyType, _PolicySe
     """
 
     UpdateWeights: _PolicyServiceUpdateWeightsType
-    """One step or read, for callers without streams. A step that cannot be applied fails the call and consumes no
-    sequence. Errors: as for a refused step, and RESOURCE_EXHAUSTED (`QUEUE_FULL`, with RetryInfo).
+    """One step or read, for callers without streams. It shares the sequences of a trainer with its streams. A step that
+    cannot be applied fails the call and consumes no sequence. Errors: as for a refused step, OUT_OF_RANGE
+    (`SEQUENCE_GAP`), and RESOURCE_EXHAUSTED (`QUEUE_FULL`, with RetryInfo).
     """
 
     ReadWeights: _PolicyServiceReadWeightsType
@@ -394,8 +401,9 @@ class PolicyServiceStub(typing.Generic[_PolicyServiceCreatePolicyType, _PolicySe
 
     SampleExamples: _PolicyServiceSampleExamplesType
     """Draws example ids with probability proportional to their served weights (of a trajectory: the means over its
-    rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
-    number of examples with non-zero weight), NOT_FOUND (`POLICY_NOT_FOUND`).
+    rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count
+    above the limit, or without replacement above the number of examples with non-zero weight), NOT_FOUND
+    (`POLICY_NOT_FOUND`).
     """
 
     WatchPolicy: _PolicyServiceWatchPolicyType
@@ -405,13 +413,13 @@ class PolicyServiceStub(typing.Generic[_PolicyServiceCreatePolicyType, _PolicySe
 
     ExportPolicy: _PolicyServiceExportPolicyType
     """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks, each
-    column's in order, the columns in turn. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
+    column's in order, those of different columns mixed. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
     """
 
     ImportPolicy: _PolicyServiceImportPolicyType
     """Creates a policy from an exported state: the header first, then every column completely, the chunks of
-    each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
-    INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
+    each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not
+    idempotent. Errors: INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
     """
 
     GetServerInfo: _PolicyServiceGetServerInfoType
@@ -537,8 +545,9 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         request: equipoise.v1.policy_pb2.UpdateWeightsRequest,
         context: _ServicerContext,
     ) -> typing.Union[equipoise.v1.policy_pb2.UpdateWeightsResponse, collections.abc.Awaitable[equipoise.v1.policy_pb2.UpdateWeightsResponse]]:
-        """One step or read, for callers without streams. A step that cannot be applied fails the call and consumes no
-        sequence. Errors: as for a refused step, and RESOURCE_EXHAUSTED (`QUEUE_FULL`, with RetryInfo).
+        """One step or read, for callers without streams. It shares the sequences of a trainer with its streams. A step that
+        cannot be applied fails the call and consumes no sequence. Errors: as for a refused step, OUT_OF_RANGE
+        (`SEQUENCE_GAP`), and RESOURCE_EXHAUSTED (`QUEUE_FULL`, with RetryInfo).
         """
 
     @abc.abstractmethod
@@ -559,8 +568,9 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[equipoise.v1.policy_pb2.SampleExamplesResponse, collections.abc.Awaitable[equipoise.v1.policy_pb2.SampleExamplesResponse]]:
         """Draws example ids with probability proportional to their served weights (of a trajectory: the means over its
-        rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count above the limit, or without replacement above the
-        number of examples with non-zero weight), NOT_FOUND (`POLICY_NOT_FOUND`).
+        rows). Equal seed, version and arguments give equal ids. Errors: INVALID_ARGUMENT (`OUT_OF_RANGE_VALUE`: count
+        above the limit, or without replacement above the number of examples with non-zero weight), NOT_FOUND
+        (`POLICY_NOT_FOUND`).
         """
 
     @abc.abstractmethod
@@ -580,7 +590,7 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[equipoise.v1.policy_pb2.ExportPolicyResponse], collections.abc.AsyncIterator[equipoise.v1.policy_pb2.ExportPolicyResponse]]:
         """The whole state of a policy, bit for bit, as of one version: the header first, then the columns in chunks, each
-        column's in order, the columns in turn. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
+        column's in order, those of different columns mixed. Steps go on meanwhile. Errors: NOT_FOUND (`POLICY_NOT_FOUND`).
         """
 
     @abc.abstractmethod
@@ -590,8 +600,8 @@ class PolicyServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[equipoise.v1.policy_pb2.ImportPolicyResponse, collections.abc.Awaitable[equipoise.v1.policy_pb2.ImportPolicyResponse]]:
         """Creates a policy from an exported state: the header first, then every column completely, the chunks of
-        each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not idempotent. Errors:
-        INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
+        each in order. The policy appears only when all of it has arrived; it starts at version 0 and without trainers. Not
+        idempotent. Errors: INVALID_ARGUMENT (`INVALID_STATE`), ALREADY_EXISTS (`POLICY_EXISTS`).
         """
 
     @abc.abstractmethod

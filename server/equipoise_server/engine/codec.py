@@ -1,9 +1,10 @@
 """Log entries: what a rule consumed, as named fields of a Redis stream entry.
 
 Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
-`target`, `guard` (losses, nats); `scalars` and `evidence` (JSON); `row` (of a trajectory); `ids` (int64, absent: all
-examples); `n` (int32, rows of each id, absent: one); `c`, `l` and `ref` (float32 contributions, losses and reference
-losses, nats); `refused` (the reason). Numbers are text that keeps every bit; arrays are little-endian.
+`target`, `guard` (losses, nats); `scalars` and `evidence` (JSON); `s.NAME` (float64, the scalars `NAME.0`, `NAME.1`,
+...); `row` (of a trajectory); `ids` (int64, absent: all examples); `n` (int32, rows of each id, absent: one); `g`
+(uint32, groups); `c`, `l` and `ref` (float32 contributions, losses and reference losses, nats); `refused` (the
+reason). Numbers are text that keeps every bit; arrays are little-endian.
 """
 
 import json
@@ -16,6 +17,7 @@ from equipoise_server.engine.step import Kind, Step
 from equipoise_server.errors import Code, ServiceError
 from equipoise_server.rules import Evidence, Scalars, Statistics
 
+_FAMILY = "s."
 _ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref"}
 
 
@@ -51,7 +53,7 @@ def encode(logged: LoggedStep) -> dict[str, bytes]:
         fields["guard"] = repr(step.guard_loss).encode()
     if step.statistics is not None:
         fields |= _encode_statistics(step.statistics)
-        fields["scalars"] = json.dumps(logged.scalars).encode()
+        fields |= _encode_scalars(logged.scalars)
     if logged.evidence is not None:
         fields["evidence"] = json.dumps(asdict(logged.evidence)).encode()
     return fields
@@ -73,10 +75,34 @@ def decode(fields: Mapping[str, bytes]) -> LoggedStep:
     )
     return LoggedStep(
         step=step,
-        scalars=json.loads(fields["scalars"].decode()) if "scalars" in fields else {},
+        scalars=_decode_scalars(fields),
         evidence=Evidence(**json.loads(fields["evidence"].decode())) if "evidence" in fields else None,
         at=float(fields["at"]),
     )
+
+
+def _encode_scalars(scalars: Scalars) -> dict[str, bytes]:
+    """Scalars with numbers in their names come together, in the order of these, as arrays: a third of the bytes."""
+    single: Scalars = {}
+    families: dict[str, list[float]] = {}
+    for name, value in scalars.items():
+        family, _, index = name.rpartition(".")
+        values = families.setdefault(family, []) if family else []
+        if family and index == str(len(values)):
+            values.append(value)
+        else:
+            single[name] = value
+    arrays = {_FAMILY + family: np.array(values, "<f8").tobytes() for family, values in families.items() if values}
+    return {"scalars": json.dumps(single).encode(), **arrays}
+
+
+def _decode_scalars(fields: Mapping[str, bytes]) -> Scalars:
+    scalars: Scalars = json.loads(fields["scalars"].decode()) if "scalars" in fields else {}
+    for field, data in fields.items():
+        if field.startswith(_FAMILY):
+            name = field.removeprefix(_FAMILY)
+            scalars |= {f"{name}.{index}": value for index, value in enumerate(np.frombuffer(data, "<f8").tolist())}
+    return scalars
 
 
 def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
@@ -90,6 +116,8 @@ def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
         fields["row"] = str(statistics.trajectory_row).encode()
     if statistics.counts is not None:
         fields["n"] = statistics.counts.astype("<i4").tobytes()
+    if statistics.groups is not None:
+        fields["g"] = statistics.groups.astype("<u4").tobytes()
     return fields
 
 
@@ -100,6 +128,7 @@ def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
     return Statistics(
         ids=np.frombuffer(fields["ids"], "<i8") if "ids" in fields else None,
         counts=np.frombuffer(fields["n"], "<i4").astype(np.int64) if "n" in fields else None,
+        groups=np.frombuffer(fields["g"], "<u4").astype(np.int64) if "g" in fields else None,
         trajectory_row=int(fields["row"]) if "row" in fields else None,
         **arrays,
     )

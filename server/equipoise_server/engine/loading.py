@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 
 from equipoise_server.engine import tables
-from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.device import Device, DeviceQueue
 from equipoise_server.engine.header import Header
 from equipoise_server.engine.limits import EngineLimits
 from equipoise_server.engine.log import LogTail, StoreRecord
@@ -19,10 +19,12 @@ from equipoise_server.engine.memory import check_room
 from equipoise_server.engine.policy import Policy
 from equipoise_server.engine.spec import PolicySpec
 from equipoise_server.engine.trainers import Trainers
-from equipoise_server.errors import ServiceError, loading, not_owner, policy_not_found, store_down
+from equipoise_server.errors import ServiceError, loading, not_owner, policy_not_found, state_damaged, store_down
 from equipoise_server.rules import build
 from equipoise_server.store import (
+    Damaged,
     LogEntry,
+    LogLost,
     NotFound,
     OwnedElsewhere,
     Ownership,
@@ -30,6 +32,7 @@ from equipoise_server.store import (
     StoredPolicy,
     StoreError,
     Unavailable,
+    checksum,
 )
 
 T = TypeVar("T")
@@ -41,6 +44,14 @@ READ_RETRIES_S = 30.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 
 
+def store_failed(error: StoreError) -> ServiceError:
+    """What a caller is told: that the store failed, or that what it holds of the policy is damaged."""
+    if isinstance(error, Damaged | LogLost):
+        log.error("what redis holds of a policy is damaged", error=str(error))
+        return state_damaged(str(error))
+    return store_down(str(error))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """A policy as it was in the store, ready to serve, and what the store holds of it."""
@@ -49,6 +60,8 @@ class Loaded:
     stored: StoredPolicy
     record: StoreRecord
     tail: LogTail
+    device: DeviceQueue
+    host: DeviceQueue
 
 
 class Loading:
@@ -63,6 +76,7 @@ class Loading:
         address: under which this server is reached.
         instance: this server's name in the store.
         limits: bounds.
+        elsewhere: finds the server that should own a policy that none does; empty: this one.
         wall_clock: seconds since 1970.
     """
 
@@ -71,10 +85,11 @@ class Loading:
         name: str,
         *,
         store: RedisStore,
-        device: DeviceThread,
+        device: Device,
         address: str,
         instance: str,
         limits: EngineLimits,
+        elsewhere: Callable[[PolicySpec], Awaitable[str]] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.name = name
@@ -84,14 +99,30 @@ class Loading:
         """Log entries to replay, as far as is known."""
         self.replayed = 0
         """Log entries replayed so far."""
+        self.pages = 0
+        """Pages to read, as far as is known."""
+        self.read_pages = 0
+        """Pages read so far."""
+        self.started = time.monotonic()
         self.trouble: StoreError | None = None
         """Why the store is being asked again; None: it answers."""
         self._store = store
-        self._device = device
+        self._device, self._host = device.queue(name), device.host_queue(name)
         self._address = address
         self._instance = instance
         self._limits = limits
+        self._elsewhere = elsewhere
         self._wall_clock = wall_clock
+
+    @property
+    def may_go_elsewhere(self) -> bool:
+        """Whether it ends with NOT_OWNER where another server should own the policy, though none does."""
+        return self._elsewhere is not None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been under way."""
+        return time.monotonic() - self.started
 
     def not_yet(self) -> ServiceError:
         """What a caller is told who cannot wait longer."""
@@ -100,15 +131,23 @@ class Loading:
         return loading(self.name, replayed=self.replayed, entries=self.entries)
 
     async def run(self) -> Loaded:
-        """The policy. Raises ServiceError: POLICY_NOT_FOUND, NOT_OWNER, DEVICE_FULL, STATE_STORE_DOWN."""
+        """The policy.
+
+        Raises ServiceError: POLICY_NOT_FOUND, NOT_OWNER, DEVICE_FULL, STATE_STORE_DOWN, STATE_DAMAGED.
+        """
         try:
-            owner = await self._store.acquire(self.name, address=self._address, instance=self._instance)
+            owner = await self._store.acquire(
+                self.name,
+                address=self._address,
+                instance=self._instance,
+                elsewhere=self._find_place if self._elsewhere else None,
+            )
         except OwnedElsewhere as error:
             raise not_owner(self.name, error.address) from error
         except NotFound as error:
             raise policy_not_found(self.name) from error
         except StoreError as error:
-            raise store_down(str(error)) from error
+            raise store_failed(error) from error
         self.uid = owner.uid
         try:
             return await self._load(owner)
@@ -117,13 +156,17 @@ class Loading:
             raise policy_not_found(self.name) from error
         except StoreError as error:
             await self._release(owner)
-            raise store_down(str(error)) from error
+            raise store_failed(error) from error
         except BaseException:  # such as no room on the device: another server may have some
             await self._release(owner)
             raise
 
+    async def _find_place(self) -> str:
+        stored = await self._store.get(self.name)
+        return await self._elsewhere(PolicySpec.from_json(stored.spec)) if stored and self._elsewhere else ""
+
     async def _load(self, owner: Ownership) -> Loaded:
-        started = time.monotonic()
+        await self._read(lambda: self._store.confirm(owner))  # what is in the log from here on counts as durable
         stored = await self._read(lambda: self._store.get(self.name))
         if stored is None or stored.uid != owner.uid:
             raise NotFound(self.name)
@@ -131,9 +174,13 @@ class Loading:
         header = Header.from_fields(await self._read(lambda: self._store.read_header(owner)))
         self.entries = (await self._read(lambda: self._store.log_state(owner))).entries
         policy = await self._empty(spec, stored.uid)
-        versions = await self._read_pages(owner, policy)
-        await self._device.run_slices(policy.load(header, versions))
-        record, tail = await self._replay(owner, policy)
+        try:
+            versions = await self._read_pages(owner, policy)
+            await self._device.run_slices(policy.load(header, versions))
+            record, tail = await self._replay(owner, policy)
+        except BaseException:  # which may keep what was loaded alive for as long as anybody looks at it
+            await self._device.run(policy.drop)
+            raise
         policy.trainers.wake(self._wall_clock())
         log.info(
             "loaded",
@@ -142,23 +189,29 @@ class Loading:
             epoch=owner.epoch,
             pages=len(versions),
             entries=self.replayed,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(self.seconds, 3),
         )
-        return Loaded(policy=policy, stored=stored, record=record, tail=tail)
+        return Loaded(policy=policy, stored=stored, record=record, tail=tail, device=self._device, host=self._host)
 
     async def _empty(self, spec: PolicySpec, uid: str) -> Policy:
         check_room(spec, self._device.device)
         rule = build(spec.rule, spec.settings)
         state = await self._device.run_slices(rule.init_slices(spec.num_examples, device=self._device.device))
-        return Policy(spec, uid, rule=rule, state=state, trainers=Trainers(self._limits.trainer_idle_s))
+        return Policy(
+            spec, uid, rule=rule, state=state, trainers=Trainers(self._limits.trainer_idle_s, self._limits.max_trainers)
+        )
 
     async def _read_pages(self, owner: Ownership, policy: Policy) -> dict[int, int]:
         versions: dict[int, int] = {}
-        for index in range(await self._read(lambda: self._store.num_pages(owner))):
-            page = await self._read(lambda index=index: self._store.read_page(owner, index))  # type: ignore[misc]
+        manifest = await self._read(lambda: self._store.manifest(owner))
+        self.pages = await self._read(lambda: self._store.num_pages(owner))
+        for index in range(self.pages):
+            read = partial(self._store.read_page, owner, index, version=manifest.get(index))
+            page = await self._read(read)
             if page is not None:
                 await self._device.run(lambda i=index, p=page: tables.load_page(policy.state, i, p.columns))  # type: ignore[misc]
                 versions[index] = page.version
+            self.read_pages += 1
         return versions
 
     async def _replay(self, owner: Ownership, policy: Policy) -> tuple[StoreRecord, LogTail]:
@@ -178,13 +231,13 @@ class Loading:
 
     async def _chunks(self, owner: Ownership) -> AsyncIterator[list[LogEntry]]:
         """The log in pieces; a store that does not answer in between is asked again for what is missing."""
-        count, last = 1, 0
+        count, last, before = 1, 0, 0
         while True:
-            read = partial(self._store.read_log_chunk, owner, after=last, count=count, first=last == 0)
+            read = partial(self._store.read_log_chunk, owner, after=last, count=count, first=last == 0, before=before)
             chunk, following = await self._read(read)
             if chunk:
                 yield chunk
-                last = chunk[-1].version
+                last, before = chunk[-1].version, checksum(chunk[-1])
             if len(chunk) < count:
                 return
             count = following

@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
 
+from equipoise_server.engine.memory import Backlogs
 from equipoise_server.engine.telemetry import Telemetry
 from equipoise_server.store import (
     MAX_APPEND_BYTES,
@@ -17,7 +19,9 @@ from equipoise_server.store import (
     Ownership,
     RedisStore,
     StoreError,
+    checksum,
     entry_bytes,
+    seal,
 )
 
 log = structlog.get_logger("equipoise.policy")
@@ -86,10 +90,13 @@ class LogTail:
         size: bytes of memory that the entries take.
     """
 
-    def __init__(self, base: int) -> None:
+    def __init__(self, base: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.base = base
         self.size = 0
-        self._entries: deque[tuple[LogEntry, int, float]] = deque()
+        self._clock = clock
+        self._entries: deque[tuple[LogEntry, int, float, float]] = deque()
+        self._checksum = 0
+        """Of the newest entry; 0: not known."""
 
     @property
     def last_version(self) -> int:
@@ -99,8 +106,11 @@ class LogTail:
     def add(self, entry: LogEntry, *, replay_s: float) -> int:
         """Adds the entry of the next version, and about how long its replay takes, seconds; the entry's bytes."""
         assert entry.version == self.last_version + 1
+        if not entry.seal:
+            entry = seal(entry, after=self._checksum)
+        self._checksum = checksum(entry)
         size = entry_bytes(entry)
-        self._entries.append((entry, size, replay_s))
+        self._entries.append((entry, size, replay_s, self._clock()))
         self.size += size + ENTRY_MEMORY_BYTES
         return size
 
@@ -109,13 +119,19 @@ class LogTail:
         taken: list[LogEntry] = []
         total, seconds = 0, 0.0
         for index in range(version - self.base, len(self._entries)):
-            entry, size, replay_s = self._entries[index]
+            entry, size, replay_s, _ = self._entries[index]
             if taken and total + size > max_bytes:
                 break
             taken.append(entry)
             total += size
             seconds += replay_s
         return taken, total, seconds
+
+    def age_s(self, version: int) -> float:
+        """How long ago the entry behind `version` was added, or else the oldest that is kept; 0 when there is none."""
+        if not self._entries or version >= self.last_version:
+            return 0.0
+        return self._clock() - self._entries[max(version - self.base, 0)][3]
 
     def forget(self, through_version: int) -> None:
         """Drops the entries up to a version."""
@@ -140,7 +156,7 @@ class LogWriter:
     A store that does not answer delays each waiting answer by `log_timeout_s` at most, and only until the first of
     them has run out: from then on answers are not held up until the version of that moment is durable.
 
-    The tail never takes more than `max_backlog_bytes` and what one call on the device adds: what is durable is let go
+    The tail never takes more than `backlogs` allows and what one call on the device adds: what is durable is let go
     first; a store that is slow slows the steps (`room`); what a store lacks that fails is let go too, and the tables
     are written anew once it works.
     """
@@ -152,7 +168,7 @@ class LogWriter:
         *,
         tail: LogTail,
         log_timeout_s: float,
-        max_backlog_bytes: int,
+        backlogs: Backlogs,
         telemetry: Telemetry,
         republish: Callable[[Callable[[], None]], Awaitable[tuple[Ownership, int]]],
         on_rollback: Callable[[], None],
@@ -162,7 +178,7 @@ class LogWriter:
         self.tail = tail
         self.failing = False
         """Whether the store did not take what was written last."""
-        self.max_backlog_bytes = max_backlog_bytes
+        self.backlogs = backlogs
         self._store = store
         self._log_timeout_s = log_timeout_s
         self._telemetry = telemetry
@@ -178,10 +194,12 @@ class LogWriter:
         self._watchers: list[asyncio.Future[None]] = []
         self._lagging_until: int | None = None
         self._overrun = False
+        self._overrun_at = 0.0
         self._failing_since = 0.0
         self._ended = False
         if is_long(record):
             self.long.set()
+        self._let_go()
 
     @property
     def backlog(self) -> int:
@@ -194,9 +212,16 @@ class LogWriter:
         return self.backlog > 0 or self._overrun or self.record.republishing
 
     @property
+    def lag_s(self) -> float:
+        """How long ago the oldest step was taken that the store lacks, seconds; 0: it lacks none."""
+        if self._overrun or self.record.republishing:
+            return self._loop.time() - self._overrun_at
+        return self.tail.age_s(self.record.durable_version)
+
+    @property
     def is_full(self) -> bool:
         """Whether steps have to wait: the store is slow, and the memory for what it lacks is used up."""
-        return self.tail.size > self.max_backlog_bytes and not self.failing and not self._ended
+        return self.tail.size > self.backlogs.limit and not self.failing and not self._ended
 
     def add(self, entry: LogEntry, *, replay_s: float) -> None:
         """Queues an entry for the log."""
@@ -240,6 +265,7 @@ class LogWriter:
         """A sweep has written everything up to a version, and trimmed the store's log to what follows."""
         self.record.trimmed(version)
         self.tail.forget(version)
+        self._let_go()
         self.long.clear()
         if self._is_long(self.record):
             self.long.set()
@@ -253,6 +279,7 @@ class LogWriter:
     def end(self) -> None:
         """Nothing is written any more: nobody waits longer."""
         self._ended = True
+        self.backlogs.note(self, 0)
         if self._timer is not None:
             self._timer.cancel()
         self._note_change()
@@ -293,7 +320,6 @@ class LogWriter:
             self._recover()
             record.appended(batch[-1].version, size=size, replay_s=replay_s)
             self._advance()
-            self._telemetry.persisted()
 
     async def _write_anew(self) -> None:
         record = self.record
@@ -329,20 +355,28 @@ class LogWriter:
         self._on_rollback()
         if last_version is None or last_version < self.tail.base:
             self.record.changes += 1
-            self._overrun = True
+            self._overrun_by_now()
         else:
             self.record.went_back(min(last_version, self.record.durable_version))
         self._note_change()
 
     def _let_go(self) -> None:
         """Bounds the tail: first by what the store has, then, while the store fails, by what the tables hold too."""
-        if self.tail.size > self.max_backlog_bytes:
+        self.backlogs.note(self, self.tail.size)
+        if self.tail.size > self.backlogs.limit:
             self.tail.forget(self.record.durable_version)
-        if self.failing and self.tail.size > self.max_backlog_bytes:
+        if self.failing and self.tail.size > self.backlogs.limit:
             if not self._overrun:
                 log.warning("the log in memory is full: redis gets the tables once it works", policy=self._policy)
-            self._overrun = True
+            self._overrun_by_now()
             self.tail.forget(self.tail.last_version)
+        self.backlogs.note(self, self.tail.size)
+
+    def _overrun_by_now(self) -> None:
+        """The tail is not enough any more for what the store lacks."""
+        if not self._overrun:
+            self._overrun_at = self._loop.time() - self.lag_s
+        self._overrun = True
 
     def _fail(self, error: StoreError) -> None:
         if not self.failing:

@@ -1,5 +1,8 @@
-"""Whether a policy's tables fit the device: a server that runs out of memory loses every policy, not one."""
+"""What fits: a server that runs out of memory loses every policy, not one."""
 
+import ctypes
+from collections.abc import Hashable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,13 +19,38 @@ ALWAYS_FITS = 16 << 20
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's <malloc.h>
+LARGE_BLOCK_BYTES = 4 << 20
+
+
+def tune_allocator() -> None:
+    """Makes glibc give large blocks back to the system when they are freed; elsewhere nothing is done.
+
+    Left to itself it keeps what has been as large as the largest message, in pieces, for as long as the process lives.
+    """
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def give_back_freed() -> None:
+    """Gives the system what is free between blocks that are in use, in all threads' heaps: some milliseconds."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
 
 def check_room(spec: PolicySpec, device: torch.device) -> None:
     """Raises ServiceError (DEVICE_FULL) when a policy's tables do not fit what is free now."""
-    needed = sum(column.numel() * column.element_size() for column in spec.outline().columns.values())
+    needed = spec.table_bytes
     free = free_bytes(device) if needed > ALWAYS_FITS else None
-    if free is not None and needed > SHARE * free:
+    if free is not None and not has_room(needed, free=free):
         raise device_full(spec.name, needed=needed, free=free, device=device.type)
+
+
+def has_room(needed: int, *, free: int | None) -> bool:
+    """Whether tables of `needed` bytes fit a device of which `free` are free; None: nobody knows, and they may."""
+    return free is None or needed <= max(ALWAYS_FITS, SHARE * free)
 
 
 def free_bytes(device: torch.device, *, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
@@ -51,3 +79,43 @@ def _left(cgroup: Path) -> int | None:
         return None
     cached = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
     return None if most == "max" else max(0, int(most) - used + cached)
+
+
+class Backlogs:
+    """The memory for what policies keep of their logs, all of them together.
+
+    While it is used up each policy may keep an equal part: who keeps more lets go, and nobody else has to.
+
+    Args:
+        max_bytes: of all together; what policies that rest keep when it comes to that stays.
+        max_policy_bytes: of one policy, always.
+    """
+
+    def __init__(self, *, max_bytes: int, max_policy_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._max_policy_bytes = max_policy_bytes
+        self._kept: dict[Hashable, int] = {}
+        self._total = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes that are kept now."""
+        return self._total
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of all together."""
+        return self._max_bytes
+
+    @property
+    def limit(self) -> int:
+        """Bytes that one policy may keep now."""
+        if self._total <= self._max_bytes:
+            return self._max_policy_bytes
+        return min(self._max_policy_bytes, self._max_bytes // len(self._kept))
+
+    def note(self, policy: Hashable, num_bytes: int) -> None:
+        """A policy keeps so much now; 0: it keeps nothing, or has gone."""
+        self._total += num_bytes - self._kept.pop(policy, 0)
+        if num_bytes:
+            self._kept[policy] = num_bytes

@@ -6,10 +6,10 @@ from contextlib import suppress
 
 import structlog
 
-from equipoise_server.engine.device import DeviceThread
 from equipoise_server.engine.limits import EngineLimits
 from equipoise_server.engine.loading import Loaded
 from equipoise_server.engine.log import LogWriter, StoreRecord
+from equipoise_server.engine.memory import Backlogs
 from equipoise_server.engine.snapshot import read_pages
 from equipoise_server.engine.sweep import sweep
 from equipoise_server.engine.telemetry import Telemetry
@@ -34,12 +34,12 @@ class Persistence:
     """
 
     def __init__(
-        self, loaded: Loaded, *, store: RedisStore, device: DeviceThread, limits: EngineLimits, telemetry: Telemetry
+        self, loaded: Loaded, *, store: RedisStore, limits: EngineLimits, backlogs: Backlogs, telemetry: Telemetry
     ) -> None:
         self._policy = loaded.policy
         self._stored = loaded.stored
         self._store = store
-        self._device = device
+        self._device = loaded.device
         self._limits = limits
         self._telemetry = telemetry
         self._max_log_bytes = loaded.policy.rule.max_log_bytes(loaded.policy.state)
@@ -52,7 +52,7 @@ class Persistence:
             loaded.record,
             tail=loaded.tail,
             log_timeout_s=limits.log_timeout_s,
-            max_backlog_bytes=limits.max_backlog_bytes,
+            backlogs=backlogs,
             telemetry=telemetry,
             republish=self._republish,
             on_rollback=self._distrust_pages,

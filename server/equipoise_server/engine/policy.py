@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -14,7 +15,7 @@ from equipoise_server.engine.header import Header
 from equipoise_server.engine.progress import Progress
 from equipoise_server.engine.snapshot import Snapshot
 from equipoise_server.engine.spec import PolicySpec
-from equipoise_server.engine.status import PolicyStatus
+from equipoise_server.engine.status import PolicyStatus, RuleKind
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
 from equipoise_server.engine.trainers import Trainers
 from equipoise_server.errors import Code, ServiceError, invalid
@@ -162,14 +163,26 @@ class Policy:
         """The picture of now."""
         return PolicyStatus(
             name=self.spec.name,
+            rule=self.spec.rule,
+            rule_kind=self._rule_kind,
             num_examples=self.spec.num_examples,
             reference_nats=self.spec.reference_nats,
             progress=self.progress,
             scored_examples=self.state.scored,
             effective_examples=self.rule.effective_examples(self.state),
+            effective_ratio=self.rule.effective_ratio(self.state),
+            keeps_scores=bool(self.rule.columns),
             guard_strength=self.state.guard_strength,
+            guard_trials=(self.state.guard.trials_won, self.state.guard.trials_lost),
             table_bytes=self.state.nbytes,
+            read_strata=partial(self.rule.strata, replace(self.state, columns={})),
         )
+
+    @property
+    def _rule_kind(self) -> RuleKind:
+        if self.rule.trajectory_rows:
+            return "trajectory"
+        return "table" if self.rule.columns else "batch"
 
     @property
     def header(self) -> Header:
@@ -250,7 +263,7 @@ class Policy:
     @property
     def _replays_slowly(self) -> bool:
         """Whether a step costs more than its rows."""
-        return self.rule.touches_all_rows or self.rule.trajectory_rows > 0
+        return self.rule.touches_all_rows or self.rule.trajectory_rows > 0 or len(self.state.sizes) > 0
 
     def _replay_seconds(self, step: Step, applied_in_s: float) -> float:
         rows = REPLAY_ROW_S * (step.statistics.size if step.statistics is not None else 0)

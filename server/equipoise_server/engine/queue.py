@@ -48,6 +48,11 @@ class StepQueue:
         return len(self._waiting)
 
     @property
+    def fill_ratio(self) -> float:
+        """How full it is, by steps or by bytes."""
+        return max(len(self) / self._max_steps, self.size / self._max_bytes)
+
+    @property
     def is_busy(self) -> bool:
         """Whether a step has no answer yet."""
         return bool(self._unanswered)
@@ -72,7 +77,7 @@ class StepQueue:
             self._filled.clear()
             await self._filled.wait()
         taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-        self.size -= sum(pending.step.size for pending in taken)
+        self.size -= sum(pending.step.nbytes for pending in taken)
         self._drained.set()
         return taken
 
@@ -104,7 +109,7 @@ class StepQueue:
 
     def _is_full(self, step: Step) -> bool:
         return bool(self._waiting) and (
-            len(self._waiting) >= self._max_steps or self.size + step.size > self._max_bytes
+            len(self._waiting) >= self._max_steps or self.size + step.nbytes > self._max_bytes
         )
 
     def _append(self, step: Step) -> asyncio.Future[Answer]:
@@ -114,6 +119,6 @@ class StepQueue:
         pending = Pending(step, answer, self._clock())
         self._waiting.append(pending)
         self._unanswered.add(pending)
-        self.size += step.size
+        self.size += step.nbytes
         self._filled.set()
         return answer

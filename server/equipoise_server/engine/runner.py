@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 import structlog
 
 from equipoise_server import logs
-from equipoise_server.engine.device import DeviceThread, is_device_fault
+from equipoise_server.engine.device import is_device_fault
 from equipoise_server.engine.limits import EngineLimits
 from equipoise_server.engine.loading import Loaded
+from equipoise_server.engine.memory import Backlogs
 from equipoise_server.engine.persistence import Persistence
 from equipoise_server.engine.policy import Policy, Taken
 from equipoise_server.engine.queue import Pending, StepQueue
-from equipoise_server.engine.session import DurableSequences, Session
+from equipoise_server.engine.session import ANONYMOUS, DurableSequences, Opener, Session
 from equipoise_server.engine.snapshot import Snapshot, read_pages
 from equipoise_server.engine.spec import Durability
-from equipoise_server.engine.status import PolicyStatus
+from equipoise_server.engine.status import PolicyStatus, ServiceStatus
 from equipoise_server.engine.step import Answer, Kind, Outcome, Step
 from equipoise_server.engine.telemetry import Telemetry
 from equipoise_server.errors import Code, ServiceError, draining, internal
@@ -37,8 +38,11 @@ STEPS_PER_CALL = 64
 """Most steps applied in one device call, so that answers are not held back for too long."""
 CALL_S = 0.005
 """How long steps are applied in one device call, unless a single one takes longer."""
-SHORT_CALL_STEPS, SHORT_CALL_ROWS, SHORT_CALL_S = 8, 8192, 0.002
+INLINE_STEPS, INLINE_ROWS, INLINE_S = 8, 8192, 0.002
 """So few steps with so few rows together are applied on the event loop, for so long."""
+LONG_ROWS = 16_384
+"""A step with more rows takes longer than CALL_S; a row that it only passes over counts as PASSED_ROW of one."""
+PASSED_ROW = 0.15
 
 
 class State(Enum):
@@ -63,8 +67,8 @@ class PolicyRunner:
         loaded: Loaded,
         *,
         store: RedisStore,
-        device: DeviceThread,
         limits: EngineLimits,
+        backlogs: Backlogs,
         telemetry: Telemetry,
         on_closed: Callable[["PolicyRunner"], None],
         wall_clock: Callable[[], float] = time.time,
@@ -78,7 +82,8 @@ class PolicyRunner:
         self.changed: set[asyncio.Event] = set()
         """Events of watchers, set whenever the status changes."""
         self.sessions: dict[str, Session] = {}
-        self._device = device
+        self._device = loaded.device
+        self._conversions = loaded.host
         self._limits = limits
         self._telemetry = telemetry
         self._on_closed = on_closed
@@ -90,13 +95,15 @@ class PolicyRunner:
             max_bytes=limits.max_queued_bytes,
             clock=self._loop.time,
         )
-        self._persistence = Persistence(loaded, store=store, device=device, limits=limits, telemetry=telemetry)
+        self._persistence = Persistence(loaded, store=store, limits=limits, backlogs=backlogs, telemetry=telemetry)
         self.log = self._persistence.log
         self.sweep = self._persistence.sweep
         self._sequences = DurableSequences(
             durable={key: trainer.last_sequence for key, trainer in policy.trainers.known.items()}
         )
+        self._stays_until = 0.0
         self._used_at = self._loop.time()
+        self._stepped_at = max((trainer.seen_at for trainer in policy.trainers.known.values()), default=None)
         self._snapshots = asyncio.Semaphore(MAX_SNAPSHOTS)
         self._vacant = asyncio.Event()
         self._vacant.set()
@@ -126,6 +133,24 @@ class PolicyRunner:
         """Why nothing is taken any more."""
         return self.queue.closed
 
+    @property
+    def service(self) -> ServiceStatus:
+        """How the policy is served now."""
+        record = self.log.record
+        return ServiceStatus(
+            policy=self.status,
+            trainers=len(self.sessions),
+            known_trainers=len(self.policy.trainers.known),
+            stepped_at=self._stepped_at,
+            queued_steps=len(self.queue),
+            queue_ratio=self.queue.fill_ratio,
+            unpersisted=self.log.backlog,
+            lag_s=self.log.lag_s,
+            log_entries=record.durable_version - record.base,
+            log_bytes=record.log_bytes,
+            log_replay_s=record.log_replay_s,
+        )
+
     def durable_sequence(self, trainer_id: str) -> int:
         """All steps of the trainer up to this sequence are in the store."""
         return self._sequences.get(trainer_id, durable_version=self.log.record.durable_version)
@@ -135,21 +160,45 @@ class PolicyRunner:
         used = self.sessions or self.changed or self.queue.is_busy or self.policy.has_snapshots or self.log.is_behind
         return not used and self._loop.time() - self._used_at > idle_s
 
+    @property
+    def can_move(self) -> bool:
+        """Whether the policy may be handed to another server now: no reader of all of it is cut short by that.
+
+        Nor does it leave a server that has what the store does not take.
+        """
+        free = not (self.log.failing or self.policy.has_snapshots)
+        return free and self.state is State.SERVING and self._loop.time() >= self._stays_until
+
+    @property
+    def is_attended(self) -> bool:
+        """Whether somebody has a stream open, who will ask for the policy wherever it is."""
+        return bool(self.sessions or self.changed)
+
+    def stay(self, seconds: float) -> None:
+        """Callers can reach the policy only here: it is not handed over for so long."""
+        self._stays_until = self._loop.time() + seconds
+
     # What callers ask for.
 
-    async def open(self, trainer_id: str) -> tuple[Session, Answer]:
+    async def open(self, trainer_id: str, opener: Opener = ANONYMOUS) -> tuple[Session, Answer]:
         """Opens a stream for a trainer, after all it has sent so far; an older stream of the trainer ends."""
         self._check_open()
         if self.state is not State.SERVING:
             raise draining()
         if before := self.sessions.get(trainer_id):
+            if opener.is_behind(before.opener):
+                message = (
+                    f"opening {opener.attempt} of trainer {trainer_id!r}, behind its opening {before.opener.attempt}"
+                )
+                raise ServiceError(Code.ABORTED, "STALE_OPENING", message)
             message = f"trainer {trainer_id!r} opened another stream; this one ends"
             before.end(ServiceError(Code.ABORTED, "TRAINER_REPLACED", message))
-        session = self.sessions[trainer_id] = Session(trainer_id)
+        session = self.sessions[trainer_id] = Session(trainer_id, opener)
         self._vacant.clear()
         try:
             await self.check_fence()
             await self.forget_idle(but=trainer_id)
+            self.policy.trainers.check_room(trainer_id)
             opening = Step(kind=Kind.READ, trainer_id=trainer_id, wants_weights=False)
             answer = await (await self.submit(opening))
             if self.state is not State.SERVING:
@@ -187,10 +236,15 @@ class PolicyRunner:
         self._check_open()
         return self.queue.put_now(step)
 
-    async def read(self, call: Callable[[Policy], T]) -> T:
-        """What `call` reads from the policy between two device calls."""
+    async def read(self, call: Callable[[Policy], T], *, long: bool = False) -> T:
+        """What `call` reads from the policy between two device calls; `long`: it may take more than milliseconds."""
         self._check_open()
-        return await self._device.run(lambda: call(self._here()))
+        return await self._device.run(lambda: call(self._here()), long=long)
+
+    async def convert(self, call: Callable[[Policy], T]) -> T:
+        """What `call` makes of a large request beside the event loop, in this policy's turn; it reads no table."""
+        self._check_open()
+        return await self._conversions.run(lambda: call(self._here()), long=True)
 
     async def read_slices(self, slices: Slices[T]) -> T:
         """What long work reads, for example of a snapshot; steps go on between two pieces."""
@@ -313,6 +367,7 @@ class PolicyRunner:
         with self._whatever_happens():
             await self._persistence.release()
         self.state = State.CLOSED
+        self._telemetry.left(reason=error.reason)
         self._on_closed(self)
 
     @contextmanager
@@ -339,7 +394,6 @@ class PolicyRunner:
         if isinstance(error, ServiceError):
             if error.reason == "DEVICE_LOST":
                 log.error("the device failed; the policy leaves memory", policy=self.spec_name, error=str(error))
-                self._telemetry.rejected(reason=error.reason)
             return error
         error_id = logs.new_id()
         log.error(
@@ -371,12 +425,17 @@ class PolicyRunner:
     async def _apply(self, batch: list[Pending]) -> int:
         """Applies the first steps, at least one; how many."""
         started = self._loop.time()
-        rows = sum(pending.step.num_rows for pending in batch)
-        short = len(batch) <= SHORT_CALL_STEPS and rows <= SHORT_CALL_ROWS and not self.policy.rule.touches_all_rows
-        seconds = SHORT_CALL_S if short else CALL_S
+        work = [self._rows_of_work(pending.step) for pending in batch]
+        long = work[0] > LONG_ROWS
+        if not long:
+            batch = batch[: next((place for place, rows in enumerate(work) if rows > LONG_ROWS), len(batch))]
+        inline = len(batch) <= INLINE_STEPS and sum(work[: len(batch)]) <= INLINE_ROWS
+        seconds = INLINE_S if inline else CALL_S
         if self.policy.has_snapshots:
             await self._device.run_slices(self.policy.preserve([pending.step.statistics for pending in batch]))
-        results, status = await self._device.run(lambda: self._apply_on_device(batch, seconds), short=short)
+        results, status = await self._device.run(
+            lambda: self._apply_on_device(batch, seconds), inline=inline, long=long
+        )
         self.status = status
         self._telemetry.batch(steps=len(results))
         seconds = self._loop.time() - started
@@ -387,6 +446,7 @@ class PolicyRunner:
                 self.queue.settle(pending, result)
                 continue
             if result.entry is not None:
+                self._stepped_at = self._wall_clock()
                 if pending.step.sequence:
                     version, sequence = result.entry.version, pending.step.sequence
                     self._sequences.add(pending.step.trainer_id, version=version, sequence=sequence)
@@ -395,6 +455,17 @@ class PolicyRunner:
         for event in self.changed:
             event.set()
         return len(results)
+
+    def _rows_of_work(self, step: Step) -> float:
+        """About how many rows a step changes and reads, for the time that it takes."""
+        rule, num_examples = self.policy.rule, self.policy.spec.num_examples
+        wanted = 0
+        if step.wants_weights:
+            wanted = num_examples if step.weights_for is None else len(step.weights_for)
+            if rule.trajectory_rows and (step.statistics is None or step.statistics.trajectory_row is None):
+                wanted *= rule.trajectory_rows  # the mean over all of them
+        passed = self.policy.state.num_rows if rule.touches_all_rows and step.kind is Kind.STEP else 0
+        return max(step.num_rows, wanted) + PASSED_ROW * passed
 
     def _apply_on_device(self, batch: list[Pending], seconds: float) -> tuple[list[Taken | Exception], PolicyStatus]:
         now = self._wall_clock()
@@ -418,6 +489,8 @@ class PolicyRunner:
     def _answer(self, pending: Pending, answer: Answer) -> None:
         applied_at = self._loop.time()
         self._telemetry.step(policy=self.spec_name, outcome=answer.outcome.name.lower(), rows=pending.step.num_rows)
+        if answer.outcome is Outcome.REFUSED and answer.error is not None:
+            self._telemetry.refused(reason=answer.error.reason)
 
         def release() -> None:
             self._telemetry.stage(method="Exchange", stage="log", seconds=self._loop.time() - applied_at)

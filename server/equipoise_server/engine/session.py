@@ -8,11 +8,33 @@ from dataclasses import dataclass, field
 from equipoise_server.errors import ServiceError
 
 
+@dataclass(frozen=True, slots=True)
+class Opener:
+    """Who opens a stream: a client, and which of its openings it is.
+
+    Attributes:
+        client_id: names the client; empty: unknown.
+        attempt: number of the opening, rising.
+    """
+
+    client_id: str = ""
+    attempt: int = 0
+
+    def is_behind(self, other: "Opener") -> bool:
+        """Whether a later opening of the same client has arrived before this one."""
+        return bool(self.client_id) and self.client_id == other.client_id and self.attempt < other.attempt
+
+
+ANONYMOUS = Opener()
+"""A client without an id: each of its openings counts as new."""
+
+
 class Session:
     """One open stream of one trainer."""
 
-    def __init__(self, trainer_id: str) -> None:
+    def __init__(self, trainer_id: str, opener: Opener) -> None:
         self.trainer_id = trainer_id
+        self.opener = opener
         self.ended: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
         """Why the stream has to end, once it has to."""
         self._on_drain: Callable[[], None] | None = None

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise_server.engine import tables
-from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.device import DeviceQueue
 from equipoise_server.engine.header import Header
 from equipoise_server.errors import unloaded
 from equipoise_server.rules import PAGE_EXAMPLES, Rule, Slices, TableState
@@ -101,7 +101,7 @@ class Snapshot:
 
 
 async def read_pages(
-    snapshot: Snapshot, device: DeviceThread, *, version: int
+    snapshot: Snapshot, device: DeviceQueue, *, version: int
 ) -> AsyncGenerator[tuple[int, Page], None]:
     """All pages, each once and for good, said to be of a version."""
     step = max(1, READ_BYTES // snapshot.page_bytes)

@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from equipoise_server.errors import invalid
+from equipoise_server.errors import invalid, quoted
 from equipoise_server.rules import SettingValues, TableState, build
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
@@ -51,6 +51,11 @@ class PolicySpec:
         """The policy's tables with their shapes and types but no memory. Raises RuleError when they cannot be."""
         return build(self.rule, self.settings).init(self.num_examples, device=torch.device("meta"))
 
+    @property
+    def table_bytes(self) -> int:
+        """Memory of the policy's tables."""
+        return sum(column.numel() * column.element_size() for column in self.outline().columns.values())
+
     @classmethod
     def from_json(cls, text: str) -> "PolicySpec":
         """The stored specification."""
@@ -61,4 +66,4 @@ class PolicySpec:
 def check_name(name: str, *, field: str) -> None:
     """Raises ServiceError unless `name` is a policy's name."""
     if not NAME.fullmatch(name):
-        raise invalid("INVALID_POLICY_NAME", field, f"{name!r} does not match {NAME.pattern}")
+        raise invalid("INVALID_POLICY_NAME", field, f"{quoted(name)} does not match {NAME.pattern}")

@@ -47,7 +47,6 @@ class Step:
         error: why it is refused.
         in_stream: whether a refusal is an answer that consumes the sequence; else it is raised and consumes nothing.
         num_rows: rows of the request, for the record.
-        size: bytes it occupies while it waits.
     """
 
     kind: Kind
@@ -62,7 +61,12 @@ class Step:
     error: ServiceError | None = None
     in_stream: bool = True
     num_rows: int = 0
-    size: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays, which it occupies while it waits."""
+        statistics = self.statistics.nbytes if self.statistics is not None else 0
+        return statistics + (self.weights_for.nbytes if self.weights_for is not None else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 import numpy as np
 
-from equipoise_server.engine.device import DeviceThread
+from equipoise_server.engine.device import DeviceQueue
 from equipoise_server.engine.log import LogWriter
 from equipoise_server.engine.policy import Policy
 from equipoise_server.store import Page, PageBatch, RedisStore, SweepVoid
@@ -20,7 +20,7 @@ async def sweep(
     *,
     log: LogWriter,
     store: RedisStore,
-    device: DeviceThread,
+    device: DeviceQueue,
     bytes_per_s: float,
     on_page: Callable[[], None],
 ) -> int:

@@ -18,16 +18,12 @@ class Telemetry(Protocol):
         """So many steps were applied in one device call."""
         ...
 
-    def rejected(self, *, reason: str) -> None:
-        """A request was refused for `reason` (the ErrorInfo's)."""
+    def refused(self, *, reason: str) -> None:
+        """A step was refused in its stream for `reason` (the ErrorInfo's)."""
         ...
 
     def fenced(self) -> None:
         """A write was refused because another server owns the policy."""
-        ...
-
-    def persisted(self) -> None:
-        """A write of a policy's log reached the store."""
         ...
 
     def swept(self, *, ok: bool) -> None:
@@ -36,6 +32,14 @@ class Telemetry(Protocol):
 
     def loaded(self, *, seconds: float) -> None:
         """A policy came into memory."""
+        ...
+
+    def not_loaded(self, *, reason: str) -> None:
+        """A policy could not be brought into memory, for `reason` (the ErrorInfo's)."""
+        ...
+
+    def left(self, *, reason: str) -> None:
+        """A policy has left memory, for `reason` (the ErrorInfo's)."""
         ...
 
 
@@ -51,17 +55,20 @@ class NoTelemetry:
     def batch(self, *, steps: int) -> None:
         """Ignored."""
 
-    def rejected(self, *, reason: str) -> None:
+    def refused(self, *, reason: str) -> None:
         """Ignored."""
 
     def fenced(self) -> None:
-        """Ignored."""
-
-    def persisted(self) -> None:
         """Ignored."""
 
     def swept(self, *, ok: bool) -> None:
         """Ignored."""
 
     def loaded(self, *, seconds: float) -> None:
+        """Ignored."""
+
+    def not_loaded(self, *, reason: str) -> None:
+        """Ignored."""
+
+    def left(self, *, reason: str) -> None:
         """Ignored."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from equipoise_server.errors import sequence_gap
+from equipoise_server.errors import sequence_gap, too_many_trainers
 
 MAX_REFUSED = 256
 """Refused steps that are remembered of a trainer: more than it sends again at once, unless most of them are wrong."""
@@ -31,6 +31,8 @@ class Trainers:
 
     idle_s: float
     """A trainer that is idle for longer is forgotten; its id starts at 1 again."""
+    max_known: int
+    """Most trainers that are known at once."""
     known: dict[str, Trainer] = field(default_factory=dict)
     _slept_from: float = 0.0
     _slept_s: float = 0.0
@@ -41,11 +43,20 @@ class Trainers:
         return trainer.last_sequence if trainer else 0
 
     def is_duplicate(self, trainer_id: str, sequence: int) -> bool:
-        """Whether the step was applied before. Raises ServiceError (SEQUENCE_GAP) when steps before it are missing."""
+        """Whether the step was applied before.
+
+        Raises ServiceError: SEQUENCE_GAP when steps before it are missing, TOO_MANY_TRAINERS for one too many.
+        """
+        self.check_room(trainer_id)
         last = self.last_sequence(trainer_id)
         if sequence > last + 1:
             raise sequence_gap(sequence, last + 1)
         return sequence <= last
+
+    def check_room(self, trainer_id: str) -> None:
+        """Raises ServiceError (TOO_MANY_TRAINERS) for a new trainer where there is room for no more."""
+        if trainer_id not in self.known and len(self.known) >= self.max_known:
+            raise too_many_trainers(len(self.known), self.idle_s)
 
     def refusal(self, trainer_id: str, sequence: int) -> str | None:
         """Why an earlier step was refused; None: it was not, or that was long ago."""

@@ -4,7 +4,18 @@ from equipoise_server.metrics.endpoint import Endpoint
 from equipoise_server.metrics.event_loop import measure_lag
 from equipoise_server.metrics.rpc import RpcMetrics
 from equipoise_server.metrics.server import Metrics
-from equipoise_server.metrics.status import ServerStatus
+from equipoise_server.metrics.status import LoadingStatus, ServerStatus, Use
 from equipoise_server.metrics.store import StoreMetrics
+from equipoise_server.metrics.tenants import TenantStatus
 
-__all__ = ["Endpoint", "Metrics", "RpcMetrics", "ServerStatus", "StoreMetrics", "measure_lag"]
+__all__ = [
+    "Endpoint",
+    "LoadingStatus",
+    "Metrics",
+    "RpcMetrics",
+    "ServerStatus",
+    "StoreMetrics",
+    "TenantStatus",
+    "Use",
+    "measure_lag",
+]

@@ -1,14 +1,15 @@
-"""The HTTP side door: `/metrics` for Prometheus and `/healthz` for whoever restarts or balances."""
+"""The HTTP side door, without TLS: `/metrics` for Prometheus, `/livez` and `/readyz` for those who watch servers."""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
+from equipoise_server.addresses import bindable, host_and_port, joined
 from equipoise_server.metrics.server import Metrics
 from equipoise_server.metrics.status import ServerStatus
-from equipoise_server.settings import host_and_port
 
 REQUEST_TIMEOUT_S = 5.0
 MAX_HEADER_BYTES = 16 * 1024
@@ -20,15 +21,21 @@ logger = logging.getLogger(__name__)
 class Endpoint:
     """Answers one GET per connection, on the event loop that owns what is measured.
 
-    The status is taken on the loop, where nothing moves meanwhile; the text is made in a thread.
+    The status is taken on the loop, where nothing moves meanwhile; the text is made in a thread. That the loop answers
+    is all that `/livez` says: a server whose Redis is gone, or that loads for minutes, is not to be restarted.
+
+    Args:
+        metrics: what `/metrics` shows.
+        status: the state of the server.
+        checks: what has to be well for the server to be ready, and why it is not; empty: it is well.
     """
 
     def __init__(
-        self, metrics: Metrics, *, status: Callable[[], ServerStatus], problems: Callable[[], Sequence[str]]
+        self, metrics: Metrics, *, status: Callable[[], ServerStatus], checks: Callable[[], Mapping[str, str]]
     ) -> None:
         self._metrics = metrics
         self._status = status
-        self._problems = problems
+        self._checks = checks
         self._server: asyncio.Server | None = None
 
     async def start(self, address: str) -> str:
@@ -36,10 +43,14 @@ class Endpoint:
 
         Raises OSError when the address is taken.
         """
-        host, port = host_and_port(address)
-        self._server = await asyncio.start_server(self._connected, host or None, port, limit=MAX_HEADER_BYTES)
+        host, port = host_and_port(bindable(address))
+        if host == "::":  # asyncio would take IPv6 alone
+            both = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+            self._server = await asyncio.start_server(self._connected, sock=both, limit=MAX_HEADER_BYTES)
+        else:
+            self._server = await asyncio.start_server(self._connected, host, port, limit=MAX_HEADER_BYTES)
         bound_host, bound_port, *_ = self._server.sockets[0].getsockname()
-        return f"[{bound_host}]:{bound_port}" if ":" in bound_host else f"{bound_host}:{bound_port}"
+        return joined(bound_host, bound_port)
 
     async def stop(self) -> None:
         """Stops listening; answers under way are finished."""
@@ -50,32 +61,38 @@ class Endpoint:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                status, content_type, body = await self._answer(reader)
+                status, content_type, body, with_body = await self._answer(reader)
                 writer.write(
                     f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {content_type}\r\n"
                     f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode("ascii")
                 )
-                writer.write(body)
+                if with_body:
+                    writer.write(body)
                 await writer.drain()
         writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader) -> tuple[HTTPStatus, str, bytes]:
+    async def _answer(self, reader: asyncio.StreamReader) -> tuple[HTTPStatus, str, bytes, bool]:
+        """Status, content type, body, and whether the body is wanted."""
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             method, target, _ = head.partition("\r\n")[0].split(" ")
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError):
-            return HTTPStatus.BAD_REQUEST, PLAIN, b"not an HTTP request that this server takes\n"
-        if method != "GET":
-            return HTTPStatus.METHOD_NOT_ALLOWED, PLAIN, b"GET only\n"
-        match target.partition("?")[0]:
+            return HTTPStatus.BAD_REQUEST, PLAIN, b"not an HTTP request that this server takes\n", True
+        if method not in ("GET", "HEAD"):
+            return HTTPStatus.METHOD_NOT_ALLOWED, PLAIN, b"GET and HEAD only\n", True
+        path, _, query = target.partition("?")
+        return *await self._page(path, head, verbose="verbose" in query.split("&")), method == "GET"
+
+    async def _page(self, path: str, head: str, *, verbose: bool) -> tuple[HTTPStatus, str, bytes]:
+        match path:
             case "/metrics":
                 return await self._render(head)
-            case "/healthz":
-                problems = self._problems()
-                status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
-                return status, PLAIN, ("; ".join(problems) or "ok").encode() + b"\n"
+            case "/livez":
+                return _verdict({"event-loop": ""}, verbose=verbose)
+            case "/readyz" | "/healthz":
+                return _verdict(self._checks(), verbose=verbose)
             case _:
-                return HTTPStatus.NOT_FOUND, PLAIN, b"here are /metrics and /healthz\n"
+                return HTTPStatus.NOT_FOUND, PLAIN, b"here are /metrics, /livez, /readyz and /healthz\n"
 
     async def _render(self, head: str) -> tuple[HTTPStatus, str, bytes]:
         fields = (line.partition(":") for line in head.split("\r\n")[1:])
@@ -87,3 +104,14 @@ class Endpoint:
             logger.exception("the metrics could not be read")
             return HTTPStatus.INTERNAL_SERVER_ERROR, PLAIN, b"the metrics could not be read; see the log\n"
         return HTTPStatus.OK, content_type, body
+
+
+def _verdict(checks: Mapping[str, str], *, verbose: bool) -> tuple[HTTPStatus, str, bytes]:
+    """Whether all is well, and what is not; `verbose`: check by check, as Kubernetes' own endpoints do."""
+    troubles = [trouble for trouble in checks.values() if trouble]
+    lines = ["; ".join(troubles) or "ok"]
+    if verbose:
+        marks = (f"[-]{name} failed: {trouble}" if trouble else f"[+]{name} ok" for name, trouble in checks.items())
+        lines = [*marks, "not ok" if troubles else "ok"]
+    status = HTTPStatus.SERVICE_UNAVAILABLE if troubles else HTTPStatus.OK
+    return status, PLAIN, "".join(f"{line}\n" for line in lines).encode()

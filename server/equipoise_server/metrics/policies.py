@@ -1,24 +1,23 @@
-"""How the learning of each policy goes, read at scrape time; the number of policies shown is capped."""
+"""How the learning of each policy goes, and how it is served, read at scrape time."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from equipoise_server.engine import PolicyStatus
-from equipoise_server.metrics.names import PREFIX
+from equipoise_server.engine import PolicyStatus, ServiceStatus
+from equipoise_server.metrics.labels import PolicyLabels
+from equipoise_server.metrics.names import OTHER, PREFIX
 
-OTHER = "other"
-"""Label of all policies beyond the cap, and of a policy that has this name."""
-
-
-GAUGES: tuple[tuple[str, str, Callable[[PolicyStatus], float | None]], ...] = (
+LEARNING: tuple[tuple[str, str, Callable[[PolicyStatus], float | None]], ...] = (
     ("policy_version", "Steps applied or refused so far.", lambda status: status.progress.version),
+    ("num_examples", "N, the examples that the policy has a weight for.", lambda status: status.num_examples),
     (
         "weight_effective_examples_ratio",
-        "Effective examples 1/sum(gamma^2) over the number of examples; 1 is uniform, near 0 is collapse.",
-        lambda status: status.effective_examples / status.num_examples,
+        "Effective examples 1/sum(gamma^2) over the number of examples, for batch rules over the rows of the last step;"
+        " 1 is uniform, near 0 is collapse.",
+        lambda status: status.effective_ratio,
     ),
     (
         "weight_max",
@@ -44,40 +43,35 @@ GAUGES: tuple[tuple[str, str, Callable[[PolicyStatus], float | None]], ...] = (
         lambda status: status.compression_ratio,
     ),
     (
+        "strata_contrast",
+        "F, how much more the strata's mean contributions differ than chance explains (1); rule strata.",
+        lambda status: report.contrast if (report := status.read_strata()) else None,
+    ),
+    (
         "scored_ratio",
-        "Share of examples scored at least once.",
-        lambda status: status.scored_examples / status.num_examples,
+        "Share of examples scored at least once; batch rules do not know.",
+        lambda status: status.scored_examples / status.num_examples if status.keeps_scores else None,
     ),
 )
 
-
-class PolicyLabels:
-    """Decides which policies get a label of their own: the first `limit` seen, until they vanish. Thread-safe."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._shown: set[str] = set()
-        self._lock = threading.Lock()
-
-    def label(self, policy: str) -> str:
-        """The policy's name, or `other` beyond the limit."""
-        if policy in self._shown:
-            return policy
-        with self._lock:
-            if len(self._shown) < self._limit and policy != OTHER:
-                self._shown.add(policy)
-                return policy
-        return OTHER
-
-    def shown(self) -> frozenset[str]:
-        """Policies with a label of their own."""
-        with self._lock:
-            return frozenset(self._shown)
-
-    def release(self, policies: Iterable[str]) -> None:
-        """These vanished; their places are free."""
-        with self._lock:
-            self._shown.difference_update(policies)
+SERVICE: tuple[tuple[str, str, Callable[[ServiceStatus], float | None], Callable[[Iterable[float]], float]], ...] = (
+    (
+        "durability_lag_seconds",
+        "How long ago the oldest step was taken that Redis does not have yet; 0: it has all.",
+        lambda status: status.lag_s,
+        max,
+    ),
+    ("table_bytes", "Memory of a policy's tables; 0 while it rests in Redis.", lambda status: status.table_bytes, sum),
+    ("log_bytes", "Bytes of a policy's log in Redis, about.", lambda status: status.log_bytes, sum),
+    ("trainers", "Trainers of a policy whose streams are open.", lambda status: status.trainers, sum),
+    (
+        "last_step_timestamp_seconds",
+        "When a policy took its last step.",
+        lambda status: status.stepped_at,
+        max,
+    ),
+)
+"""With how the values of policies without a label of their own are put together."""
 
 
 class PolicyCollector(Collector):
@@ -85,26 +79,58 @@ class PolicyCollector(Collector):
 
     def __init__(self, labels: PolicyLabels) -> None:
         self._labels = labels
-        self._policies: tuple[PolicyStatus, ...] = ()
+        self._policies: tuple[ServiceStatus, ...] = ()
 
-    def show(self, policies: Iterable[PolicyStatus]) -> None:
-        """Takes the loaded policies as they stand."""
+    def show(self, policies: Iterable[ServiceStatus]) -> None:
+        """Takes the policies as they stand: those in memory, and those that left it because nobody used them."""
         self._policies = tuple(policies)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The gauges; policies beyond the cap are only counted."""
-        policies = self._policies
-        shown = [status for status in policies if self._labels.label(status.name) != OTHER]
-        for name, help_text, value_of in GAUGES:
+    def collect(self) -> Iterator[Metric]:
+        """The gauges; of policies beyond the cap, what matters of their service together."""
+        policies, labelled = self._policies, self._labels.shown()
+        shown = [status for status in policies if status.policy.name in labelled]
+        hidden = [status for status in policies if status.policy.name not in labelled]
+        for name, help_text, learning in LEARNING:
             family = GaugeMetricFamily(PREFIX + name, help_text, labels=["policy"])
             for status in shown:
-                value = value_of(status)
-                if value is not None:
-                    family.add_metric([status.name], value)
+                if (value := learning(status.policy)) is not None:
+                    family.add_metric([status.policy.name], value)
             yield family
-        yield GaugeMetricFamily(f"{PREFIX}policies", "Policies in memory.", len(policies))
-        yield GaugeMetricFamily(
-            f"{PREFIX}policies_hidden",
-            "Policies in memory without metrics of their own: beyond metrics_max_policies.",
-            len(policies) - len(shown),
-        )
+        yield from _rules(status.policy for status in shown)
+        for name, help_text, service, together in SERVICE:
+            family = GaugeMetricFamily(PREFIX + name, help_text, labels=["policy"])
+            for status in shown:
+                if (value := service(status)) is not None:
+                    family.add_metric([status.policy.name], value)
+            if rest := [value for status in hidden if (value := service(status)) is not None]:
+                family.add_metric([OTHER], together(rest))
+            yield family
+        for name, help_text, count in (
+            ("policies", "Policies in memory.", sum(status.in_memory for status in policies)),
+            (
+                "policies_resting",
+                "Policies that left memory because nobody used them, and that no other server has taken since.",
+                sum(not status.in_memory for status in policies),
+            ),
+            ("policies_hidden", "Policies without metrics of their own: beyond metrics_max_policies.", len(hidden)),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, help_text, count)
+
+
+def _rules(policies: Iterable[PolicyStatus]) -> Iterator[Metric]:
+    """Which rule each policy has, and how often its guard has looked whether the weights help."""
+    info = GaugeMetricFamily(
+        f"{PREFIX}policy_info",
+        "1, with the policy's rule and its kind: table, batch or trajectory.",
+        labels=["policy", "rule", "kind"],
+    )
+    trials = CounterMetricFamily(
+        f"{PREFIX}guard_trials",
+        "Trials of the guard that have ended: won by the policy's weights, or lost to uniform ones.",
+        labels=["policy", "result"],
+    )
+    for status in policies:
+        info.add_metric([status.name, status.rule, status.rule_kind], 1)
+        for result, count in zip(("won", "lost"), status.guard_trials, strict=True):
+            trials.add_metric([status.name, result], count)
+    yield from (info, trials)

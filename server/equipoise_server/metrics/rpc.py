@@ -9,16 +9,12 @@ from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from equipoise.v1 import policy_pb2
-from equipoise_server.metrics.names import PREFIX, SECONDS_BUCKETS
+from equipoise_server.metrics.names import CALL_SECONDS_BUCKETS
+from equipoise_server.metrics.refusals import Refusals
 
 CODES = {code.name: code.name.title().replace("_", "") for code in grpc.StatusCode}
 CODES |= {"OK": "OK", "CANCELLED": "Canceled"}
 """Go's spelling of each canonical code, by its name in UPPER_SNAKE."""
-
-ACCESS_REASONS = (
-    "TOKEN_MISSING", "TOKEN_INVALID", "TOKEN_EXPIRED", "TOKEN_REVOKED", "SCOPE_MISSING", "POLICY_FORBIDDEN",
-)  # fmt: skip
-"""Why a call may be refused because of who made it; each has a series from the start."""
 
 LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
@@ -56,6 +52,8 @@ class RpcMetrics:
     """Hears of RPCs by their full method names; every series of a method we serve starts at 0. Thread-safe."""
 
     def __init__(self, registry: CollectorRegistry, services: Iterable[ServiceDescriptor] = SERVICES) -> None:
+        self._refusals = Refusals(registry)
+
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(name, help_text, (*LABELS, *labels), registry=registry)
 
@@ -68,12 +66,8 @@ class RpcMetrics:
             "Time from the start of an RPC to its end; for streams their lifetime.",
             LABELS,
             registry=registry,
-            buckets=SECONDS_BUCKETS,
+            buckets=CALL_SECONDS_BUCKETS,
         )
-        refused = Counter(
-            f"{PREFIX}auth_failures", "Calls refused because of who made them.", ("reason",), registry=registry
-        )
-        self._refused = {reason: refused.labels(reason.lower()) for reason in ACCESS_REASONS}
         methods = methods_of(services) | {"": OTHER}
         self._started = {name: started.labels(*labels) for name, labels in methods.items()}
         self._received = {name: received.labels(*labels) for name, labels in methods.items()}
@@ -97,9 +91,9 @@ class RpcMetrics:
         self._handled[name, code if code in CODES else "UNKNOWN"].inc()
         self._seconds[name].observe(seconds)
 
-    def access_refused(self, *, reason: str) -> None:
-        """A call was refused because of who made it."""
-        self._refused[reason].inc()
+    def refused(self, *, reason: str) -> None:
+        """A call, or a step in a stream, was refused for `reason` (the ErrorInfo's)."""
+        self._refusals.count(reason)
 
     def message_received(self, *, method: str, kind: str) -> None:
         """A message came in."""

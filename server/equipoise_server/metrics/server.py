@@ -1,12 +1,10 @@
 """All metrics of one server: what the engine reports as it works, and what is read at scrape time."""
 
-import time
 from collections.abc import Callable, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     GCCollector,
     Histogram,
     Info,
@@ -15,11 +13,18 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from equipoise_server.metrics.names import COUNT_BUCKETS, PREFIX, SECONDS_BUCKETS
-from equipoise_server.metrics.policies import PolicyCollector, PolicyLabels
+from equipoise_server.metrics.labels import PolicyLabels
+from equipoise_server.metrics.names import PREFIX, SECONDS_BUCKETS
+from equipoise_server.metrics.policies import PolicyCollector
+from equipoise_server.metrics.refusals import LEFT_REASONS, LOAD_REASONS, ReasonCounter
 from equipoise_server.metrics.rpc import RpcMetrics
 from equipoise_server.metrics.status import ServerStatus, StatusCollector
+from equipoise_server.metrics.steps import StepMetrics
 from equipoise_server.metrics.store import StoreMetrics
+from equipoise_server.metrics.tenants import TenantCollector, TenantLabels
+
+STAGES = ("decode", "queue", "compute", "log", "encode", "total")
+"""Stages of a message's way."""
 
 
 class Metrics:
@@ -35,120 +40,115 @@ class Metrics:
         registry: CollectorRegistry | None = None,
         *,
         build: Mapping[str, str],
-        max_policies: int = 100,
-        clock: Callable[[], float] = time.time,
+        max_policies: int = 34,
+        tenant_of: Callable[[str], str] = lambda policy: "",
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` beside each counter: twice the series
         registry = registry or CollectorRegistry()
         self.rpc = RpcMetrics(registry)
         self.store = StoreMetrics(registry)
         self._registry = registry
-        self._clock = clock
-        self._labels = PolicyLabels(max_policies)
+        self._labels = PolicyLabels(max_policies, tenant_of=tenant_of)
+        self._tenant_labels = TenantLabels()
+        self._steps = StepMetrics(registry, policies=self._labels, tenants=self._tenant_labels, tenant_of=tenant_of)
         self._policies = PolicyCollector(self._labels)
+        self._tenants = TenantCollector(self._tenant_labels)
         self._now = StatusCollector()
-        for collector in (self._policies, self._now):
+        for collector in (self._policies, self._tenants, self._now):
             registry.register(collector)
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
         Info(f"{PREFIX}build", "What runs here.", registry=registry).info(dict(build))
-        self._stage_seconds = Histogram(
+        stage_seconds = Histogram(
             f"{PREFIX}message_duration_seconds",
             "Time of a message in each stage of its way: decode, queue, compute, log, encode, and total.",
             ("method", "stage"),
             registry=registry,
             buckets=SECONDS_BUCKETS,
         )
+        self._stage_seconds = {
+            (method, stage): stage_seconds.labels(method, stage) for method in ("Exchange",) for stage in STAGES
+        }
         self._lag_seconds = Histogram(
             f"{PREFIX}event_loop_lag_seconds", "How late the event loop wakes.", registry=registry,
             buckets=SECONDS_BUCKETS,
         )  # fmt: skip
-        self._batch_examples = Histogram(
-            f"{PREFIX}batch_examples", "Rows of a step.", registry=registry, buckets=COUNT_BUCKETS
-        )
-        self._batch_steps = Histogram(
-            f"{PREFIX}batch_steps", "Steps applied in one device call.", registry=registry, buckets=COUNT_BUCKETS[:6]
-        )
-        self._updates = Counter(f"{PREFIX}updates", "Steps and reads.", ("policy", "result"), registry=registry)
-        self._examples = Counter(f"{PREFIX}examples", "Rows of them.", ("policy", "result"), registry=registry)
-        self._rejected = Counter(
-            f"{PREFIX}rejected_values", "Requests refused for a value, by reason.", ("reason",), registry=registry
-        )
         self._fenced = Counter(
             f"{PREFIX}fenced_writes", "Writes refused because another server owns the policy.", registry=registry
         )
-        self._last_persist = Gauge(
-            f"{PREFIX}last_persist_timestamp_seconds", "When a policy's log last reached Redis.", registry=registry
-        )
-        self._sweeps = Counter(f"{PREFIX}sweeps", "Sweeps that have ended, by result.", ("result",), registry=registry)
-        for result in ("ok", "failed"):
-            self._sweeps.labels(result)
+        sweeps = Counter(f"{PREFIX}sweeps", "Sweeps that have ended, by result.", ("result",), registry=registry)
+        self._sweeps = {ok: sweeps.labels("ok" if ok else "failed") for ok in (True, False)}
         self._load_seconds = Histogram(
             f"{PREFIX}load_duration_seconds",
             "Time from the first touch of a policy until it was in memory.",
             registry=registry,
             buckets=SECONDS_BUCKETS,
         )
-        self._counted: dict[tuple[str, str], tuple[Counter, Counter]] = {}
+        self._not_loaded = ReasonCounter(
+            registry, "failed_loads", "Policies that could not be brought into memory, by reason.", LOAD_REASONS
+        )
+        self._left = ReasonCounter(
+            registry, "policies_left", "Policies that left memory, by reason; FENCED: to another server.", LEFT_REASONS
+        )
 
     def step(self, *, policy: str, outcome: str, rows: int) -> None:
         """A step was `applied`, found a `duplicate`, or `refused`; or a `read` was answered."""
-        key = self._labels.label(policy), outcome
-        counters = self._counted.get(key)
-        if counters is None:
-            counters = self._counted[key] = self._updates.labels(*key), self._examples.labels(*key)
-        updates, examples = counters
-        updates.inc()
-        examples.inc(rows)
-        self._batch_examples.observe(rows)
+        self._steps.step(policy=policy, outcome=outcome, rows=rows)
 
     def stage(self, *, method: str, stage: str, seconds: float) -> None:
         """A message of an RPC `method` spent `seconds` in `stage`."""
-        self._stage_seconds.labels(method, stage).observe(seconds)
+        self._stage_seconds[method, stage].observe(seconds)
 
     def batch(self, *, steps: int) -> None:
         """So many steps were applied in one device call."""
-        self._batch_steps.observe(steps)
+        self._steps.batch(steps=steps)
 
-    def rejected(self, *, reason: str) -> None:
-        """A request was refused for `reason` (the ErrorInfo's)."""
-        self._rejected.labels(reason).inc()
+    def refused(self, *, reason: str) -> None:
+        """A step was refused in its stream for `reason` (the ErrorInfo's)."""
+        self.rpc.refused(reason=reason)
 
     def fenced(self) -> None:
         """A write was refused because another server owns the policy."""
         self._fenced.inc()
 
-    def persisted(self) -> None:
-        """A write of a policy's log reached the store."""
-        self._last_persist.set(self._clock())
-
     def swept(self, *, ok: bool) -> None:
         """A sweep has ended, well or not."""
-        self._sweeps.labels("ok" if ok else "failed").inc()
+        self._sweeps[ok].inc()
 
     def loaded(self, *, seconds: float) -> None:
         """A policy came into memory."""
         self._load_seconds.observe(seconds)
+
+    def not_loaded(self, *, reason: str) -> None:
+        """A policy could not be brought into memory, for `reason`."""
+        self._not_loaded.count(reason)
+
+    def left(self, *, reason: str) -> None:
+        """A policy has left memory, for `reason`."""
+        self._left.count(reason)
 
     def event_loop_lag(self, seconds: float) -> None:
         """The event loop woke this much later than asked."""
         self._lag_seconds.observe(seconds)
 
     def scrape(self, take: Callable[[], ServerStatus]) -> None:
-        """Takes the status for the next exposition; policies that are gone lose their series.
+        """Takes the status for the next exposition; policies that are gone lose their series, and so do those of
+        tenants that have more than their share of them.
 
         Called where `take` may be called: on the event loop.
         """
         known = self._labels.shown()  # before the status: a policy that is loaded meanwhile is not taken for gone
         status = take()
-        gone = known - {policy.name for policy in status.policies}
-        for policy, result in [key for key in list(self._counted) if key[0] in gone]:
-            del self._counted[policy, result]
-            self._updates.remove(policy, result)
-            self._examples.remove(policy, result)
-        self._labels.release(gone)
+        gone = self._labels.share(
+            (each.policy.name for each in status.policies if each.in_memory),
+            resting=(each.policy.name for each in status.policies if not each.in_memory),
+            known=known,
+        )
+        gone_tenants = self._tenant_labels.keep(each.name for each in status.tenants)
+        self._steps.share(gone=gone, shown=self._labels.shown(), gone_tenants=gone_tenants)
         self._now.show(status)
         self._policies.show(status.policies)
+        self._tenants.show(status.tenants)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """All series in the format that an HTTP `Accept` header asks for, and its content type. Any thread may call."""

@@ -9,6 +9,8 @@ from equipoise_server.rules.base import (
     Scalars,
     SettingValues,
     Statistics,
+    StrataReport,
+    Stratum,
     TableState,
 )
 from equipoise_server.rules.evidence import Evidence, evidence
@@ -30,6 +32,8 @@ __all__ = [
     "SettingValues",
     "Slices",
     "Statistics",
+    "StrataReport",
+    "Stratum",
     "TableState",
     "aggregate",
     "build",

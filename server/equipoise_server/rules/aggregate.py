@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise_server.rules.base import Statistics
+from equipoise_server.rules.base import RuleError, Statistics
 from equipoise_server.rules.order import group_starts, stable_order
 
 
@@ -17,6 +17,8 @@ def aggregate(
     scored: NDArray[np.bool_] | None = None,
     *,
     reference_losses: NDArray[np.float32] | None = None,
+    groups: NDArray[np.int64] | None = None,
+    measured: NDArray[np.bool_] | None = None,
     trajectory_row: int | None = None,
 ) -> Statistics:
     """The distinct ids with a scored row and the means of their statistics over these rows.
@@ -30,15 +32,23 @@ def aggregate(
         losses: float32 [rows], nats, finite where scored; None: not sent.
         scored: bool [rows]; rows that are False are ignored. None: all rows are scored.
         reference_losses: float32 [rows], nats, finite where scored; None: not sent.
+        groups: int64 [rows]: the group of each row's example; None: not sent.
+        measured: bool [rows]; contributions of rows that are False are ignored, and NaN for an id without others. None:
+            all rows have one.
         trajectory_row: row of a trajectory that the request is about; None: the rule has no trajectory.
+
+    Raises RuleError when rows of one id are of several groups.
     """
     if contributions is None and losses is None and reference_losses is None:
         return Statistics(ids=np.zeros(0, np.int64), trajectory_row=trajectory_row)
+    if measured is not None and contributions is not None:
+        contributions = np.where(measured, contributions, np.float32(np.nan))
     rows = Statistics(
         ids=ids,
         contributions=contributions,
         losses=losses,
         reference_losses=reference_losses,
+        groups=groups,
         trajectory_row=trajectory_row,
     )
     if ids is not None:
@@ -49,7 +59,7 @@ def aggregate(
             return _averaged(rows, scored, order, ordered, starts)
     if scored is not None and not scored.all():
         kept = np.flatnonzero(scored) if ids is None else ids[scored]
-        rows = replace(_mapped(rows, lambda values: values[scored]), ids=kept)
+        rows = replace(_mapped(rows, lambda values: values[scored]), ids=kept, groups=_of_rows(groups, scored))
     return rows
 
 
@@ -74,7 +84,46 @@ def _averaged(
         sums = np.bincount(entry, weights=values[order], minlength=len(starts))[kept]
         return (sums / scored_rows).astype(np.float32)
 
-    return replace(_mapped(rows, mean), ids=ordered[starts[kept]], counts=counts[kept])
+    averaged = _mapped(rows, mean)
+    if rows.contributions is not None and np.isnan(rows.contributions[order]).any():
+        averaged = replace(averaged, contributions=_measured_mean(rows.contributions[order], entry, kept))
+    groups = None if rows.groups is None else _common_groups(rows.groups, order, entry, ordered[starts], kept)
+    return replace(averaged, ids=ordered[starts[kept]], counts=counts[kept], groups=groups)
+
+
+def _measured_mean(
+    values: NDArray[np.float32], entry: NDArray[np.int64], kept: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Means over the values that are not NaN, [kept]; NaN for an entry without any."""
+    there = ~np.isnan(values)
+    size = int(kept.max()) + 1 if len(kept) else 0
+    counts = np.bincount(entry[there], minlength=size)[kept]
+    sums = np.bincount(entry[there], weights=values[there], minlength=size)[kept]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(np.float32)
+
+
+def _common_groups(
+    groups: NDArray[np.int64],
+    order: NDArray[np.int64],
+    entry: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    kept: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """The group of each entry, [kept]. Raises RuleError when its scored rows differ."""
+    common = np.zeros(len(ids), np.int64)
+    common[entry] = groups[order]
+    differs = common[entry] != groups[order]
+    if differs.any():
+        first = int(np.argmax(differs))
+        row, example = int(order[first]), int(ids[entry[first]])
+        where = f"groups[{row}]"
+        text = f"{groups[row]}, but example {example} has a row of group {common[entry[first]]}: one group an example"
+        raise RuleError(where, f"{where} = {text}")
+    return common[kept]
+
+
+def _of_rows(values: NDArray[np.int64] | None, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+    return None if values is None else values[rows]
 
 
 def _mapped(rows: Statistics, call: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Statistics:

@@ -40,9 +40,11 @@ class Statistics:
 
     Attributes:
         ids: int64 [B], distinct, in [0, N); None: all N examples in order.
-        contributions: float32 [B], finite; None where the trainer sent none.
+        contributions: float32 [B], finite, or NaN where not measured, for rules with `sparse_contributions`; None where
+            the trainer sent none.
         losses: float32 [B], nats, finite; None where the trainer sent none.
         reference_losses: float32 [B], nats, finite: of a reference model; None where the trainer sent none.
+        groups: int64 [B], >= 0: a label or source of each example; None where the trainer sent none.
         counts: int64 [B], rows of the request with this id, scored or not; None: one each.
         trajectory_row: t, which row of a trajectory the step or read is about; None: the rule has no trajectory.
     """
@@ -51,6 +53,7 @@ class Statistics:
     contributions: NDArray[np.float32] | None = None
     losses: NDArray[np.float32] | None = None
     reference_losses: NDArray[np.float32] | None = None
+    groups: NDArray[np.int64] | None = None
     counts: NDArray[np.int64] | None = None
     trajectory_row: int | None = None
 
@@ -59,6 +62,12 @@ class Statistics:
         """B, the number of distinct scored ids (0: the step carries no rows)."""
         given = (self.contributions, self.losses, self.reference_losses)
         return next((len(values) for values in given if values is not None), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        given = (self.ids, self.contributions, self.losses, self.reference_losses, self.groups, self.counts)
+        return sum(values.nbytes for values in given if values is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +86,46 @@ class LoggedStatistics:
     pages: NDArray[np.bool_] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stratum:
+    """What is known of a stratum: examples of one group whose smoothed losses lie between two quantiles.
+
+    Attributes:
+        group: its group.
+        stratum: which of its group, by rising loss.
+        examples: how many are in it.
+        above_loss: smoothed loss above which it begins, nats; None: the first one of its group, or nothing is known.
+        contributions: how many count, older ones less.
+        mean: of these, in units of the running RMS of all.
+        error: standard error of the mean; 0 without contributions.
+        z: mean over error after shrinkage; 0 where there are too few contributions.
+        weight: served weight of its examples.
+    """
+
+    group: int
+    stratum: int
+    examples: int
+    above_loss: float | None
+    contributions: float
+    mean: float
+    error: float
+    z: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrataReport:
+    """The strata of a policy, group after group, and how much they differ.
+
+    Attributes:
+        strata: all of them.
+        contrast: F of their mean contributions, see `Merits.contrast`; None where too few have enough of them.
+    """
+
+    strata: tuple[Stratum, ...]
+    contrast: float | None
+
+
 @dataclass(slots=True, kw_only=True)
 class TableState:
     """Tables of a policy with their exact sums.
@@ -90,6 +139,7 @@ class TableState:
         scored: K, the number of examples scored at least once.
         raw_sum: Σ raw over the scored ones, exact.
         raw_square_sum: Σ raw² over the scored ones, exact.
+        sizes: int64 [strata], how many examples are in each stratum; empty for rules without. Replaced, never changed.
         guard_strength: g in [0, 1]; served weight = (1 − g)·w + g.
         guard: what g follows from.
         page_rows: rows of every page but the last, which may have fewer.
@@ -101,6 +151,7 @@ class TableState:
     scored: int = 0
     raw_sum: int = 0
     raw_square_sum: int = 0
+    sizes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     guard_strength: float = 0.0
     guard: Guard = field(default_factory=Guard)
     page_rows: int = PAGE_EXAMPLES
@@ -150,6 +201,11 @@ class Rule(Protocol):
     @property
     def signals(self) -> tuple[str, ...]:
         """Names of the statistics that it reads."""
+        ...
+
+    @property
+    def sparse_contributions(self) -> bool:
+        """Whether a step may have rows without a contribution; else such rows are as good as not scored."""
         ...
 
     @property
@@ -265,6 +321,22 @@ class Rule(Protocol):
         """The rule's own statistic, NaN where never scored; shapes as for `weights`."""
         ...
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of what `read_kept` reads."""
+        ...
+
+    def read_kept(self, state: TableState, name: str, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        """What else the rule keeps of each example, NaN where nothing; shapes as for `weights`.
+
+        `loss` is its smoothed loss, nats; `stratum` the number of its stratum. Raises RuleError for what is not `kept`.
+        """
+        ...
+
+    def strata(self, state: TableState) -> StrataReport | None:
+        """The strata as they stand; None for rules without. Reads no table."""
+        ...
+
     def above_floor(
         self, state: TableState, ids: NDArray[np.int64] | None, *, trajectory_row: int | None = None
     ) -> NDArray[np.bool_]:
@@ -281,5 +353,12 @@ class Rule(Protocol):
         """1/Σγ² over the whole table, in [1, N] and O(1); for batch rules over the rows of the last step.
 
         Of a trajectory: the mean over its rows, in O(T).
+        """
+        ...
+
+    def effective_ratio(self, state: TableState) -> float:
+        """Effective examples over those among which the weight is spread, in (0, 1]; 1 is uniform.
+
+        Among all N; for batch rules, whose weights have no meaning beyond a step, among the rows of the last one.
         """
         ...

@@ -138,12 +138,20 @@ class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
 
     def effective_examples(self, state: TableState) -> float:
         """(Σw)²/Σw² over the rows of the last step, with the guard's mix; N before the first."""
+        return min(max(self._effective_rows(state), 1.0), float(state.num_examples))
+
+    def effective_ratio(self, state: TableState) -> float:
+        """The same over the rows of the last step; 1 before the first."""
+        rows = state.scalars.get(ROWS, 0.0)
+        return min(self._effective_rows(state) / rows, 1.0) if rows else 1.0
+
+    @staticmethod
+    def _effective_rows(state: TableState) -> float:
         rows, squares, guard = state.scalars.get(ROWS, 0.0), state.scalars.get(ROW_SQUARES, 0.0), state.guard_strength
         if not rows:
             return float(state.num_examples)
         kept = 1.0 - guard
-        effective = rows * rows / (kept * kept * squares + (2.0 * kept + guard) * guard * rows)
-        return min(max(effective, 1.0), float(state.num_examples))
+        return rows * rows / (kept * kept * squares + (2.0 * kept + guard) * guard * rows)
 
     def _weights(
         self, signal: NDArray[np.float32], counts: NDArray[np.float64], scalars: Scalars, *, clip: bool = False

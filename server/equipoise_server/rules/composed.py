@@ -2,17 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from equipoise_server.rules.base import LoggedStatistics, Scalars, Statistics, TableState
+from equipoise_server.rules.base import LoggedStatistics, RuleError, Scalars, Statistics, StrataReport, TableState
 from equipoise_server.rules.slices import Slices, exhaust
 
 
 class ComposedRule(ABC):
     """Base of all rules: the methods that are made of others (see `Rule` for what each public method promises)."""
+
+    name: ClassVar[str]
+    sparse_contributions: ClassVar[bool] = False
+    kept: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def init_slices(self, num_examples: int, *, device: torch.device) -> Slices[TableState]:
@@ -35,6 +40,22 @@ class ComposedRule(ABC):
     @abstractmethod
     def restore_slices(self, state: TableState) -> Slices[TableState]:
         """Checks the tables and recomputes the exact sums, in slices."""
+
+    @abstractmethod
+    def effective_examples(self, state: TableState) -> float:
+        """1/Σγ²."""
+
+    def effective_ratio(self, state: TableState) -> float:
+        """Effective examples over N."""
+        return self.effective_examples(state) / state.num_examples
+
+    def read_kept(self, state: TableState, name: str, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        """Raises RuleError: nothing is kept but weights and scores."""
+        raise RuleError("field", f"field = {name}: rule {self.name} keeps no such values")
+
+    def strata(self, state: TableState) -> StrataReport | None:
+        """None."""
+        return None
 
     def init(self, num_examples: int, *, device: torch.device) -> TableState:
         """The uniform policy."""

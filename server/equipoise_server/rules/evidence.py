@@ -34,15 +34,17 @@ def evidence(rule: Rule, state: TableState, statistics: Statistics, scalars: Sca
     """
     if statistics.size == 0:
         return None
-    weights = rule.answer(replace(state, scalars=scalars), statistics, statistics.ids).astype(np.float64)
+    shown = state if rule.columns else replace(state, scalars=scalars)
+    weights = rule.answer(shown, statistics, statistics.ids).astype(np.float64)
     largest = float(weights.max())
-    if statistics.contributions is None:
+    given = statistics.contributions
+    if given is None or not (measured := ~np.isnan(given)).any():
         return Evidence(sim=None, positive_share=None, largest_weight=largest)
-    above = rule.above_floor(state, statistics.ids, trajectory_row=statistics.trajectory_row)
-    contributions = statistics.contributions.astype(np.float64)
+    above = measured & rule.above_floor(state, statistics.ids, trajectory_row=statistics.trajectory_row)
+    contributions = given.astype(np.float64)
     return Evidence(
         sim=_similarity(contributions[above], weights[above]),
-        positive_share=float((contributions > 0.0).mean()),
+        positive_share=float((contributions[measured] > 0.0).mean()),
         largest_weight=largest,
     )
 

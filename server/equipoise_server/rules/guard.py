@@ -28,7 +28,10 @@ RECOVERY = 2
 """Until there are so many times as many guard losses, a rise of the loss is put down to the trial that was lost."""
 
 _LARGEST_LOSS = 1e300
+_LARGEST_NUMBER = 4 * _LARGEST_LOSS
+"""A decrease is the difference of two levels."""
 _LARGEST_COUNT = 2**53
+_COUNTS = ("trials_won", "trials_lost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,8 @@ class Guard:
         lost: trials lost since the incumbent became it.
         next_trial: `count` from which on there may be a trial.
         next_alarm: `count` from which on a rising loss brings a trial at once.
+        trials_won: trials after which the policy's weights were served.
+        trials_lost: trials after which uniform ones were.
     """
 
     count: int = 0
@@ -63,6 +68,8 @@ class Guard:
     lost: int = 0
     next_trial: int = FIRST_TRIAL
     next_alarm: int = FIRST_TRIAL
+    trials_won: int = 0
+    trials_lost: int = 0
 
     @property
     def strength(self) -> float:
@@ -89,12 +96,13 @@ class Guard:
 
     @classmethod
     def from_scalars(cls, scalars: Mapping[str, float]) -> "Guard":
-        """What `to_scalars` gave. Raises ValueError naming field, value and rule."""
+        """What `to_scalars` gave, the counts of trials or not. Raises ValueError naming field, value and rule."""
+        scalars = {**dict.fromkeys(_COUNTS, 0.0), **scalars}
         kinds = {name: type(value) for name, value in asdict(cls()).items()}
         if set(scalars) != set(kinds):
             raise ValueError(f"guard has {sorted(scalars)}: must have {sorted(kinds)}")
         for name, value in scalars.items():
-            top = {bool: 1.0, int: _LARGEST_COUNT, float: _LARGEST_LOSS}[kinds[name]]
+            top = {bool: 1.0, int: _LARGEST_COUNT, float: _LARGEST_NUMBER}[kinds[name]]
             whole = kinds[name] is float or (value >= 0 and float(value).is_integer())
             if not (abs(value) <= top and whole):
                 what = "a number" if kinds[name] is float else "a whole number"
@@ -130,6 +138,8 @@ class Guard:
             uniform=self.uniform != won,
             trial=False,
             lost=lost,
+            trials_won=self.trials_won + (self.uniform == won),
+            trials_lost=self.trials_lost + (self.uniform != won),
             next_trial=self.count * min(2 ** (lost + 1), MAX_GROWTH),
         )._next_stretch(stretch)
         recovered = max(self.count * RECOVERY, decided.end + 1)

@@ -33,6 +33,7 @@ class LossLinearUpper(BatchRule[LossLinearUpperSettings]):
 
     name = "loss_linear_upper"
     settings_type = LossLinearUpperSettings
+    sparse_contributions = True
     signals = ("losses",)
 
     def scale(self, state: TableState, signal: NDArray[np.float32]) -> Scalars:

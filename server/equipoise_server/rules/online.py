@@ -12,7 +12,6 @@ from equipoise_server.rules.composed import ComposedRule
 class OnlineRule(ComposedRule):
     """Base of the rules that work inside one training run (see `Rule` for what each method promises)."""
 
-    name: ClassVar[str]
     touches_all_rows: ClassVar[bool] = False
     trajectory_rows: ClassVar[int] = 0
 

@@ -12,11 +12,12 @@ from equipoise_server.rules.loss_linear_upper import LossLinearUpper
 from equipoise_server.rules.projected_gradient import ProjectedGradient
 from equipoise_server.rules.rho import Rho
 from equipoise_server.rules.settings import bind
+from equipoise_server.rules.strata import Strata
 from equipoise_server.rules.table import TableRule
 from equipoise_server.rules.trajectory import Trajectory
 from equipoise_server.rules.uniform import Uniform
 
-_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]] | type[Trajectory]] = {
+_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]] | type[Strata] | type[Trajectory]] = {
     rule.name: rule
     for rule in (
         Boltzmann,
@@ -26,6 +27,7 @@ _RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]] | type[Trajectory]
         LossLinearUpper,
         ProjectedGradient,
         Rho,
+        Strata,
         Trajectory,
         Uniform,
     )

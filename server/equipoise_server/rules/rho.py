@@ -34,6 +34,7 @@ class Rho(FlooredEmaRule[RhoSettings]):
 
     name = "rho"
     settings_type = RhoSettings
+    sparse_contributions = True
     signals = ("losses", "reference_losses")
     signal_name = "losses - reference_losses"
 

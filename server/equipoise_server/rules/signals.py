@@ -20,6 +20,8 @@ def check_signals(statistics: Statistics, *, signals: tuple[str, ...], rule: str
     name = "reference_losses"
     if statistics.reference_losses is not None and name not in signals:
         raise RuleError(name, f"{name}: rule {rule} does not use them (it reads {', '.join(signals)}); leave them out")
+    if statistics.groups is not None:
+        raise RuleError("groups", f"groups: rule {rule} does not use them; leave them out")
 
 
 def check_length(

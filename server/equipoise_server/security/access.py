@@ -1,17 +1,16 @@
-"""Authenticates every call before its body is read; ends the calls of tokens that are taken back."""
+"""Authenticates every call before its body is read; knows which callers' tokens were taken back since."""
 
-import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import structlog
 
 from equipoise_server.errors import Code, ServiceError
-from equipoise_server.security.caller import ANYBODY, Caller, calling
-from equipoise_server.security.files import Stamp, stamp
+from equipoise_server.security.caller import ANYBODY, Caller
+from equipoise_server.security.calls import PROBES
+from equipoise_server.security.files import Reloads, Stamp, stamp
 from equipoise_server.security.tenants import Tenant
 from equipoise_server.security.tokens import Scope, Token, TokenFile, TokenFileError, find
 
@@ -20,8 +19,6 @@ log = structlog.get_logger("equipoise.access")
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 
 SERVICE = "/equipoise.v1.PolicyService/"
-HEALTH = "/grpc.health.v1.Health/"
-"""Answers everybody: whoever restarts or balances servers has no token."""
 HEADER = "authorization"
 SCHEME = "bearer "
 
@@ -41,6 +38,9 @@ ALLOWED: Mapping[str, tuple[Scope, ...]] = {
 }
 """Scopes of which a token needs one, by method; for a method that is not here it needs `admin`."""
 
+MAX_OWNERS = 4096
+"""Policies of which is remembered whose they are: with many tenants it takes a while to find out."""
+
 
 class Access:
     """Who may call; for one event loop.
@@ -48,16 +48,19 @@ class Access:
     Args:
         path: the tokens file; None: everybody may do everything.
         wall_clock: seconds since the epoch.
+
+    Attributes:
+        reloads: of the tokens file.
     """
 
     def __init__(self, path: Path | None, *, wall_clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._wall_clock = wall_clock
+        self.reloads = Reloads()
         self._stamp: Stamp = ()
         self._tokens: dict[str, Token] = {}
         self._tenants: Mapping[str, Tenant] = {}
-        self._live: dict[asyncio.Task[object], tuple[Caller, bool]] = {}
-        self._ended: dict[asyncio.Task[object], ServiceError] = {}
+        self._owners: dict[str, str] = {}
 
     def load(self) -> None:
         """Reads the tokens file. Raises TokenFileError."""
@@ -66,25 +69,30 @@ class Access:
             file = TokenFile.read(self._path)
             self._tokens = {token.id: token for token in file.tokens}
             self._tenants = file.tenants
+            self._owners.clear()
 
     def refresh(self) -> None:
-        """Reads the file again if it has changed, and ends the calls of tokens that are no longer good.
+        """Reads the file again if it has changed.
 
         A file that cannot be used changes nothing: it may be half written.
         """
-        if self._path is None:
-            return
-        if stamp([self._path]) != self._stamp:
+        if self._path is not None and stamp([self._path]) != self._stamp:
             try:
                 self.load()
+                self.reloads.ok += 1
                 log.info("tokens loaded", tokens=len(self._tokens), tenants=len(self._tenants))
             except TokenFileError as error:
+                self.reloads.failed += 1
                 log.error("the tokens file cannot be used; those known before still hold", error=str(error))
-        self._end_revoked()
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        """All tenants of the tokens file."""
+        return list(self._tenants.values())
 
     def admit(self, method: str, metadata: Metadata) -> Caller:
         """Who calls `/package.Service/Method`. Raises ServiceError: UNAUTHENTICATED, or SCOPE_MISSING."""
-        if self._path is None or method.startswith(HEALTH):
+        if self._path is None or method.startswith(PROBES):
             return ANYBODY
         who = self._authenticate(metadata)
         service, _, name = method.rpartition("/")
@@ -92,29 +100,36 @@ class Access:
             who.check_scope(*ALLOWED.get(name, (Scope.ADMIN,)), what=name)
         return who
 
-    @contextmanager
-    def serving(self, who: Caller, *, streaming: bool) -> Iterator[None]:
-        """Surrounds the serving of a call: `caller()` is known in it. Raises ServiceError (QUOTA_STREAMS)."""
-        if streaming:
-            self._check_streams(who.tenant)
-        task = asyncio.current_task()
-        assert task is not None, "calls are served by tasks"
-        self._live[task] = who, streaming
-        try:
-            with calling(who):
-                yield
-        finally:
-            del self._live[task]
-            self._ended.pop(task, None)
+    def tenant_of(self, policy: str) -> str:
+        """Name of the tenant whose policies are called so; empty: nobody's but operators'."""
+        known = self._owners.get(policy)
+        if known is None:
+            known = next((each.name for each in self._tenants.values() if each.prefix and each.owns(policy)), "")
+            if len(self._owners) >= MAX_OWNERS:
+                self._owners.clear()
+            self._owners[policy] = known
+        return known
 
-    def ended(self) -> ServiceError | None:
-        """Why we cancelled this task; None: it was cancelled by somebody else. To be asked within `serving`."""
-        task = asyncio.current_task()
-        assert task is not None, "calls are served by tasks"
-        error = self._ended.get(task)
-        if error is not None:
-            task.uncancel()
-        return error
+    def objection(self, who: Caller) -> ServiceError | None:
+        """Why somebody who was admitted would not be admitted now; None: he would."""
+        if who.token is None:
+            return None
+        known = self._tokens.get(who.token.id)
+        if known is not None and known.expired(self._wall_clock()):
+            return _unauthenticated("TOKEN_EXPIRED", f"token {known.id} has expired")
+        if known != who.token or self._tenants[known.tenant].prefix != who.tenant.prefix:
+            return _unauthenticated("TOKEN_REVOKED", "the token was changed or taken back; reconnect")
+        return None
+
+    def share(self, policy: str) -> str:
+        """Who shares what cannot be divided, when work on a policy asks for it: its tenant, or it alone."""
+        tenant = self.tenant_of(policy)
+        return self.share_of_tenant(tenant) if tenant else f"policy {policy}"
+
+    @staticmethod
+    def share_of_tenant(tenant: str) -> str:
+        """What a tenant's work shares."""
+        return f"tenant {tenant}"
 
     def _authenticate(self, metadata: Metadata) -> Caller:
         presented = [value for key, value in metadata if key == HEADER]
@@ -129,28 +144,6 @@ class Access:
         if token.expired(self._wall_clock()):
             raise _unauthenticated("TOKEN_EXPIRED", f"token {token.id} has expired")
         return Caller(self._tenants[token.tenant], token.scopes, token)
-
-    def _check_streams(self, tenant: Tenant) -> None:
-        if tenant.max_streams is None:
-            return
-        names = [who.tenant.name for who, streaming in self._live.values() if streaming]
-        if names.count(tenant.name) >= tenant.max_streams:
-            message = f"{tenant.max_streams} streams are open, the tenant's quota max_streams"
-            raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUOTA_STREAMS", message, retry_after_s=1.0)
-
-    def _end_revoked(self) -> None:
-        now = self._wall_clock()
-        for task, (who, _) in self._live.items():
-            if who.token is None or task in self._ended:
-                continue
-            known = self._tokens.get(who.token.id)
-            if known is not None and known.expired(now):
-                self._ended[task] = _unauthenticated("TOKEN_EXPIRED", f"token {known.id} has expired")
-            elif known != who.token or self._tenants[known.tenant].prefix != who.tenant.prefix:
-                self._ended[task] = _unauthenticated("TOKEN_REVOKED", "the token was changed or taken back; reconnect")
-            else:
-                continue
-            task.cancel()
 
 
 def _unauthenticated(reason: str, message: str) -> ServiceError:

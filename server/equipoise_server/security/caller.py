@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from equipoise_server.errors import Code, ServiceError
+from equipoise_server.errors import Code, ServiceError, quoted
 from equipoise_server.security.tenants import Tenant
 from equipoise_server.security.tokens import Scope, Token
 
@@ -35,7 +35,9 @@ class Caller:
     def check_policy(self, policy: str, *, field: str) -> None:
         """Raises ServiceError (POLICY_FORBIDDEN) for another tenant's policy, whether it exists or not."""
         if not self.tenant.owns(policy):
-            message = f"{field}: {policy!r} does not begin with {self.tenant.prefix!r}, as this token's policies do"
+            message = (
+                f"{field}: {quoted(policy)} does not begin with {self.tenant.prefix!r}, as this token's policies do"
+            )
             raise ServiceError(Code.PERMISSION_DENIED, "POLICY_FORBIDDEN", message)
 
     def visible_prefix(self, asked: str) -> str | None:

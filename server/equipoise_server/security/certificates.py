@@ -9,7 +9,7 @@ import grpc
 import structlog
 
 from equipoise_server.security.expiry import expires
-from equipoise_server.security.files import stamp
+from equipoise_server.security.files import Reloads, stamp
 
 log = structlog.get_logger("equipoise.tls")
 
@@ -40,11 +40,13 @@ class Certificates:
 
     Attributes:
         expires: when the certificate in use ends, seconds since the epoch.
+        reloads: of the files.
     """
 
     def __init__(self, files: CertificateFiles) -> None:
         self._files = files
         self.expires = math.inf
+        self.reloads = Reloads()
         self._stamp = self._look()
         self._first = self._read()
 
@@ -63,8 +65,10 @@ class Certificates:
         try:
             fresh = self._read()
         except CertificateError as error:
+            self.reloads.failed += 1
             log.error("the certificates cannot be used; those known before still hold", error=str(error))
             return None
+        self.reloads.ok += 1
         log.info("certificates loaded", certificate=str(self._files.certificate))
         return fresh
 

@@ -28,6 +28,11 @@ class StorageQuotas:
         self._lock = lock
         self._locks: dict[str, asyncio.Lock] = {}
 
+    async def check(self, tenant: Tenant, *, num_examples: int) -> None:
+        """Raises as `adding` does, if it would now: so that nobody sends in vain."""
+        if tenant.max_policies is not None or tenant.max_examples is not None:
+            _check(tenant, await self._sizes(tenant.prefix), num_examples)
+
     @asynccontextmanager
     async def adding(self, tenant: Tenant, *, num_examples: int) -> AsyncIterator[None]:
         """Surrounds the creation of a policy. Raises ServiceError (QUOTA_POLICIES, QUOTA_EXAMPLES)."""

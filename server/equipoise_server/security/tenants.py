@@ -18,6 +18,7 @@ class Quotas(BaseModel):
     Attributes:
         max_policies: policies stored.
         max_examples: examples of these together; a trajectory counts those of all its rows.
+        max_calls: calls under way at once on one server, streams included; None: the server's max_tenant_rpcs.
         max_streams: streams open at once on one server, of every kind.
     """
 
@@ -25,6 +26,7 @@ class Quotas(BaseModel):
 
     max_policies: Limit = None
     max_examples: Limit = None
+    max_calls: Limit = None
     max_streams: Limit = None
 
 

@@ -21,17 +21,26 @@ def parse_ids(data: bytes, *, field: str, num_examples: int, most: int) -> NDArr
     return ids.view("<i8")
 
 
-def parse_scored(data: bytes, *, rows: int) -> NDArray[np.bool_] | None:
+def parse_mask(data: bytes, *, field: str, rows: int) -> NDArray[np.bool_] | None:
     """One byte per row, 0 or 1; None for absent, all 1. Raises ServiceError (SHAPE_MISMATCH, OUT_OF_RANGE_VALUE)."""
     if not data:
         return None
     if len(data) != rows:
-        raise invalid("SHAPE_MISMATCH", "scored", f"{len(data)} bytes for {rows} rows; one byte per row")
-    scored = np.frombuffer(data, np.uint8)
-    if scored.max() > 1:
-        index = int(np.argmax(scored > 1))
-        raise invalid("OUT_OF_RANGE_VALUE", f"scored[{index}]", f"{scored[index]} is neither 0 nor 1")
-    return scored.view(np.bool_)
+        raise invalid("SHAPE_MISMATCH", field, f"{len(data)} bytes for {rows} rows; one byte per row")
+    mask = np.frombuffer(data, np.uint8)
+    if mask.max() > 1:
+        index = int(np.argmax(mask > 1))
+        raise invalid("OUT_OF_RANGE_VALUE", f"{field}[{index}]", f"{mask[index]} is neither 0 nor 1")
+    return mask.view(np.bool_)
+
+
+def parse_groups(data: bytes, *, rows: int) -> NDArray[np.int64] | None:
+    """uint32 per row; None for absent. Raises ServiceError (SHAPE_MISMATCH)."""
+    if not data:
+        return None
+    if len(data) != 4 * rows:
+        raise invalid("SHAPE_MISMATCH", "groups", f"{len(data)} bytes for {rows} rows; one uint32 (4 bytes) per row")
+    return np.frombuffer(data, "<u4").astype(np.int64)
 
 
 def parse_statistic(

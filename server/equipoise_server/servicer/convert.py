@@ -1,6 +1,5 @@
 """Requests to steps, answers to responses."""
 
-import asyncio
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,27 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.v1 import policy_pb2 as pb
-from equipoise_server.engine import Answer, Kind, Policy, PolicyRunner, Step
-from equipoise_server.errors import ServiceError, invalid
+from equipoise_server.engine import Answer, Kind, Opener, Policy, PolicyRunner, Step
+from equipoise_server.errors import ServiceError, invalid, quoted
 from equipoise_server.rules import RuleError, Statistics, aggregate
-from equipoise_server.servicer.arrays import parse_ids, parse_scored, parse_statistic, to_bytes
+from equipoise_server.servicer.arrays import parse_groups, parse_ids, parse_mask, parse_statistic, to_bytes
+from equipoise_server.servicer.fields import ROW_STATISTICS, STATISTICS, StepFields
 from equipoise_server.servicer.limits import ServiceLimits
 from equipoise_server.servicer.sketches import parse_sketches
 from equipoise_server.status import to_status
-
-ROW_STATISTICS = ("contributions", "losses", "reference_losses")
-STATISTICS = (*ROW_STATISTICS, "gradient_sketches", "target_sketch")
-
 
 LONG_ROWS = 16_384
 """A request with more rows is converted beside the event loop: sorting its ids takes milliseconds."""
 
 
-def to_step(request: pb.StepRequest, *, trainer_id: str, policy: Policy, limits: ServiceLimits) -> Step:
+def to_step(request: StepFields, *, trainer_id: str, policy: Policy, limits: ServiceLimits) -> Step:
     """A validated step or read. Raises ServiceError (INVALID_ARGUMENT) naming field, index, value and rule."""
     rows = _Rows.parse(request, num_examples=policy.spec.num_examples, limits=limits)
     weights_for = _weights_for(request, rows, policy, limits)
-    if not is_step(request):
+    if not request.is_step:
         return _to_read(request, rows, weights_for, trainer_id, policy)
     statistics = _statistics(request, rows, policy)
     if statistics is not None:
@@ -45,26 +41,39 @@ def to_step(request: pb.StepRequest, *, trainer_id: str, policy: Policy, limits:
         wants_weights=not request.omit_weights,
         weights_for=weights_for,
         num_rows=rows.count,
-        size=request.ByteSize(),
     )
 
 
-async def convert_step(
-    request: pb.StepRequest, *, trainer_id: str, runner: PolicyRunner, limits: ServiceLimits
-) -> Step:
-    """`to_step`, beside the event loop where it takes long: sketches on the device's thread, many rows on another."""
+async def convert_step(request: StepFields, *, trainer_id: str, runner: PolicyRunner, limits: ServiceLimits) -> Step:
+    """`to_step`, beside the event loop where it takes long: for sketches and for many rows."""
 
     def convert(policy: Policy) -> Step:
         return to_step(request, trainer_id=trainer_id, policy=policy, limits=limits)
 
-    if request.gradient_sketches:
-        return await runner.read(convert)
-    if len(request.example_ids) > 8 * LONG_ROWS:
-        return await asyncio.to_thread(convert, runner.policy)
+    if request.gradient_sketches or len(request.example_ids or b"") > 8 * LONG_ROWS:
+        return await runner.convert(convert)
     return convert(runner.policy)
 
 
-def to_refused(request: pb.StepRequest, error: ServiceError, *, trainer_id: str) -> Step:
+def check_trainer_id(trainer_id: str, *, field: str) -> None:
+    """Raises ServiceError (INVALID_TRAINER_ID) unless it is one."""
+    if not (trainer_id and _is_name(trainer_id)):
+        raise invalid("INVALID_TRAINER_ID", field, f"{quoted(trainer_id)} is not 1 to 128 printable ASCII characters")
+
+
+def to_opener(request: pb.OpenRequest) -> Opener:
+    """The client that opens. Raises ServiceError (INVALID_CLIENT_ID) where its id is none."""
+    if not _is_name(request.client_id):
+        description = f"{quoted(request.client_id)} is not at most 128 printable ASCII characters"
+        raise invalid("INVALID_CLIENT_ID", "open.client_id", description)
+    return Opener(request.client_id, request.attempt)
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= 128 and text.isascii() and text.isprintable()
+
+
+def to_refused(request: StepFields, error: ServiceError, *, trainer_id: str) -> Step:
     """The empty step that stands for a refused one; a refused read consumes nothing."""
     return Step(
         kind=Kind.REFUSED if request.sequence else Kind.READ,
@@ -98,13 +107,12 @@ class _Rows:
     given: bool
 
     @classmethod
-    def parse(cls, request: pb.StepRequest, *, num_examples: int, limits: ServiceLimits) -> "_Rows":
+    def parse(cls, request: StepFields, *, num_examples: int, limits: ServiceLimits) -> "_Rows":
         most = limits.max_batch_examples
-        which = request.WhichOneof("rows")
-        if which == "example_ids":
+        if request.example_ids is not None:
             ids = parse_ids(request.example_ids, field="example_ids", num_examples=num_examples, most=most)
             return cls(ids, len(ids), True)
-        if which is None or not request.all_examples:
+        if not request.all_examples:
             return cls(np.empty(0, np.int64), 0, False)
         if num_examples > most:
             description = f"the policy has {num_examples} examples, the limit max_batch_examples is {most}"
@@ -112,17 +120,10 @@ class _Rows:
         return cls(None, num_examples, True)
 
 
-def is_step(request: pb.StepRequest) -> bool:
-    """Whether a request carries statistics or losses."""
-    if request.HasField("target_loss") or request.HasField("guard_loss"):
-        return True
-    return any(getattr(request, name) for name in STATISTICS)
-
-
 def _to_read(
-    request: pb.StepRequest, rows: _Rows, weights_for: NDArray[np.int64] | None, trainer_id: str, policy: Policy
+    request: StepFields, rows: _Rows, weights_for: NDArray[np.int64] | None, trainer_id: str, policy: Policy
 ) -> Step:
-    if not rows.given and not request.HasField("weights_for"):
+    if not rows.given and request.weights_for is None:
         raise invalid("EMPTY_REQUEST", "rows", "neither rows nor losses: send rows, weights_for, or a loss to report")
     if request.sequence:
         description = f"{request.sequence} on a read (no statistics); reads carry 0"
@@ -135,14 +136,11 @@ def _to_read(
         wants_weights=not request.omit_weights,
         weights_for=weights_for,
         num_rows=rows.count,
-        size=request.ByteSize(),
     )
 
 
-def _weights_for(
-    request: pb.StepRequest, rows: _Rows, policy: Policy, limits: ServiceLimits
-) -> NDArray[np.int64] | None:
-    if not request.HasField("weights_for"):
+def _weights_for(request: StepFields, rows: _Rows, policy: Policy, limits: ServiceLimits) -> NDArray[np.int64] | None:
+    if request.weights_for is None:
         return rows.ids
     return parse_ids(
         request.weights_for,
@@ -152,7 +150,7 @@ def _weights_for(
     )
 
 
-def _trajectory_row(request: pb.StepRequest, policy: Policy) -> int | None:
+def _trajectory_row(request: StepFields, policy: Policy) -> int | None:
     """The row that a read or a step with statistics is about; None where the rule has no trajectory."""
     rows = policy.rule.trajectory_rows
     if rows and request.step >= rows:
@@ -160,23 +158,43 @@ def _trajectory_row(request: pb.StepRequest, policy: Policy) -> int | None:
     return request.step if rows else None
 
 
-def _statistics(request: pb.StepRequest, rows: _Rows, policy: Policy) -> Statistics | None:
+def _statistics(request: StepFields, rows: _Rows, policy: Policy) -> Statistics | None:
     if not rows.given:
-        for name in (*STATISTICS, "scored"):
+        for name in (*STATISTICS, "scored", "groups", "measured"):
             if getattr(request, name):
                 raise invalid("SHAPE_MISMATCH", name, "sent without rows; send example_ids or all_examples with it")
         return None
-    scored = parse_scored(request.scored, rows=rows.count)
+    scored = parse_mask(request.scored, field="scored", rows=rows.count)
+    measured = _measured(request, rows)
+    known = {"losses": scored, "reference_losses": scored, "contributions": _both(scored, measured)}
     values: dict[str, Any] = {
-        name: parse_statistic(getattr(request, name), field=name, rows=rows.count, scored=scored)
+        name: parse_statistic(getattr(request, name), field=name, rows=rows.count, scored=known[name])
         for name in ROW_STATISTICS
     }
-    sketched = parse_sketches(request, rows=rows.count, scored=scored, device=policy.state.device)
+    sketched = parse_sketches(request, rows=rows.count, scored=known["contributions"], device=policy.state.device)
     if sketched is not None:
         values["contributions"] = sketched
+    groups = parse_groups(request.groups, rows=rows.count)
     if all(given is None for given in values.values()):
         return None
-    return aggregate(rows.ids, scored=scored, trajectory_row=_trajectory_row(request, policy), **values)
+    if measured is not None and not policy.rule.sparse_contributions:
+        scored, measured = known["contributions"], None
+    row = _trajectory_row(request, policy)
+    try:
+        return aggregate(rows.ids, scored=scored, measured=measured, groups=groups, trajectory_row=row, **values)
+    except RuleError as error:
+        raise invalid("UNUSABLE_STATISTICS", error.field, str(error)) from error
+
+
+def _measured(request: StepFields, rows: _Rows) -> NDArray[np.bool_] | None:
+    measured = parse_mask(request.measured, field="measured", rows=rows.count)
+    if measured is not None and not (request.contributions or request.gradient_sketches):
+        raise invalid("SHAPE_MISMATCH", "measured", "sent without contributions; leave both out where there are none")
+    return measured
+
+
+def _both(first: NDArray[np.bool_] | None, second: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    return second if first is None else first if second is None else first & second
 
 
 def _check_rule(policy: Policy, statistics: Statistics) -> None:
@@ -186,10 +204,8 @@ def _check_rule(policy: Policy, statistics: Statistics) -> None:
         raise invalid("UNUSABLE_STATISTICS", error.field, str(error)) from error
 
 
-def _loss(request: pb.StepRequest, name: str) -> float | None:
-    if not request.HasField(name):  # type: ignore[arg-type]  # one of the two optional losses
-        return None
-    value = float(getattr(request, name))
-    if not math.isfinite(value):
+def _loss(request: StepFields, name: str) -> float | None:
+    value: float | None = getattr(request, name)
+    if value is not None and not math.isfinite(value):
         raise invalid("NON_FINITE_STAT", name, f"{value} is not finite")
     return value

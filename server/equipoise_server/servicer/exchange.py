@@ -1,7 +1,7 @@
 """The training loop's stream: requests in, answers out in the same order, many in flight."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -9,12 +9,21 @@ from typing import Any, Protocol, TypeAlias
 import grpc
 
 from equipoise.v1 import policy_pb2 as pb
-from equipoise_server.engine import Answer, Engine, PolicyRunner, Session, Step, Telemetry
-from equipoise_server.errors import Code, ServiceError, invalid
-from equipoise_server.interceptors import Malformed
+from equipoise_server.engine import Answer, PolicyRunner, Session, Step, Telemetry
+from equipoise_server.errors import Code, ServiceError, invalid, quoted
+from equipoise_server.interceptors import whole
 from equipoise_server.security import caller
-from equipoise_server.servicer.convert import convert_step, is_step, to_refused, to_response
+from equipoise_server.servicer.convert import (
+    check_trainer_id,
+    convert_step,
+    to_opener,
+    to_refused,
+    to_response,
+)
+from equipoise_server.servicer.fields import StepFields
+from equipoise_server.servicer.in_flight import InFlightBytes
 from equipoise_server.servicer.limits import ServiceLimits
+from equipoise_server.servicer.lookups import Lookups
 
 MAX_IN_FLIGHT = 1024
 """Answers that may wait in one stream before it is read no further."""
@@ -40,11 +49,11 @@ Outgoing: TypeAlias = InFlight | ServiceError | pb.ReconnectRequest | None
 class Context(Protocol):
     """What this module needs of `grpc.aio.ServicerContext`."""
 
-    async def read(self) -> object:
-        """Next message, or `grpc.aio.EOF`."""
+    async def read(self) -> Any:
+        """Next message, a `Received`, or `grpc.aio.EOF`."""
         ...
 
-    async def write(self, message: pb.ExchangeResponse) -> None:
+    def write(self, message: pb.ExchangeResponse) -> Coroutine[Any, Any, None]:
         """Sends a message."""
         ...
 
@@ -54,15 +63,17 @@ class Exchange:
 
     def __init__(
         self,
-        engine: Engine,
+        lookups: Lookups,
         context: Context,
         *,
         limits: ServiceLimits,
+        in_flight: InFlightBytes,
         telemetry: Telemetry,
     ) -> None:
-        self._engine = engine
+        self._lookups = lookups
         self._context = context
         self._limits = limits
+        self._in_flight = in_flight
         self._telemetry = telemetry
         self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue(MAX_IN_FLIGHT)
         self._unread = 0
@@ -75,12 +86,14 @@ class Exchange:
             return
         caller().check_policy(opening.policy, field="open.policy")
         if header_policy is not None and header_policy != opening.policy:
-            description = f"{opening.policy!r}, but header x-equipoise-policy says {header_policy!r}"
+            description = f"{quoted(opening.policy)}, but header x-equipoise-policy says {header_policy!r}"
             raise invalid("POLICY_MISMATCH", "open.policy", description)
-        runner = await self._engine.runner(opening.policy, uid=opening.uid)
-        session, answer = await runner.open(opening.trainer_id)
+        opener = to_opener(opening)
+        runner = await self._lookups.runner(opening.policy, uid=opening.uid)
+        session, answer = await runner.open(opening.trainer_id, opener)
         try:
-            await self._context.write(pb.ExchangeResponse(opened=_opened(runner, answer, opening.trainer_id)))
+            opened = _opened(runner, answer, opening.trainer_id, self._limits)
+            await whole(self._context.write(pb.ExchangeResponse(opened=opened)))
             await self._serve(runner, session)
         finally:
             runner.close_session(session)
@@ -125,30 +138,41 @@ class Exchange:
             raise ServiceError(Code.DEADLINE_EXCEEDED, "NOT_OPENED", description) from None
         if message is grpc.aio.EOF:
             return None
-        request = _exchange_request(message)
+        request: pb.ExchangeRequest = await message.message()
         if request.WhichOneof("message") != "open":
             raise invalid("NOT_OPENED", "message", "the first message of a stream must be `open`")
-        trainer_id = request.open.trainer_id
-        if not (1 <= len(trainer_id) <= 128 and trainer_id.isascii() and trainer_id.isprintable()):
-            description = f"{trainer_id!r} is not 1 to 128 printable ASCII characters"
-            raise invalid("INVALID_TRAINER_ID", "open.trainer_id", description)
+        check_trainer_id(request.open.trainer_id, field="open.trainer_id")
         return request.open
 
     async def _read(self, runner: PolicyRunner, trainer_id: str) -> None:
         """Queues every request; what ends the stream is answered behind all that came before it."""
-        loop = asyncio.get_running_loop()
         try:
-            async for request in self._requests():
-                since = loop.time()
-                step = await self._to_step(request, runner, trainer_id)
-                self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - since)
-                size = _answer_bytes(step, num_examples=runner.policy.spec.num_examples)
-                await self._room_for(size)
-                await self._outgoing.put(InFlight(since, await runner.submit(step), size))
+            while (received := await self._context.read()) is not grpc.aio.EOF:
+                num_bytes = received.num_bytes
+                request = _step_fields(await received.message())
+                del received  # up to 16 MiB, and the next may not come for long; the same below
+                await self._queue(request, num_bytes, runner, trainer_id)
+                del request
         except ServiceError as error:
             await self._outgoing.put(error)
         else:
             await self._outgoing.put(None)
+
+    async def _queue(self, request: StepFields, num_bytes: int, runner: PolicyRunner, trainer_id: str) -> None:
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        size = request.answer_bytes(num_examples=runner.policy.spec.num_examples)
+        await self._room_for(size)
+        give_back = await self._in_flight.take(runner.spec_name, num_bytes)
+        try:
+            step = await self._to_step(request, runner, trainer_id)
+            self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - since)
+            answer = await runner.submit(step)
+        except BaseException:
+            give_back()
+            raise
+        answer.add_done_callback(lambda _: give_back())
+        await self._outgoing.put(InFlight(since, answer, size))
 
     async def _room_for(self, size: int) -> None:
         while self._unread and self._unread + size > MAX_UNREAD_BYTES:
@@ -156,22 +180,14 @@ class Exchange:
             await self._written.wait()
         self._unread += size
 
-    async def _requests(self) -> AsyncIterator[pb.StepRequest]:
-        while (message := await self._context.read()) is not grpc.aio.EOF:
-            request = _exchange_request(message)
-            if request.WhichOneof("message") != "step":
-                raise invalid("MALFORMED_REQUEST", "message", "after the opening, every message must be `step`")
-            yield request.step
-
-    async def _to_step(self, request: pb.StepRequest, runner: PolicyRunner, trainer_id: str) -> Step:
+    async def _to_step(self, request: StepFields, runner: PolicyRunner, trainer_id: str) -> Step:
         try:
             step = await convert_step(request, trainer_id=trainer_id, runner=runner, limits=self._limits)
         except ServiceError as error:
             if error.code is not Code.INVALID_ARGUMENT:
                 raise  # nothing is wrong with the step: it keeps its sequence, and is sent again
-            self._telemetry.rejected(reason=error.reason)
             step = to_refused(request, error, trainer_id=trainer_id)
-        if is_step(request) and not request.sequence:
+        if request.is_step and not request.sequence:
             raise invalid("MALFORMED_REQUEST", "step.sequence", "0 on a step; in a stream steps are numbered from 1")
         return step
 
@@ -186,32 +202,33 @@ class Exchange:
             answer = await outgoing.answer
             started = loop.time()
             response = to_response(answer, runner=runner, trainer_id=trainer_id)
-            await self._context.write(pb.ExchangeResponse(step=response))
+            await self._send(pb.ExchangeResponse(step=response))
             self._unread -= outgoing.size
             self._written.set()
             self._telemetry.stage(method="Exchange", stage="encode", seconds=loop.time() - started)
             self._telemetry.stage(method="Exchange", stage="total", seconds=loop.time() - outgoing.since)
+
+    async def _send(self, response: pb.ExchangeResponse) -> None:
+        """Who reads nothing for so long has gone, or holds what he is not to hold."""
+        try:
+            async with asyncio.timeout(self._limits.write_timeout_s):
+                await self._context.write(response)
+        except TimeoutError:
+            description = f"no answer was read for {self._limits.write_timeout_s:g} s (write_timeout_s)"
+            raise ServiceError(Code.DEADLINE_EXCEEDED, "NOT_READ", description) from None
 
     def _ask_to_reconnect(self) -> None:
         if not self._outgoing.full():  # a stream this far behind learns of the end by its status
             self._outgoing.put_nowait(pb.ReconnectRequest(within_ms=RECONNECT_WITHIN_MS))
 
 
-def _answer_bytes(step: Step, *, num_examples: int) -> int:
-    """Bytes of the weights that the answer will carry."""
-    if not step.wants_weights:
-        return 0
-    return 4 * (num_examples if step.weights_for is None else len(step.weights_for))
+def _step_fields(message: pb.ExchangeRequest) -> StepFields:
+    if message.WhichOneof("message") != "step":
+        raise invalid("MALFORMED_REQUEST", "message", "after the opening, every message must be `step`")
+    return StepFields.of(message.step)
 
 
-def _exchange_request(message: object) -> pb.ExchangeRequest:
-    if isinstance(message, Malformed):
-        raise message.error()
-    assert isinstance(message, pb.ExchangeRequest)
-    return message
-
-
-def _opened(runner: PolicyRunner, answer: Answer, trainer_id: str) -> pb.OpenResponse:
+def _opened(runner: PolicyRunner, answer: Answer, trainer_id: str, limits: ServiceLimits) -> pb.OpenResponse:
     return pb.OpenResponse(
         uid=runner.policy.uid,
         epoch=runner.epoch,
@@ -219,4 +236,6 @@ def _opened(runner: PolicyRunner, answer: Answer, trainer_id: str) -> pb.OpenRes
         last_sequence=answer.last_sequence,
         durable_sequence=runner.durable_sequence(trainer_id),
         num_examples=runner.policy.spec.num_examples,
+        max_batch_examples=limits.max_batch_examples,
+        max_message_bytes=limits.max_message_bytes,
     )

@@ -16,6 +16,9 @@ from equipoise_server.servicer.limits import ServiceLimits
 PIECE_VALUES = 262_144
 """Values per piece: 1 MiB; a longer row is one piece."""
 
+KEPT: dict[int, str] = {pb.FIELD_LOSS: "loss", pb.FIELD_STRATUM: "stratum"}
+"""What some rules keep beside scores, by field."""
+
 Reader: TypeAlias = Callable[[Policy], tuple[int, bytes]]
 """Reads a piece on the device: version and little-endian values."""
 
@@ -33,30 +36,31 @@ def pieces(request: pb.ReadWeightsRequest, policy: Policy, *, limits: ServiceLim
 
     Raises ServiceError (INVALID_FIELD, OUT_OF_RANGE_VALUE, ID_OUT_OF_RANGE, ...) at the first one.
     """
-    if request.field not in (pb.FIELD_UNSPECIFIED, pb.FIELD_WEIGHT, pb.FIELD_SCORE):
-        raise invalid("INVALID_FIELD", "field", f"{request.field} is neither WEIGHT nor SCORE")
+    _check_field(request, policy)
     ids = None
     if request.HasField("example_ids"):
         num_examples, most = policy.spec.num_examples, limits.max_batch_examples
         ids = parse_ids(request.example_ids, field="example_ids", num_examples=num_examples, most=most)
-    scores = request.field == pb.FIELD_SCORE
     if request.first_row or request.num_rows:
         _check_rows(request, policy)
         yield from _rows(request, ids, width=policy.spec.num_examples if ids is None else len(ids))
     else:
-        yield from _examples(ids, total=policy.spec.num_examples if ids is None else len(ids), scores=scores)
+        yield from _examples(ids, total=policy.spec.num_examples if ids is None else len(ids), field=request.field)
 
 
-def _examples(ids: NDArray[np.int64] | None, *, total: int, scores: bool) -> Iterator[Piece]:
+def _examples(ids: NDArray[np.int64] | None, *, total: int, field: int) -> Iterator[Piece]:
     for start in range(0, total, PIECE_VALUES):
         stop = min(start + PIECE_VALUES, total)
         part = np.arange(start, stop, dtype=np.int64) if ids is None else ids[start:stop]
-        yield Piece(start, _example_reader(None if ids is None and total == stop - start else part, scores=scores))
+        yield Piece(start, _example_reader(None if ids is None and total == stop - start else part, field=field))
 
 
-def _example_reader(ids: NDArray[np.int64] | None, *, scores: bool) -> Reader:
+def _example_reader(ids: NDArray[np.int64] | None, *, field: int) -> Reader:
     def read(policy: Policy) -> tuple[int, bytes]:
-        values = policy.rule.scores(policy.state, ids) if scores else policy.weights(ids)
+        if field in KEPT:
+            values = policy.rule.read_kept(policy.state, KEPT[field], ids)
+        else:
+            values = policy.rule.scores(policy.state, ids) if field == pb.FIELD_SCORE else policy.weights(ids)
         return policy.version, to_bytes(values)
 
     return read
@@ -75,6 +79,15 @@ def _row_reader(rows: slice, ids: NDArray[np.int64] | None) -> Reader:
         return policy.version, to_bytes(policy.rule.trajectory_weights(policy.state, rows, ids))
 
     return read
+
+
+def _check_field(request: pb.ReadWeightsRequest, policy: Policy) -> None:
+    if request.field in KEPT:
+        if KEPT[request.field] not in policy.rule.kept:
+            name, rule = pb.Field.Name(request.field), policy.spec.rule
+            raise invalid("INVALID_FIELD", "field", f"{name}: rule {rule!r} keeps no such values")
+    elif request.field not in (pb.FIELD_UNSPECIFIED, pb.FIELD_WEIGHT, pb.FIELD_SCORE):
+        raise invalid("INVALID_FIELD", "field", f"{request.field} is neither WEIGHT, SCORE, LOSS nor STRATUM")
 
 
 def _check_rows(request: pb.ReadWeightsRequest, policy: Policy) -> None:

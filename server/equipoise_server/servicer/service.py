@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -11,20 +11,23 @@ import grpc
 
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1 import policy_pb2_grpc
-from equipoise_server.engine import Engine, PolicyRunner, PolicySpec, Telemetry
+from equipoise_server.engine import Engine, PolicyRunner, PolicySpec, Telemetry, Wish
 from equipoise_server.engine.sampling import draw
 from equipoise_server.engine.spec import check_name
-from equipoise_server.errors import Code, ServiceError, invalid
+from equipoise_server.errors import Code, ServiceError, invalid, quoted
+from equipoise_server.interceptors import POLICY_HEADER, wished
 from equipoise_server.rules import names
 from equipoise_server.security import Scope, StorageQuotas, caller
 from equipoise_server.servicer import reading, specs, transfer
-from equipoise_server.servicer.convert import convert_step, to_response
+from equipoise_server.servicer.convert import check_trainer_id, convert_step, to_response
 from equipoise_server.servicer.exchange import Exchange
+from equipoise_server.servicer.fields import StepFields
+from equipoise_server.servicer.in_flight import InFlightBytes
 from equipoise_server.servicer.limits import ServiceLimits
+from equipoise_server.servicer.lookups import Lookups
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-POLICY_HEADER = "x-equipoise-policy"
 MAX_WAIT_S = 60.0
 """Longest wait of a call without a deadline for a policy that is being loaded."""
 DEFAULT_PAGE_SIZE = 100
@@ -36,10 +39,17 @@ MIN_WATCH_INTERVAL_MS = 100
 class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     """Validates and converts; the engine does the rest. Errors are raised as ServiceError, see `interceptors`."""
 
-    def __init__(self, engine: Engine, *, limits: ServiceLimits, telemetry: Telemetry) -> None:
+    def __init__(
+        self, engine: Engine, *, limits: ServiceLimits, telemetry: Telemetry, share: Callable[[str], str] = str
+    ) -> None:
         self._engine = engine
         self._limits = limits
         self._telemetry = telemetry
+        self.in_flight = InFlightBytes(
+            max_bytes=limits.max_inflight_bytes, max_share_bytes=limits.max_tenant_inflight_bytes, share=share
+        )
+        self.imports = transfer.ImportMemory(limits.max_import_bytes)
+        self._lookups = Lookups(engine)
         self._quotas = StorageQuotas(self._sizes, self._engine.lock)
         self.open_streams = 0
         """Exchange streams that are open now."""
@@ -49,7 +59,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         message = request.policy
         _check_policy(message.name, context, field="policy.name")
         try:
-            stored = await self._engine.find(message.name)
+            stored = await self._lookups.find(message.name)
             created = False
         except ServiceError as error:
             if error.reason != "POLICY_NOT_FOUND":
@@ -59,12 +69,15 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             existing = PolicySpec.from_json(stored.spec)
             specs.check_same(message, existing)
             await self._check_fork(getattr(request, "from"), existing)
-        runner = await self._engine.runner(message.name, uid=stored.uid, wait_s=_wait_s(context))
+        # What was just created belongs here, and a fork that is there already is not made again elsewhere.
+        wish = Wish.HERE if created or getattr(request, "from") else None
+        runner = await self._lookups.runner(message.name, uid=stored.uid, wait_s=_wait_s(context), wish=wish)
         return pb.CreatePolicyResponse(status=specs.status_message(runner), created=created)
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:  # noqa: N802
         """See the contract."""
-        return pb.GetPolicyResponse(status=specs.status_message(await self._runner(request.policy, context)))
+        runner = await self._runner(request.policy, context)
+        return pb.GetPolicyResponse(status=specs.status_message(runner, with_strata=True))
 
     async def ListPolicies(self, request: pb.ListPoliciesRequest, context: Context) -> pb.ListPoliciesResponse:  # noqa: N802
         """See the contract; the page token is the last name of the page before."""
@@ -72,13 +85,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             try:
                 check_name(request.page_token, field="page_token")
             except ServiceError as error:
-                description = f"{request.page_token!r} is no token of this server"
+                description = f"{quoted(request.page_token)} is no token of this server"
                 raise invalid("INVALID_PAGE_TOKEN", "page_token", description) from error
         size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
         prefix = caller().visible_prefix(request.prefix)
         if prefix is None:
             return pb.ListPoliciesResponse()
-        found = await self._engine.list_policies(after=request.page_token, prefix=prefix, limit=size + 1)
+        async with self._lookups.turn():
+            found = await self._engine.list_policies(after=request.page_token, prefix=prefix, limit=size + 1)
         page = found[:size]
         return pb.ListPoliciesResponse(
             policies=[specs.listed_message(stored) for stored in page],
@@ -88,7 +102,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     async def DeletePolicy(self, request: pb.DeletePolicyRequest, context: Context) -> pb.DeletePolicyResponse:  # noqa: N802
         """See the contract."""
         _check_policy(request.policy, context, field="policy")
-        return pb.DeletePolicyResponse(uid=await self._engine.delete(request.policy, uid=request.uid))
+        async with self._lookups.turn():
+            return pb.DeletePolicyResponse(uid=await self._engine.delete(request.policy, uid=request.uid))
 
     async def Exchange(  # type: ignore[override]  # noqa: N802  # answers through context.write
         self, request_iterator: object, context: Context
@@ -97,9 +112,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         if self.open_streams >= self._limits.max_streams:
             raise _too_many_streams(self._limits.max_streams)
         exchange = Exchange(
-            self._engine,
+            self._lookups,
             context,
             limits=self._limits,
+            in_flight=self.in_flight,
             telemetry=self._telemetry,
         )
         self.open_streams += 1
@@ -110,15 +126,19 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
     async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Context) -> pb.UpdateWeightsResponse:  # noqa: N802
         """See the contract."""
-        runner = await self._runner(request.policy, context)
-        if request.step.sequence and not request.trainer_id:
+        if request.trainer_id:
+            check_trainer_id(request.trainer_id, field="trainer_id")
+        elif request.step.sequence:
             raise invalid("INVALID_TRAINER_ID", "trainer_id", "is empty; a step with a sequence needs one")
+        runner = await self._runner(request.policy, context)
+        give_back = self.in_flight.take_now(request.policy, request.ByteSize())
         try:
-            step = await convert_step(request.step, trainer_id=request.trainer_id, runner=runner, limits=self._limits)
-        except ServiceError as error:
-            self._telemetry.rejected(reason=error.reason)
-            raise
-        answer = await runner.submit_now(replace(step, in_stream=False))
+            step = await convert_step(
+                StepFields.of(request.step), trainer_id=request.trainer_id, runner=runner, limits=self._limits
+            )
+            answer = await runner.submit_now(replace(step, in_stream=False))
+        finally:
+            give_back()
         response = to_response(answer, runner=runner, trainer_id=request.trainer_id)
         return pb.UpdateWeightsResponse(step=response)
 
@@ -128,7 +148,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         """See the contract."""
         runner = await self._runner(request.policy, context)
         for piece in reading.pieces(request, runner.policy, limits=self._limits):
-            version, values = await runner.read(piece.read)
+            # the mean over the rows of a trajectory reads all of them
+            version, values = await runner.read(piece.read, long=runner.policy.rule.trajectory_rows > 0)
             yield pb.ReadWeightsResponse(offset=piece.offset, values=values, epoch=runner.epoch, version=version)
 
     async def SampleExamples(self, request: pb.SampleExamplesRequest, context: Context) -> pb.SampleExamplesResponse:  # noqa: N802
@@ -181,21 +202,20 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 yield message
 
     async def ImportPolicy(  # noqa: N802
-        self, request_iterator: AsyncIterator[object], context: Context
+        self, request_iterator: AsyncIterator[pb.ImportPolicyRequest], context: Context
     ) -> pb.ImportPolicyResponse:
         """See the contract."""
-        imported = await transfer.import_policy(
-            request_iterator,
-            limits=self._limits,
-            check=lambda spec: _check_policy(spec.name, context, field="header.spec.name"),
-        )
-        spec, header = imported.spec, imported.header
-        async with self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec)):
-            await self._engine.check_tables(spec, header, imported.pages())
-            await self._engine.create_from(spec, header, imported.pages())
-        return pb.ImportPolicyResponse(
-            status=specs.status_message(await self._engine.runner(spec.name, wait_s=_wait_s(context)))
-        )
+        arriving = transfer.Import(request_iterator, limits=self._limits)
+        spec = await arriving.read_header(admit=lambda name: _check_policy(name, context, field="header.spec.name"))
+        size = specs.num_weights(spec)
+        await self._quotas.check(caller().tenant, num_examples=size)
+        with self.imports.holding(arriving.num_bytes):
+            imported = await arriving.read_columns()
+            async with self._quotas.adding(caller().tenant, num_examples=size):
+                await self._engine.check_tables(spec, imported.header, imported.pages())
+                await self._engine.create_from(spec, imported.header, imported.pages())
+        runner = await self._lookups.runner(spec.name, wait_s=_wait_s(context), wish=Wish.HERE)
+        return pb.ImportPolicyResponse(status=specs.status_message(runner))
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
         """See the contract."""
@@ -211,7 +231,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
     async def _runner(self, policy: str, context: Context) -> PolicyRunner:
         _check_policy(policy, context, field="policy")
-        return await self._engine.runner(policy, wait_s=_wait_s(context))
+        return await self._lookups.runner(policy, wait_s=_wait_s(context))
 
     async def _sizes(self, prefix: str) -> list[int]:
         sizes: list[int] = []
@@ -227,7 +247,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             return
         caller().check_policy(source, field="from")
         try:
-            origin = specs.spec_message(PolicySpec.from_json((await self._engine.find(source)).spec))
+            origin = specs.spec_message(PolicySpec.from_json((await self._lookups.find(source)).spec))
         except ServiceError as error:
             if error.reason == "POLICY_NOT_FOUND":  # deleted since: the request is repeated, and there is its policy
                 return
@@ -238,10 +258,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         if not request.HasField("policy") or not getattr(request, "from"):
             spec = specs.resolve_spec(request.policy, limits=self._limits)
             async with self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec)):
-                return await self._engine.create(spec)
+                return await self._engine.create(spec, wish=wished.get())
         caller().check_scope(Scope.READ, what="CreatePolicy with `from`")
         caller().check_policy(getattr(request, "from"), field="from")
-        source = await self._engine.runner(getattr(request, "from"), wait_s=_wait_s(context))
+        source = await self._lookups.runner(getattr(request, "from"), wait_s=_wait_s(context))
         spec = specs.forked_spec(request.policy, source.policy.spec)
         adding = self._quotas.adding(caller().tenant, num_examples=specs.num_weights(spec))
         async with adding, source.snapshot() as snapshot:
@@ -265,7 +285,7 @@ def _header_policy(context: Context) -> str | None:
 def _check_header(context: Context, policy: str) -> None:
     header = _header_policy(context)
     if header is not None and header != policy:
-        raise invalid("POLICY_MISMATCH", "policy", f"{policy!r}, but header {POLICY_HEADER} says {header!r}")
+        raise invalid("POLICY_MISMATCH", "policy", f"{quoted(policy)}, but header {POLICY_HEADER} says {header!r}")
 
 
 def _check_policy(policy: str, context: Context, *, field: str) -> None:

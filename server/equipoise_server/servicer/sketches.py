@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.errors import invalid
 from equipoise_server.rules import sketched_contributions
+from equipoise_server.servicer.fields import StepFields
 
 SKETCHES, TARGET = "gradient_sketches", "target_sketch"
 MAX_VALUES = 65_536
@@ -22,7 +23,7 @@ _TYPES: dict[int, np.dtype[Any]] = {
 
 
 def parse_sketches(
-    request: pb.StepRequest, *, rows: int, scored: NDArray[np.bool_] | None, device: torch.device
+    request: StepFields, *, rows: int, scored: NDArray[np.bool_] | None, device: torch.device
 ) -> NDArray[np.float32] | None:
     """Contributions float32 per row, finite where scored; None where the request has no sketches.
 
@@ -42,7 +43,7 @@ def parse_sketches(
     return contributions
 
 
-def _parse_target(request: pb.StepRequest) -> NDArray[np.floating[Any]]:
+def _parse_target(request: StepFields) -> NDArray[np.floating[Any]]:
     kind = _TYPES.get(request.sketch_type)
     if kind is None:
         raise invalid("OUT_OF_RANGE_VALUE", "sketch_type", f"{request.sketch_type} is not a SketchType")
@@ -61,7 +62,7 @@ def _parse_target(request: pb.StepRequest) -> NDArray[np.floating[Any]]:
 
 
 def _parse_rows(
-    request: pb.StepRequest, target: NDArray[np.floating[Any]], rows: int, scored: NDArray[np.bool_] | None
+    request: StepFields, target: NDArray[np.floating[Any]], rows: int, scored: NDArray[np.bool_] | None
 ) -> NDArray[np.floating[Any]]:
     data, k = request.gradient_sketches, len(target)
     if len(data) != rows * k * target.itemsize:

@@ -1,7 +1,7 @@
 """Specifications and statuses between wire and domain."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -125,9 +125,10 @@ def listed_message(stored: StoredPolicy) -> pb.ListedPolicy:
     )
 
 
-def status_message(runner: PolicyRunner) -> pb.PolicyStatus:
-    """The policy's picture of now."""
+def status_message(runner: PolicyRunner, *, with_strata: bool = False) -> pb.PolicyStatus:
+    """The policy's picture of now, with each of its strata or without."""
     status, spec = runner.status, runner.policy.spec
+    report = status.read_strata()
     progress = status.progress
     return pb.PolicyStatus(
         spec=spec_message(spec),
@@ -144,9 +145,13 @@ def status_message(runner: PolicyRunner) -> pb.PolicyStatus:
         target_loss=progress.target_loss,
         guard_loss=progress.guard_loss,
         guard_strength=status.guard_strength,
+        guard_trials_won=status.guard_trials[0],
+        guard_trials_lost=status.guard_trials[1],
         compression_ratio=status.compression_ratio,
         bytes=status.table_bytes,
         training_step=progress.training_step,
+        strata_contrast=report.contrast if report else None,
+        strata=[pb.StratumStatus(**asdict(each)) for each in report.strata] if report and with_strata else [],
     )
 
 

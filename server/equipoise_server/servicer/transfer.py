@@ -1,7 +1,7 @@
 """Whole policies over the wire: exports and imports."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,7 @@ import numpy as np
 from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import Header, PolicyRunner, PolicySpec, tables
 from equipoise_server.engine.progress import Progress
-from equipoise_server.errors import invalid
-from equipoise_server.interceptors import Malformed
+from equipoise_server.errors import Code, ServiceError, invalid, quoted
 from equipoise_server.rules import Guard, Scalars, TableState
 from equipoise_server.servicer import specs
 from equipoise_server.servicer.limits import ServiceLimits
@@ -84,35 +83,75 @@ def lengths(outline: TableState) -> dict[str, int]:
     return {name: column.numel() for name, column in outline.columns.items()}
 
 
-async def import_policy(
-    requests: AsyncIterator[object], *, limits: ServiceLimits, check: Callable[[PolicySpec], None]
-) -> ImportedPolicy:
-    """What a client imports, checked but for its values; `check` is called before anything is collected.
+class Import:
+    """A policy on its way in: its header first, so that whoever may not store it sends nothing more.
 
-    Raises ServiceError (INVALID_STATE).
+    Args:
+        requests: the stream.
+        limits: bounds of the service.
     """
-    spec: PolicySpec | None = None
-    header = pb.StateHeader()
-    outline = TableState(num_examples=0, columns={})
-    received: dict[str, bytearray] = {}
-    async for message in requests:
-        if isinstance(message, Malformed):
-            raise message.error()
-        assert isinstance(message, pb.ImportPolicyRequest)
-        if spec is None:
-            if message.WhichOneof("message") != "header":
+
+    def __init__(self, requests: AsyncIterator[pb.ImportPolicyRequest], *, limits: ServiceLimits) -> None:
+        self._requests = requests
+        self._limits = limits
+        self._header = pb.StateHeader()
+        self._outline = TableState(num_examples=0, columns={})
+
+    async def read_header(self, *, admit: Callable[[str], None]) -> PolicySpec:
+        """The specification, checked; `admit` is called with the policy's name before anything else is looked at.
+
+        Raises ServiceError: INVALID_STATE, those of a specification, and what `admit` raises.
+        """
+        async for request in self._requests:
+            if request.WhichOneof("message") != "header":
                 raise invalid("INVALID_STATE", "message", "the first message must be the header")
-            header = message.header
-            spec = specs.resolve_spec(header.spec, limits=limits)
-            check(spec)
-            outline = spec.outline()
-            _check_columns(header, spec, outline)
-            received = {name: bytearray() for name in header.columns}
-        else:
-            _receive(message, received, outline)
-    if spec is None:
+            self._header = request.header
+            admit(request.header.spec.name)
+            self._spec = specs.resolve_spec(request.header.spec, limits=self._limits)
+            self._outline = self._spec.outline()
+            _check_columns(request.header, self._spec, self._outline)
+            return self._spec
         raise invalid("INVALID_STATE", "message", "the stream ended before the header")
-    return _imported(spec, outline, header, received)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the columns that are to come."""
+        return self._outline.nbytes
+
+    async def read_columns(self) -> ImportedPolicy:
+        """The whole policy, checked but for its values. Raises ServiceError (INVALID_STATE)."""
+        received = {name: bytearray() for name in self._header.columns}
+        async for request in self._requests:
+            _receive(request, received, self._outline)
+        return _imported(self._spec, self._outline, self._header, received)
+
+
+class ImportMemory:
+    """The memory of all imports under way; an import that is larger than all of it may come alone.
+
+    Args:
+        max_bytes: of their columns together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.taken = 0
+        """Bytes that are held now."""
+
+    @contextmanager
+    def holding(self, num_bytes: int) -> Iterator[None]:
+        """Surrounds an import of so many bytes. Raises ServiceError (TOO_MANY_IMPORTS)."""
+        if self.taken and self.taken + num_bytes > self._max_bytes:
+            message = (
+                f"{num_bytes} bytes more than the {self.taken} that are being imported would exceed the server's limit"
+                f" max_import_bytes, {self._max_bytes}"
+            )
+            raise ServiceError(Code.RESOURCE_EXHAUSTED, "TOO_MANY_IMPORTS", message, retry_after_s=1.0)
+        self.taken += num_bytes
+        try:
+            yield
+        finally:
+            self.taken -= num_bytes
 
 
 def _check_columns(header: pb.StateHeader, spec: PolicySpec, outline: TableState) -> None:
@@ -136,7 +175,7 @@ def _receive(message: pb.ImportPolicyRequest, received: dict[str, bytearray], ou
     chunk = message.chunk
     column = received.get(chunk.column)
     if column is None:
-        raise invalid("INVALID_STATE", "chunk.column", f"{chunk.column!r} is not in the header's columns")
+        raise invalid("INVALID_STATE", "chunk.column", f"{quoted(chunk.column)} is not in the header's columns")
     expected = outline.columns[chunk.column]
     size = expected.element_size()
     if chunk.offset * size != len(column):

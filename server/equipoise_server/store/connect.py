@@ -4,14 +4,22 @@ redis-py's defaults retry for many seconds and share one unbounded pool: nothing
 """
 
 from typing import Any
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio import (
+    BlockingConnectionPool,
+    Connection,
+    Redis,
+    RedisCluster,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
+from equipoise_server.redis_url import RedisAccess, RedisUrl
 from equipoise_server.store.commands import Client
 from equipoise_server.store.errors import InvalidStoreUrl
 
@@ -21,28 +29,44 @@ COMMAND_TIMEOUT_S = 1.0
 CONNECTIONS = 8
 """Connections to one Redis: one policy's long write leaves the others free."""
 
+RESERVED_CONNECTIONS = 3
+"""Of these: pages and logs that are read, and pages that are written, leave them to everything else."""
+
 HEALTH_CHECK_S = 15
 """Seconds after which an idle connection is tried before it is used."""
 
-_SCHEMES = "redis://, rediss://, unix://, redis+sentinel://h:p,h:p/master/db, redis+cluster://h:p,h:p"
 
-
-def client_for(url: str, *, command_timeout_s: float = COMMAND_TIMEOUT_S) -> Client:
+def client_for(
+    url: RedisUrl | str, *, access: RedisAccess | None = None, command_timeout_s: float = COMMAND_TIMEOUT_S
+) -> Client:
     """A client for a URL; opens no connection yet.
 
     Raises:
-        InvalidStoreUrl: not a URL of a kind this store knows; the message hides the password.
+        InvalidStoreUrl: not a URL of a kind this store knows; the message repeats no secret.
     """
-    parts = urlsplit(url)
-    options = _options(command_timeout_s)
-    match parts.scheme:
-        case "redis" | "rediss" | "unix":
-            return _single(url, parts, options=options, command_timeout_s=command_timeout_s)
-        case "redis+sentinel":
-            return _sentinel(parts, options=options)
-        case "redis+cluster":
-            return _cluster(parts, options=options)
-    raise _invalid(parts, f"unknown scheme {parts.scheme!r}; known: {_SCHEMES}")
+    if isinstance(url, str):
+        try:
+            url = RedisUrl.parse(url)
+        except ValueError as error:
+            raise InvalidStoreUrl(f"a store's URL {error}") from None
+    access = access or RedisAccess()
+    options: dict[str, Any] = {
+        "socket_timeout": command_timeout_s,
+        "socket_connect_timeout": command_timeout_s,
+        "health_check_interval": HEALTH_CHECK_S,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+    entering = _credentials(access.username or url.username, access.password or url.password)
+    match url.topology:
+        case "single":
+            return _single(url, options=options | entering | (_tls(access) if url.tls else {}))
+        case "sentinel":
+            return _sentinel(url, access=access, options=options, entering=entering)
+        case "cluster":
+            secure = {"ssl": True, **_tls(access)} if url.tls else {}
+            nodes = [ClusterNode(host, port) for host, port in url.hosts]
+            return RedisCluster(startup_nodes=nodes, max_connections=8 * CONNECTIONS, **options, **entering, **secure)
 
 
 async def close_client(client: Client) -> None:
@@ -53,90 +77,63 @@ async def close_client(client: Client) -> None:
             await sentinel.aclose()
 
 
-def without_password(url: str) -> str:
-    """The URL as it may be shown in logs and messages."""
-    return _shown(urlsplit(url))
-
-
-def _options(command_timeout_s: float) -> dict[str, Any]:
-    return {
-        "socket_timeout": command_timeout_s,
-        "socket_connect_timeout": command_timeout_s,
-        "health_check_interval": HEALTH_CHECK_S,
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-    }
-
-
-def _single(url: str, parts: SplitResult, *, options: dict[str, Any], command_timeout_s: float) -> Redis:
-    if parts.scheme == "unix" and not parts.path:
-        raise _invalid(parts, "a unix URL needs the path of a socket, as in unix:///run/redis.sock")
-    if parts.scheme != "unix" and not parts.hostname:
-        raise _invalid(parts, "no host")
-    _port(parts, parts.netloc.rpartition("@")[2])
-    try:
-        pool = BlockingConnectionPool.from_url(url, max_connections=CONNECTIONS, timeout=command_timeout_s, **options)
-    except ValueError as error:
-        raise _invalid(parts, str(error)) from None
+def _single(url: RedisUrl, *, options: dict[str, Any]) -> Redis:
+    if url.socket:
+        place: dict[str, Any] = {"connection_class": UnixDomainSocketConnection, "path": url.socket}
+    else:
+        ((host, port),) = url.hosts[:1]
+        place = {"connection_class": SSLConnection if url.tls else Connection, "host": host, "port": port}
+    pool = BlockingConnectionPool(
+        max_connections=CONNECTIONS, timeout=options["socket_timeout"], db=url.database, **place, **options
+    )
     return Redis.from_pool(pool)
 
 
-def _sentinel(parts: SplitResult, *, options: dict[str, Any]) -> Redis:
-    master, _, database = parts.path.strip("/").partition("/")
-    if not master:
-        raise _invalid(parts, "no master's name, as in redis+sentinel://h:26379,h:26379/master/0")
-    if database and not database.isdigit():
-        raise _invalid(parts, f"database {database!r} is not a number")
-    query = parse_qs(parts.query)
-    guards = {name.removeprefix("sentinel_"): query[name][0] for name in query if name.startswith("sentinel_")}
+def _sentinel(url: RedisUrl, *, access: RedisAccess, options: dict[str, Any], entering: dict[str, Any]) -> Redis:
+    secure = {"ssl": True, **_tls(access)} if url.tls else {}
     # redis-py's Sentinel class carries no types.
-    sentinel_class: Any = Sentinel
-    sentinel = sentinel_class(_hosts(parts, default_port=26379), sentinel_kwargs={**options, **guards})
-    options |= _credentials(parts)
-    client: Redis = sentinel.master_for(master, db=int(database or 0), max_connections=8 * CONNECTIONS, **options)
+    sentinel_class: Any = _Sentinels
+    guards = _credentials(access.sentinel_username, access.sentinel_password)
+    sentinel = sentinel_class(list(url.hosts), sentinel_kwargs={**options, **guards, **secure})
+    client: Redis = sentinel.master_for(
+        url.master, db=url.database, max_connections=8 * CONNECTIONS, **options, **entering, **secure
+    )
     return client
 
 
-def _cluster(parts: SplitResult, *, options: dict[str, Any]) -> RedisCluster:
-    if parts.path.strip("/"):
-        raise _invalid(parts, "a cluster has no databases: nothing may follow the hosts")
-    nodes = [ClusterNode(host, port) for host, port in _hosts(parts, default_port=6379)]
-    options |= _credentials(parts)
-    return RedisCluster(startup_nodes=nodes, max_connections=8 * CONNECTIONS, **options)
+class _Sentinels(Sentinel):
+    """Says why no Sentinel names a master: redis-py shows its settings instead."""
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """Address of the master."""
+        try:
+            address: tuple[str, int] = await super().discover_master(service_name)
+        except MasterNotFoundError as error:
+            reasons: dict[str, None] = {}
+            for sentinel in self.sentinels:
+                try:
+                    await sentinel.ping()
+                except (RedisError, OSError) as reason:
+                    reasons[str(reason)] = None
+            told = ": " + "; ".join(reasons) if reasons else ""
+            raise MasterNotFoundError(f"no Sentinel names the master {service_name!r}{told}") from error
+        return address
 
 
-def _hosts(parts: SplitResult, *, default_port: int) -> list[tuple[str, int]]:
-    hosts = parts.netloc.rpartition("@")[2].split(",")
-    found = []
-    for host in hosts:
-        name = urlsplit(f"//{host}").hostname
-        if not name:
-            raise _invalid(parts, f"empty host in {','.join(hosts)!r}")
-        found.append((name, _port(parts, host) or default_port))
-    return found
+def _tls(access: RedisAccess) -> dict[str, Any]:
+    return {
+        "ssl_cert_reqs": "required",
+        "ssl_check_hostname": access.tls_check_hostname,
+        "ssl_ca_certs": _text(access.tls_ca),
+        "ssl_certfile": _text(access.tls_certificate),
+        "ssl_keyfile": _text(access.tls_key),
+    }
 
 
-def _port(parts: SplitResult, host: str) -> int | None:
-    try:
-        return urlsplit(f"//{host}").port
-    except ValueError as error:
-        raise _invalid(parts, str(error)) from None
+def _text(path: object) -> str | None:
+    return None if path is None else str(path)
 
 
-def _credentials(parts: SplitResult) -> dict[str, str]:
-    user, at, _ = parts.netloc.rpartition("@")
-    if not at:
-        return {}
-    name, _, password = user.partition(":")
-    given = {"username": unquote(name), "password": unquote(password)}
+def _credentials(username: str, password: str) -> dict[str, Any]:
+    given = {"username": username, "password": password}
     return {key: value for key, value in given.items() if value}
-
-
-def _shown(parts: SplitResult) -> str:
-    user, at, hosts = parts.netloc.rpartition("@")
-    hidden = f"{user.partition(':')[0]}:***@" if at and ":" in user else f"{user}{at}"
-    return f"{parts.scheme}://{hidden}{hosts}{parts.path}"
-
-
-def _invalid(parts: SplitResult, why: str) -> InvalidStoreUrl:
-    return InvalidStoreUrl(f"store URL {_shown(parts)}: {why}")

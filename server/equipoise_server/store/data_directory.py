@@ -5,11 +5,16 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import time
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from equipoise_server.store.errors import StoreError
+
+log = structlog.get_logger("equipoise.redis")
 
 LOCK_FILE = "equipoise.lock"
 
@@ -52,6 +57,7 @@ class DataDirectory:
             OSError: the directory cannot be created or written.
         """
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _close_to_others(self.path)
         fd = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             deadline = time.monotonic() + timeout_s
@@ -78,6 +84,19 @@ class DataDirectory:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def _close_to_others(path: Path) -> None:
+    """A directory that was there before may be open to others; that of another owner, such as a volume, stays so."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if not mode & 0o077:
+        return
+    try:
+        path.chmod(0o700)
+    except PermissionError:
+        log.warning("others can enter the data directory", path=str(path), mode=f"{mode:04o}")
+    else:
+        log.info("the data directory is closed to others now", path=str(path), mode_before=f"{mode:04o}")
 
 
 def _try_lock(fd: int) -> bool:

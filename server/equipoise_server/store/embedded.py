@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -14,10 +15,12 @@ from typing import Any, Literal, TypeAlias
 import structlog
 
 from equipoise_server.store import parent_bound
+from equipoise_server.store.append_only import AppendOnlyFiles, steps_in, told_steps
 from equipoise_server.store.data_directory import DataDirectory
 from equipoise_server.store.errors import StoreError
-from equipoise_server.store.file_sync import FileSync
+from equipoise_server.store.file_sync import FileSync, forget_mark, missing_bytes
 from equipoise_server.store.redis_binary import find_redis_server
+from equipoise_server.store.usage import Usage
 
 log = structlog.get_logger("equipoise.redis")
 
@@ -33,6 +36,9 @@ _SOCKET_DIR_PREFIX = "equipoise-"
 _LONGEST_SOCKET_PATH = 100  # bytes; systems allow 104 to 108
 _POLL_S = 0.01
 _RESTART_PAUSE_S = (0.1, 5.0)  # after the first failure, and at most
+_OF_A_FILE = re.compile(r"append.?only|AOF|RDB", re.IGNORECASE)
+_ADVICE = re.compile(r"(:| \.|\.)? *(You can: 1\)|make a backup of your AOF).*", re.IGNORECASE)
+"""What Redis advises about its file: tools that need not be there, and that know nothing of policies."""
 
 
 class EmbeddedRedisFailed(StoreError):  # noqa: N818 - as the rest of the tree
@@ -66,6 +72,7 @@ class EmbeddedRedis:
             start_timeout_s: seconds that loading the file may take.
         """
         self._directory = DataDirectory(data_dir.resolve())
+        self._files = AppendOnlyFiles(self._directory.path)
         self._fsync = fsync
         self._sync = FileSync(self._directory.path, on_change=on_sync_change)
         self._lock_timeout_s = lock_timeout_s
@@ -73,6 +80,7 @@ class EmbeddedRedis:
         self._process: asyncio.subprocess.Process | None = None
         self._socket_dir: Path | None = None
         self._stopping = False
+        self._exits = 0
         self._changing = asyncio.Lock()
 
     @property
@@ -97,6 +105,15 @@ class EmbeddedRedis:
         """Of the last process started."""
         return self._process.pid if self._process else None
 
+    @property
+    def exits(self) -> int:
+        """How often it has ended by itself."""
+        return self._exits
+
+    async def usage(self) -> Usage:
+        """What it takes now. Raises OSError."""
+        return await asyncio.to_thread(Usage.of, self._directory.path, self.pid if self.alive else None)
+
     async def start(self) -> None:
         """Lock the directory, start Redis and return when it has loaded its file and answers.
 
@@ -109,6 +126,7 @@ class EmbeddedRedis:
         try:
             _remove_socket_dir(self._directory.holder().get("socket_dir"))
             self._stopping = False
+            self._tell_missing()
             self._socket_dir = _new_socket_dir()
             async with self._changing:
                 await self._launch()
@@ -158,6 +176,7 @@ class EmbeddedRedis:
             status = await self.wait()
             if self._stopping:
                 return
+            self._exits += 1
             if on_exit is not None:
                 on_exit(status)
             try:
@@ -175,21 +194,42 @@ class EmbeddedRedis:
         and applies it at a later start in place of what was acknowledged since. Redis takes it away, too, when it
         starts once more before it has written anything.
         """
-        while True:
-            before = self._file_bytes()
-            await self._run()
-            lost = before - self._file_bytes()
-            if lost <= 0:
-                break
-            log.warning("redis was killed in the middle of a write: what was half written is cut off", bytes=lost)
-            assert self._process is not None
-            await _end(self._process, timeout_s=self._lock_timeout_s)
+        before, tail, cut = self._files.size, await asyncio.to_thread(self._files.tail), 0
+        try:
+            while True:
+                await self._run()
+                size = self._files.size
+                if size >= before - cut:
+                    break
+                cut = before - size
+                assert self._process is not None
+                await _end(self._process, timeout_s=self._lock_timeout_s)
+        finally:
+            if cut:
+                self._tell_cut(tail[-cut:], cut)
+                forget_mark(self._directory.path)
         self._loading_socket.replace(self.socket)
 
-    def _file_bytes(self) -> int:
-        """Bytes of the append-only file, which is several since Redis 7."""
-        files = (path for pattern in ("*.aof", "appendonlydir/*") for path in self._directory.path.glob(pattern))
-        return sum(path.stat().st_size for path in files)
+    def _tell_missing(self) -> None:
+        """A file that has lost its end between two commands looks whole to Redis."""
+        if missing := missing_bytes(self._directory.path):
+            log.warning(
+                "the file of redis is shorter than what had reached the disk: steps that were acknowledged as durable"
+                " are lost unless their trainers still have them",
+                directory=str(self._directory.path),
+                bytes=missing,
+            )
+            forget_mark(self._directory.path)
+
+    def _tell_cut(self, content: bytes, size: int) -> None:
+        """What Redis could not load is gone: what was half written, and where a disk has lost the end, more."""
+        log.warning(
+            "redis has cut off the end of its file, which was not whole: steps that were in it are lost unless their"
+            " trainers send them again",
+            directory=str(self._directory.path),
+            bytes=size,
+            steps=told_steps(steps_in(content)) or "cannot be read",
+        )
 
     @property
     def _loading_socket(self) -> Path:
@@ -236,19 +276,24 @@ class EmbeddedRedis:
         deadline = time.monotonic() + self._start_timeout_s
         while not await _answers(self._loading_socket):
             if self._stopping or not self.alive:
-                raise EmbeddedRedisFailed(f"Redis ended while starting in {self._directory.path}: {self._last_words()}")
+                raise EmbeddedRedisFailed(self._why_not_started())
             if time.monotonic() >= deadline:
                 raise EmbeddedRedisFailed(
                     f"Redis has not loaded {self._directory.path} in {self._start_timeout_s:g} s: {self._last_words()}"
                 )
             await asyncio.sleep(_POLL_S)
 
+    def _why_not_started(self) -> str:
+        path, words = self._directory.path, self._last_words()
+        hint = f"; `equipoise repair {path}` shows what can be saved" if _OF_A_FILE.search(words) else ""
+        return f"Redis ended while starting in {path}: {words}{hint}"
+
     def _last_words(self) -> str:
         try:
             lines = (self._directory.path / LOG_FILE).read_text(errors="replace").splitlines()
         except OSError:
             return "it wrote no log"
-        return " | ".join(lines[-3:]) or "its log is empty"
+        return " | ".join(_ADVICE.sub("", line) for line in lines[-3:]) or "its log is empty"
 
 
 async def _answers(socket: Path) -> bool:

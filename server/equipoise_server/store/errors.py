@@ -34,6 +34,7 @@ UNAVAILABLE_KINDS = (
     "auth",
     "cluster",
     "replicas",
+    "evicts",
     "other",
 )
 """Every value of `Unavailable.kind`, so that metrics can start at zero."""
@@ -51,7 +52,7 @@ class OwnedElsewhere(StoreError):
     """
 
     def __init__(self, policy: str, *, address: str) -> None:
-        super().__init__(f"policy {policy!r} is owned by the server at {address}")
+        super().__init__(f"policy {policy!r} belongs to the server at {address}")
         self.address = address
 
 
@@ -70,6 +71,20 @@ class LogLost(StoreError):
         held = "nothing" if last_version is None else f"the log only up to version {last_version}"
         super().__init__(f"policy {policy!r}: Redis holds {held}")
         self.last_version = last_version
+
+
+class Damaged(StoreError):
+    """What Redis holds of a policy is not what was written, or not all of it.
+
+    Attributes:
+        what: the entry, page or header.
+        why: how it shows.
+    """
+
+    def __init__(self, policy: str, *, what: str, why: str = "its checksum is another") -> None:
+        super().__init__(f"policy {policy!r}: {what} is damaged: {why}")
+        self.what = what
+        self.why = why
 
 
 class SweepVoid(StoreError):

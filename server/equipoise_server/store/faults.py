@@ -15,6 +15,7 @@ _BY_CLASS: tuple[tuple[type[Exception], str], ...] = (
     (exceptions.OutOfMemoryError, "oom"),
     (exceptions.ReadOnlyError, "readonly"),
     (exceptions.MaxConnectionsError, "exhausted"),
+    (exceptions.AskError, "cluster"),
     (exceptions.ClusterError, "cluster"),
     (exceptions.RedisClusterException, "cluster"),
     (exceptions.TimeoutError, "timeout"),
@@ -40,11 +41,16 @@ _BY_WORD = {
 }
 _WORD = re.compile(rf"(?:^|[\s\-:])({'|'.join(_BY_WORD)})\b")
 
+_SCRIPT = re.compile(r"(ERR )?Error running script \(call to f_\w+\): @user_script:\s?\d+: (@user_script: \d+: )?")
+
 _PHRASES = (
     ("No connection available", "exhausted"),
     ("previous master is now a slave", "readonly"),
+    ("invalid username-password pair", "auth"),
     ("No master found", "refused"),
+    ("no Sentinel names", "refused"),
     ("refused", "refused"),
+    ("can't run this command", "auth"),
     ("connecting to", "refused"),
     ("Timeout", "timeout"),
 )
@@ -56,6 +62,8 @@ REDIS_FAULTS = (exceptions.RedisError, exceptions.RedisClusterException, OSError
 def kind_of(fault: BaseException) -> str:
     """The `Unavailable.kind` of an exception of the Redis client."""
     # The client wraps what it meets while it tries a connection into another error: the first cause is told.
+    if _forbidden(fault):
+        return "auth"
     for each in _causes(fault):
         for fault_class, kind in _BY_CLASS:
             if isinstance(each, fault_class):
@@ -77,7 +85,28 @@ def _causes(fault: BaseException | None) -> Iterator[BaseException]:
         fault = fault.__cause__
 
 
+def _forbidden(fault: BaseException | None) -> exceptions.NoPermissionError | None:
+    """A missing permission: the client says of a cluster that it is none when it may not ask for its slots."""
+    while fault is not None and not isinstance(fault, exceptions.NoPermissionError):
+        fault = fault.__cause__ or fault.__context__
+    return fault
+
+
+def was_unsent(fault: BaseException) -> bool:
+    """Whether a command has not left: its connection had been reset before."""
+    return isinstance(fault, exceptions.ConnectionError) and "while writing" in str(fault)
+
+
 def as_unavailable(fault: Exception, *, command: str) -> Unavailable:
     """The store's own error for an exception of the Redis client."""
     kind = kind_of(fault)
-    return Unavailable(f"Redis, {command}: {kind}: {fault}", kind=kind)
+    return Unavailable(f"Redis, {command}: {kind}: {_told(fault)}", kind=kind)
+
+
+def _told(fault: BaseException) -> str:
+    if isinstance(fault, exceptions.AskError):
+        return "it is a node of a cluster, whose URL begins with redis+cluster://"
+    if forbidden := _forbidden(fault):
+        fault = forbidden
+    # Redis names its script and the line, which only its authors know.
+    return _SCRIPT.sub("", str(fault))

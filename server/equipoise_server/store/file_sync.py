@@ -1,5 +1,7 @@
 """Forces the file of the embedded Redis to disk, from outside it."""
 
+import contextlib
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from typing import TypeAlias
 Fsync: TypeAlias = Callable[[int], None]
 """Forces an open file to disk; raises OSError."""
 
+_MARK = "equipoise.synced"
 _STOP_TIMEOUT_S = 10.0  # of one fsync that hangs while we stop
 
 
@@ -42,6 +45,7 @@ class FileSync:
         self._interval_s = interval_s
         self._fsync = fsync
         self._synced: dict[Path, tuple[int, int]] = {}  # inode and size, since a file only grows
+        self._marked: dict[str, tuple[int, int]] = {}
         self._failing = False
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -69,6 +73,7 @@ class FileSync:
                 self._synced.pop(path, None)
             except OSError as failure:
                 error = failure
+        self._mark()
         if (error is not None) != self._failing:
             self._failing = error is not None
             self._on_change(error)
@@ -77,6 +82,16 @@ class FileSync:
         while not self._stopping.wait(self._interval_s):
             self.sync()
         self.sync()
+
+    def _mark(self) -> None:
+        """Writes down how much is on disk, so that a start notices when less of it is there."""
+        now = {str(path.relative_to(self._directory)): mark for path, mark in self._synced.items()}
+        if now != self._marked:
+            with contextlib.suppress(OSError):
+                mark = self._directory / _MARK
+                mark.touch(mode=0o600)
+                mark.write_text(json.dumps(now))
+                self._marked = now
 
     def _files(self) -> Iterator[Path]:
         yield self._directory / "appendonly.aof"
@@ -100,3 +115,26 @@ class FileSync:
             self._fsync(fd)
         finally:
             os.close(fd)
+
+
+def missing_bytes(directory: Path) -> int:
+    """How much less there is in Redis's files than had reached the disk when they were last synced; 0: nothing."""
+    try:
+        marked = json.loads((directory / _MARK).read_text())
+        return sum(max(0, size - _size(directory / name, inode)) for name, (inode, size) in marked.items())
+    except (OSError, ValueError, TypeError, AttributeError):  # none was written, or not all of it
+        return 0
+
+
+def forget_mark(directory: Path) -> None:
+    """Redis has cut its file itself: what was marked holds no longer."""
+    (directory / _MARK).unlink(missing_ok=True)
+
+
+def _size(path: Path, inode: int) -> float:
+    """Bytes of the same file; of one that was replaced since nothing is known."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return float("inf")
+    return facts.st_size if facts.st_ino == inode else float("inf")

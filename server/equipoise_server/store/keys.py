@@ -13,8 +13,16 @@ def index_key(prefix: str) -> str:
 
 
 def heartbeat_key(prefix: str, instance: str) -> str:
-    """Says that a server lives, with its address; expires unless it is renewed. In a slot of its own."""
+    """Says that a server lives; expires unless it is renewed.
+
+    Holds its address and, of one that takes policies, how many it has and the free bytes of its device.
+    """
     return f"{prefix}:server:{instance}"
+
+
+def servers_key(prefix: str) -> str:
+    """The sorted set of the servers that have sent heartbeats, in a slot of its own; some may be gone."""
+    return f"{prefix}:servers"
 
 
 def lock_key(prefix: str, name: str) -> str:
@@ -40,7 +48,10 @@ class PolicyKeys:
 
     @property
     def owner(self) -> str:
-        """Hash: token, epoch, address, instance, deleted (uid, after deletion), `pages:<generation>` (ever written)."""
+        """Hash: uid, token, epoch, address, instance, deleted (uid, after deletion).
+
+        By generation, too: `pages:` (indices are below), `manifest:` (how many it names), `header:` (its version).
+        """
         return f"{self._base}:owner"
 
     @property
@@ -51,6 +62,10 @@ class PolicyKeys:
     def log(self, generation: str) -> str:
         """Stream of entries `<version>-0`."""
         return f"{self._base}:{generation}:log"
+
+    def manifest(self, generation: str) -> str:
+        """Hash: the version of every page that was written, by its index."""
+        return f"{self._base}:{generation}:manifest"
 
     def header(self, generation: str) -> str:
         """Hash of what belongs to no page: progress, scalars, guard, the deduplication table."""

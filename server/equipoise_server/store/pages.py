@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from weakref import WeakValueDictionary
 
 from equipoise_server.store import scripts
+from equipoise_server.store.checksums import of_columns
 from equipoise_server.store.commands import Argument, Commands
+from equipoise_server.store.errors import Damaged
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.limits import MAX_COMMAND_BYTES
 from equipoise_server.store.records import Ownership, Page, PageBatch
@@ -24,6 +26,7 @@ _BUDGET_BYTES = MAX_COMMAND_BYTES - _OVERHEAD_BYTES
 _MAX_PIECES = 1000
 
 _VERSION = "version"
+_CHECKSUM = "checksum"
 
 
 class PageTable:
@@ -52,17 +55,42 @@ class PageTable:
             LogLost: the owner's record is gone, or the log ends before the page's version.
         """
         target = PolicyKeys(self._prefix, owner.policy).page(owner.generation, index)
-        fixed = {_VERSION: str(page.version).encode()}
-        arguments: list[Argument] = [page.version, batch.id, "", f"pages:{owner.generation}", index + 1]
+        fixed = {_VERSION: str(page.version).encode(), _CHECKSUM: of_columns(page.version, page.columns)}
+        arguments: list[Argument] = [page.version, batch.id, "", owner.generation, index]
         await self._write(owner, target, fixed, page.columns, arguments=arguments, published=published)
         batch.pages += 1
 
-    async def read_page(self, policy: str, generation: str, index: int) -> Page | None:
-        """A page; None where none was written."""
+    async def manifest(self, policy: str, generation: str) -> dict[int, int]:
+        """Version of every page that was written, by index.
+
+        Raises Damaged when Redis has lost a part of it, or the header: a key that is gone, as where it evicts, must
+        never be taken for one that was never written.
+        """
+        keys = PolicyKeys(self._prefix, policy)
+        found = await self._read("read_manifest", keys.manifest(generation))
+        names = (f"manifest:{generation}", f"header:{generation}")
+        count, header = await self._commands.run("read_manifest", "HMGET", keys.owner, *names)
+        if count is not None and int(count) != len(found):
+            raise Damaged(policy, what="the list of its pages", why=f"{len(found)} of {int(count)} are there")
+        if header is not None and not await self._commands.run("read_manifest", "EXISTS", keys.header(generation)):
+            raise Damaged(policy, what="the header", why="Redis does not have it any more")
+        return {int(index): int(version) for index, version in found.items()}
+
+    async def read_page(self, policy: str, generation: str, index: int, *, version: int | None = None) -> Page | None:
+        """A page; None where none was written.
+
+        Raises Damaged for one that is not what was written, or not of `version` (None: of any, also of none).
+        """
         fields = await self._read("read_page", PolicyKeys(self._prefix, policy).page(generation, index))
         if _VERSION.encode() not in fields:
+            if version is not None:
+                raise Damaged(policy, what=f"page {index}", why="Redis does not have it any more")
             return None
-        return Page(version=int(fields[_VERSION.encode()]), columns=_joined(fields))
+        if version is not None and int(fields[_VERSION.encode()]) != version:
+            raise Damaged(policy, what=f"page {index}", why=f"it is not the one of version {version}")
+        page = Page(version=int(fields[_VERSION.encode()]), columns=_joined(fields))
+        _check(policy, f"page {index}", fields, of_columns(page.version, page.columns))
+        return page
 
     async def write_header(
         self,
@@ -78,12 +106,16 @@ class PageTable:
         Errors as for `write_page`, and LogLost when Redis has not all of the batch's pages.
         """
         target = PolicyKeys(self._prefix, owner.policy).header(owner.generation)
-        arguments: list[Argument] = [version, batch.id, batch.pages, f"pages:{owner.generation}", 0]
-        await self._write(owner, target, {"format": b"1"}, fields, arguments=arguments, published=published)
+        arguments: list[Argument] = [version, batch.id, batch.pages, owner.generation, 0]
+        fixed = {"format": b"1", _CHECKSUM: of_columns(0, fields)}
+        await self._write(owner, target, fixed, fields, arguments=arguments, published=published)
 
     async def read_header(self, policy: str, generation: str) -> dict[str, bytes]:
-        """What belongs to no page; empty where nothing was written."""
-        return _joined(await self._read("read_header", PolicyKeys(self._prefix, policy).header(generation)))
+        """What belongs to no page; empty where nothing was written. Raises Damaged."""
+        fields = await self._read("read_header", PolicyKeys(self._prefix, policy).header(generation))
+        header = _joined(fields)
+        _check(policy, "the header", fields, of_columns(0, header))
+        return header
 
     async def _read(self, name: str, key: str) -> dict[bytes, bytes]:
         fields: dict[bytes, bytes] = await self._commands.run(name, "HGETALL", key)
@@ -112,9 +144,17 @@ class PageTable:
                     "stage",
                     scripts.STAGE,
                     policy=owner.policy,
-                    keys=[keys.owner, keys.staging, target, keys.spec, keys.log(owner.generation)],
+                    keys=[
+                        *(keys.owner, keys.staging, target, keys.spec),
+                        *(keys.log(owner.generation), keys.manifest(owner.generation)),
+                    ],
                     arguments=[owner.token, owner.epoch, generation, attempt, first, last, *arguments, *pieces],
                 )
+
+
+def _check(policy: str, what: str, fields: Mapping[bytes, bytes], expected: bytes) -> None:
+    if fields.get(_CHECKSUM.encode(), expected) != expected:  # releases before 0.2 wrote none
+        raise Damaged(policy, what=what)
 
 
 def _pieces(columns: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:

@@ -1,16 +1,23 @@
 """Which policies exist and who owns them."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from equipoise_server.store import scripts
+from equipoise_server.store.checksums import opened_text, sealed_text
 from equipoise_server.store.commands import Commands
-from equipoise_server.store.errors import NotFound, OwnedElsewhere
-from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key
-from equipoise_server.store.records import Fence, Owner, Ownership, StoredPolicy
+from equipoise_server.store.errors import Damaged, NotFound, OwnedElsewhere
+from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key, servers_key
+from equipoise_server.store.records import Fence, Owner, Ownership, ServerLoad, StoredPolicy
+
+TOMBSTONE_TTL_S = 30 * 86_400
+"""How long a deleted policy turns away whoever still writes it: longer than any process is paused."""
 
 _UNLINK_BATCH = 256
+MAX_SERVERS = 1000
+"""Servers of one store that are looked at."""
 
 
 class PolicyTable:
@@ -33,7 +40,7 @@ class PolicyTable:
             scripts.CREATE,
             policy=policy.name,
             keys=[keys.spec, keys.owner, keys.log(policy.uid)],
-            arguments=[policy.uid, repr(policy.create_time), policy.spec, policy.uid],
+            arguments=[policy.uid, repr(policy.create_time), sealed_text(policy.spec), policy.uid],
         )
         # Once more: the deletion of a namesake may have left the index between the two steps.
         await self.enter_index(policy.name)
@@ -44,7 +51,10 @@ class PolicyTable:
         return _stored_or_none(name, await self._commands.run("get", *self._read_spec(name)))
 
     async def select(self, *, after: str, prefix: str, limit: int) -> list[StoredPolicy]:
-        """At most `limit` policies in the order of their names: those after `after` that begin with `prefix`."""
+        """At most `limit` policies in the order of their names: those after `after` that begin with `prefix`.
+
+        One whose specification is damaged is left out.
+        """
         found: list[StoredPolicy] = []
         while len(found) < limit:
             wanted = limit - len(found)
@@ -52,15 +62,17 @@ class PolicyTable:
             if not names:
                 break
             specs = await self._commands.run_together("list", [self._read_spec(name) for name in names])
-            stored = (_stored_or_none(name, spec) for name, spec in zip(names, specs, strict=True))
-            found.extend(policy for policy in stored if policy is not None)
+            for name, spec in zip(names, specs, strict=True):
+                with suppress(Damaged):
+                    if (policy := _stored_or_none(name, spec)) is not None:
+                        found.append(policy)
             if len(names) < wanted:
                 break
             after = names[-1]
         return found
 
     async def delete(self, name: str, *, uid: str | None) -> str:
-        """Delete a policy and return its uid; a tombstone keeps its epoch and turns late writers away.
+        """Delete a policy and return its uid; a tombstone keeps its epoch and turns late writers away, for a month.
 
         Args:
             name: of the policy.
@@ -79,20 +91,23 @@ class PolicyTable:
         )
         await self._leave_index(name)
         await self.collect(name)
+        await self._commands.script("delete", scripts.BURY, policy=name, keys=[keys.owner], arguments=[TOMBSTONE_TTL_S])
         return str(deleted, "ascii")
 
-    async def acquire(self, name: str, *, address: str, instance: str) -> Ownership:
+    async def acquire(
+        self, name: str, *, address: str, instance: str, elsewhere: Callable[[], Awaitable[str]] | None = None
+    ) -> Ownership:
         """Become the owner of a policy: every earlier owner is fenced from here on.
 
         Raises:
             NotFound: no such policy.
-            OwnedElsewhere: another server owns it, and lives.
+            OwnedElsewhere: another server owns it, and lives; or none does, and `elsewhere` names where it should be.
         """
         keys = self._keys(name)
         token = secrets.token_hex(16)
         word = "HELD"
         while word == "HELD":  # somebody else was faster: look who
-            replaced = await self._replaceable(name, address=address, instance=instance)
+            replaced = await self._replaceable(name, address=address, instance=instance, elsewhere=elsewhere)
             word, *found = await self._commands.script(
                 "acquire",
                 scripts.ACQUIRE,
@@ -128,15 +143,45 @@ class PolicyTable:
         found = await self._commands.run_together("fence_check", commands) if commands else []
         return [_fence(*facts) for facts in zip(owners, found[::2], found[1::2], strict=True)]
 
-    async def heartbeat(self, instance: str, *, address: str, ttl_s: float) -> bool:
+    async def heartbeat(self, instance: str, *, address: str, load: ServerLoad | None, ttl_s: float) -> bool:
         """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive."""
-        key = heartbeat_key(self._prefix, instance)
-        milliseconds = round(ttl_s * 1000)
-        return await self._commands.run("heartbeat", "SET", key, address, "PX", milliseconds, "GET") is not None
+        key, said = heartbeat_key(self._prefix, instance), address
+        if load is not None:
+            said += f" {load.policies} {'' if load.free_bytes is None else load.free_bytes}"
+        commands: list[tuple[str | int, ...]] = [("SET", key, said, "PX", round(ttl_s * 1000), "GET")]
+        if load is None:  # a heartbeat may have been overtaken by `leave_servers`
+            commands.append(("ZREM", servers_key(self._prefix), instance))
+        else:
+            commands.append(("ZADD", servers_key(self._prefix), 0, instance))
+        before, *_ = await self._commands.run_together("heartbeat", commands)
+        return before is not None
+
+    async def leave_servers(self, instance: str) -> None:
+        """Take a server off the list of those that take policies; it still owns what it owns."""
+        await self._commands.run("heartbeat", "ZREM", servers_key(self._prefix), instance)
 
     async def end_heartbeat(self, instance: str) -> None:
         """Say that a server is gone."""
+        await self.leave_servers(instance)
         await self._commands.run("heartbeat", "UNLINK", heartbeat_key(self._prefix, instance))
+
+    async def servers(self) -> dict[str, ServerLoad]:
+        """What the servers say that take policies, by address."""
+        listed = await self._commands.run(
+            "servers", "ZRANGEBYLEX", servers_key(self._prefix), "-", "+", "LIMIT", 0, MAX_SERVERS
+        )
+        instances = [instance.decode() for instance in listed]
+        asked = [("GET", heartbeat_key(self._prefix, instance)) for instance in instances]
+        found = await self._commands.run_together("servers", asked) if asked else []
+        loads: dict[str, ServerLoad] = {}
+        for instance, said in zip(instances, found, strict=True):
+            if said is None:
+                await self.leave_servers(instance)  # it died; if it lives, its next heartbeat enters it again
+                continue
+            address, _, numbers = str(said, "utf-8").partition(" ")
+            policies, _, free = numbers.partition(" ")
+            loads[address] = ServerLoad(policies=int(policies or 0), free_bytes=int(free) if free else None)
+        return loads
 
     async def owner(self, name: str) -> Owner | None:
         """Who acquired the policy last; None where nobody has, or it was deleted."""
@@ -184,11 +229,12 @@ class PolicyTable:
                 await self._unlink(keys, generation.decode(), pages=int(pages))
 
     async def _unlink(self, keys: PolicyKeys, generation: str, *, pages: int) -> None:
-        doomed = [keys.log(generation), keys.header(generation)]
+        doomed = [keys.log(generation), keys.header(generation), keys.manifest(generation)]
         doomed.extend(keys.page(generation, index) for index in range(pages))
         for start in range(0, len(doomed), _UNLINK_BATCH):
             await self._commands.run("collect", "UNLINK", *doomed[start : start + _UNLINK_BATCH])
-        await self._commands.run("collect", "HDEL", keys.owner, f"pages:{generation}")
+        fields = [f"{kind}:{generation}" for kind in ("pages", "manifest", "header")]
+        await self._commands.run("collect", "HDEL", keys.owner, *fields)
 
     async def _leave_index(self, name: str) -> None:
         await self._commands.run("index", "ZREM", index_key(self._prefix), name)
@@ -203,13 +249,18 @@ class PolicyTable:
         names = await self._commands.run("list", "ZRANGEBYLEX", index, low, high, "LIMIT", 0, limit)
         return [name.decode() for name in names]
 
-    async def _replaceable(self, name: str, *, address: str, instance: str) -> int:
+    async def _replaceable(
+        self, name: str, *, address: str, instance: str, elsewhere: Callable[[], Awaitable[str]] | None
+    ) -> int:
         """Epoch of the owner, which may be replaced: it is gone, or a former self. Raises OwnedElsewhere."""
-        held = await self._commands.run("owner", "HMGET", self._keys(name).owner, "epoch", "address", "instance")
-        epoch, owner_address, owner_instance = (value.decode() if value else "" for value in held)
-        is_other = owner_instance not in ("", instance) and owner_address != address
-        if is_other and await self._commands.run("heartbeat", "EXISTS", heartbeat_key(self._prefix, owner_instance)):
+        held = await self._commands.run("owner", "HMGET", self._keys(name).owner, "epoch", "address", "instance", "uid")
+        epoch, owner_address, owner_instance, uid = (value.decode() if value else "" for value in held)
+        is_self = owner_instance != "" and (owner_instance == instance or owner_address == address)
+        is_owned = owner_instance and not is_self
+        if is_owned and await self._commands.run("heartbeat", "EXISTS", heartbeat_key(self._prefix, owner_instance)):
             raise OwnedElsewhere(name, address=owner_address)
+        if elsewhere is not None and uid and not is_self and (better := await elsewhere()):
+            raise OwnedElsewhere(name, address=better)
         return int(epoch or 0)
 
     def _read_spec(self, name: str) -> tuple[str, ...]:
@@ -227,12 +278,15 @@ def _fence(owner: Ownership, held: Sequence[bytes | None], uid: bytes | None) ->
         return Fence.FORGOTTEN
     if token is not None and token.decode() == owner.token:
         return Fence.FORGOTTEN if uid is None else Fence.HELD
+    if token is None and deleted is None and uid is not None and int(epoch) == owner.epoch:
+        return Fence.RELEASED
     return Fence.FENCED if deleted is None else Fence.DELETED
 
 
 def _stored(name: str, held: Any) -> StoredPolicy:
     uid, create_time, spec = held
-    return StoredPolicy(name=name, uid=uid.decode(), create_time=float(create_time), spec=spec.decode())
+    text = opened_text(name, spec.decode(errors="replace"))
+    return StoredPolicy(name=name, uid=uid.decode(), create_time=float(create_time), spec=text)
 
 
 def _stored_or_none(name: str, held: Any) -> StoredPolicy | None:

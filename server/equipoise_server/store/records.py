@@ -53,6 +53,8 @@ class Fence(Enum):
     """Nobody else has acquired the policy since."""
     FENCED = "fenced"
     """Another server has."""
+    RELEASED = "released"
+    """It was given up, and nobody has acquired the policy since."""
     DELETED = "deleted"
     """The policy was deleted, and perhaps created again."""
     FORGOTTEN = "forgotten"
@@ -73,16 +75,31 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLoad:
+    """What a server says of itself that takes policies.
+
+    Attributes:
+        policies: how many it has in memory, or on their way there.
+        free_bytes: of its device's memory; None: nobody knows.
+    """
+
+    policies: int
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
     """One step in a policy's log.
 
     Attributes:
         version: from 1, without gaps.
         fields: opaque; empty for a refused step.
+        seal: its checksum and that of the entry before it, see `checksums`; empty: none.
     """
 
     version: int
     fields: Mapping[str, bytes]
+    seal: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

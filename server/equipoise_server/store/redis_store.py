@@ -3,12 +3,29 @@
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, suppress
 
+from equipoise_server.redis_url import RedisAccess, RedisUrl
 from equipoise_server.store import scripts
+from equipoise_server.store.checksums import sealed_text
 from equipoise_server.store.commands import Client, Commands
-from equipoise_server.store.connect import COMMAND_TIMEOUT_S, client_for, close_client
+from equipoise_server.store.connect import (
+    COMMAND_TIMEOUT_S,
+    CONNECTIONS,
+    RESERVED_CONNECTIONS,
+    client_for,
+    close_client,
+)
 from equipoise_server.store.errors import StoreError
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.locks import Locks
@@ -16,7 +33,19 @@ from equipoise_server.store.log import PolicyLog
 from equipoise_server.store.observer import Observer
 from equipoise_server.store.pages import PageTable
 from equipoise_server.store.policies import PolicyTable
-from equipoise_server.store.records import Fence, LogEntry, LogState, Owner, Ownership, Page, PageBatch, StoredPolicy
+from equipoise_server.store.probe import probe
+from equipoise_server.store.records import (
+    Fence,
+    LogEntry,
+    LogState,
+    Owner,
+    Ownership,
+    Page,
+    PageBatch,
+    ServerLoad,
+    StoredPolicy,
+)
+from equipoise_server.store.salvage import Salvage
 
 
 class RedisStore:
@@ -35,56 +64,87 @@ class RedisStore:
         command_timeout_s: float = COMMAND_TIMEOUT_S,
         observer: Observer | None = None,
         confirms_writes: bool = False,
+        wait_replicas: int = 0,
+        appending: Client | None = None,
     ) -> None:
-        self._client = client
+        self._clients = (client, appending) if appending else (client,)
+        self._wait_replicas = wait_replicas
         self._confirms_writes = confirms_writes
         self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)
+        # What is long, and what many policies do at once after a restart, leaves connections to the steps.
+        bulk = asyncio.Semaphore(CONNECTIONS - RESERVED_CONNECTIONS)
+        patient = Commands(client, timeout_s=command_timeout_s, observer=observer, at_once=bulk)
         self._prefix = prefix
         self._policies = PolicyTable(self._commands, prefix=prefix)
-        self._log = PolicyLog(self._commands, prefix=prefix)
-        self._pages = PageTable(self._commands, prefix=prefix)
+        self._log = PolicyLog(
+            self._commands,
+            prefix=prefix,
+            reading=patient,
+            appending=Commands(appending or client, timeout_s=command_timeout_s, observer=observer),
+            replicas=wait_replicas,
+        )
+        self._pages = PageTable(patient, prefix=prefix)
         self._locks = Locks(self._commands, prefix=prefix)
 
     @classmethod
     def connect(
         cls,
-        url: str,
+        url: RedisUrl | str,
         *,
+        access: RedisAccess | None = None,
         prefix: str = "equipoise",
         command_timeout_s: float = COMMAND_TIMEOUT_S,
         observer: Observer | None = None,
         confirms_writes: bool = False,
+        wait_replicas: int = 0,
     ) -> "RedisStore":
         """A store at a URL; opens no connection yet.
 
         Args:
-            url: `redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis+cluster://`.
+            url: a `RedisUrl`, or what it parses.
+            access: credentials that the URL does not hold, and certificates.
             prefix: first part of every key.
             command_timeout_s: seconds to wait for a connection, and for an answer.
             observer: told of every command and error.
             confirms_writes: for a Redis with `appendfsync no` on whose file durability rests. It answers an append in
                 the turn of its loop in which it writes its file, also when that write fails (a full disk); it refuses
                 a PING from then on. So an append is only done once a PING behind it is answered.
+            wait_replicas: how many replicas of Redis must have an append before it is done. What waits for them has
+                connections of its own.
 
         Raises:
             InvalidStoreUrl: not such a URL.
         """
-        client = client_for(url, command_timeout_s=command_timeout_s)
+
+        def client() -> Client:
+            return client_for(url, access=access, command_timeout_s=command_timeout_s)
+
         return cls(
-            client,
+            client(),
             prefix=prefix,
             command_timeout_s=command_timeout_s,
             observer=observer,
             confirms_writes=confirms_writes,
+            wait_replicas=wait_replicas,
+            appending=client() if wait_replicas else None,
         )
 
     async def ping(self) -> None:
         """Reach Redis once."""
         await self._commands.run("ping", "PING")
 
+    async def probe(self) -> None:
+        """Find out whether this Redis can keep policies. Raises Unavailable, which says what is wrong."""
+        await probe(self._commands, prefix=self._prefix, replicas=self._wait_replicas)
+
+    def salvage(self) -> Salvage:
+        """A way to what is damaged, for repair."""
+        return Salvage(self._commands, prefix=self._prefix)
+
     async def close(self) -> None:
         """Close all connections; the store cannot be used afterwards."""
-        await close_client(self._client)
+        for client in self._clients:
+            await close_client(client)
 
     def lock(self, name: str, *, lease_s: float, wait_s: float) -> AbstractAsyncContextManager[None]:
         """Surrounds what only one server at a time may do, for `lease_s` at most; waits up to `wait_s` for it."""
@@ -110,19 +170,22 @@ class RedisStore:
         """
         return await self._policies.delete(name, uid=uid)
 
-    async def acquire(self, name: str, *, address: str, instance: str = "") -> Ownership:
+    async def acquire(
+        self, name: str, *, address: str, instance: str = "", elsewhere: Callable[[], Awaitable[str]] | None = None
+    ) -> Ownership:
         """Become the owner of a policy: earlier owners are fenced, what they left half-written is removed.
 
         Args:
             name: of the policy.
             address: where this server can be reached; an owner of the same address is a former self.
             instance: this server, if it sends heartbeats.
+            elsewhere: finds the address of the server that should own it, asked if none does; empty: this one.
 
         Raises:
             NotFound: no such policy.
-            OwnedElsewhere: another server owns it, and lives.
+            OwnedElsewhere: another server owns it, and lives; or none does, and it should be elsewhere.
         """
-        return await self._policies.acquire(name, address=address, instance=instance)
+        return await self._policies.acquire(name, address=address, instance=instance, elsewhere=elsewhere)
 
     async def release(self, owner: Ownership) -> None:
         """Give a policy up, for any server to acquire; this owner is fenced from here on."""
@@ -132,13 +195,23 @@ class RedisStore:
         """Whether others have acquired or deleted these policies since, or Redis has forgotten them."""
         return await self._policies.check_fences(owners)
 
-    async def heartbeat(self, instance: str, *, address: str, ttl_s: float) -> bool:
+    async def heartbeat(self, instance: str, *, address: str, ttl_s: float, load: ServerLoad | None = None) -> bool:
         """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive.
+
+        With `load` it is on the list of those that take policies; without, it is not.
 
         While it does, its policies are its own; afterwards they are whose who acquires them. Nothing safe hangs on it:
         writes are fenced by tokens.
         """
-        return await self._policies.heartbeat(instance, address=address, ttl_s=ttl_s)
+        return await self._policies.heartbeat(instance, address=address, load=load, ttl_s=ttl_s)
+
+    async def servers(self) -> dict[str, ServerLoad]:
+        """What each server says of itself that lives and takes policies, by its address."""
+        return await self._policies.servers()
+
+    async def leave_servers(self, instance: str) -> None:
+        """Say that a server takes no more policies; it still owns what it owns, until its heartbeats end."""
+        await self._policies.leave_servers(instance)
 
     async def end_heartbeat(self, instance: str) -> None:
         """Say that a server is gone: what it still owns may be acquired."""
@@ -154,10 +227,15 @@ class RedisStore:
         Raises:
             Fenced: another owner, or deleted.
             LogLost: the log ends before the first entry's predecessor, or is gone.
+            Unavailable: also when not enough replicas have them (`wait_replicas`).
         """
         await self._log.append(owner, entries)
         if self._confirms_writes:
             await self._commands.run("confirm", "PING")
+
+    async def confirm(self, owner: Ownership) -> None:
+        """Return once all that there is of a policy is as safe as after an append; see `wait_replicas`."""
+        await self._log.confirm(owner)
 
     async def read_log(self, policy: Ownership | str, *, after: int) -> AsyncGenerator[LogEntry, None]:
         """The log's entries with versions above `after`, in order.
@@ -171,10 +249,12 @@ class RedisStore:
             yield entry
 
     async def read_log_chunk(
-        self, owner: Ownership, *, after: int, count: int, first: bool
+        self, owner: Ownership, *, after: int, count: int, first: bool, before: int
     ) -> tuple[list[LogEntry], int]:
         """See `PolicyLog.read_chunk`."""
-        return await self._log.read_chunk(owner.policy, owner.generation, after=after, count=count, first=first)
+        return await self._log.read_chunk(
+            owner.policy, owner.generation, after=after, count=count, first=first, before=before
+        )
 
     async def log_state(self, policy: Ownership | str) -> LogState:
         """Last version, number of entries and bytes of a policy's log; errors as for `read_log`."""
@@ -192,9 +272,13 @@ class RedisStore:
         """Pages written so far have indices below this."""
         return await self._policies.num_pages(owner)
 
-    async def read_page(self, policy: Ownership | str, index: int) -> Page | None:
-        """A page; None where none was written."""
-        return await self._pages.read_page(*await self._locate(policy), index)
+    async def manifest(self, owner: Ownership) -> dict[int, int]:
+        """Version of every page that was written, by index. See `PageTable.manifest`."""
+        return await self._pages.manifest(owner.policy, owner.generation)
+
+    async def read_page(self, policy: Ownership | str, index: int, *, version: int | None = None) -> Page | None:
+        """A page; None where none was written. See `PageTable.read_page`."""
+        return await self._pages.read_page(*await self._locate(policy), index, version=version)
 
     async def write_header(
         self, owner: Ownership, fields: Mapping[str, bytes], *, version: int, batch: PageBatch
@@ -235,6 +319,7 @@ class RedisStore:
         """
         renewed = dataclasses.replace(owner, generation=f"{policy.uid}.{secrets.token_hex(4)}")
         await self._write_anew(renewed, policy, version=version, pages=pages, header=header)
+        await self._log.confirm(renewed)
         return renewed
 
     async def publish(
@@ -299,7 +384,7 @@ class RedisStore:
 
     async def _end_republication(self, owner: Ownership, policy: StoredPolicy, batch: PageBatch) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)
-        settings = [repr(policy.create_time), policy.spec, owner.generation, batch.id, str(batch.pages)]
+        settings = [repr(policy.create_time), sealed_text(policy.spec), owner.generation, batch.id, str(batch.pages)]
         await self._commands.script(
             "republish",
             scripts.REPUBLISH_END,

@@ -1,7 +1,8 @@
 """The Lua scripts: each is one atomic step, safe to repeat, and answers with a word and its details.
 
 Words: OK; FENCED and DELETED (another token); LOST and the last version, -1 when the records are gone; MISSING (no such
-policy); INTERRUPTED (another attempt took the staging key). A script checks everything before it writes anything.
+policy); GONE and what Redis has lost of a policy; INTERRUPTED (another attempt took the staging key). A
+script checks everything before it writes anything.
 """
 
 from dataclasses import dataclass
@@ -62,10 +63,12 @@ CREATE = Script(
     + """
 local held = redis.call('HMGET', KEYS[1], 'uid', 'create_time', 'spec')
 if held[1] then return {'HELD', held[1], held[2], held[3]} end
+if redis.call('HEXISTS', KEYS[2], 'uid') == 1 then return {'GONE', 'the specification'} end
 redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[2], 'spec', ARGV[3], 'generation', ARGV[4])
 redis.call('HDEL', KEYS[2], 'deleted', 'token', 'address', 'instance')
 redis.call('HSETNX', KEYS[2], 'epoch', 0)
-redis.call('HSETNX', KEYS[2], 'pages:' .. ARGV[4], 0)
+redis.call('HSET', KEYS[2], 'uid', ARGV[1], 'pages:' .. ARGV[4], 0)
+redis.call('PERSIST', KEYS[2])
 start_log(KEYS[3], 0)
 return {'OK'}
 """
@@ -75,7 +78,11 @@ return {'OK'}
 # find the same owner gone cannot both replace it: the second one looks again.
 ACQUIRE = Script("""
 local held = redis.call('HMGET', KEYS[1], 'uid', 'generation')
-if not held[1] then return {'MISSING'} end
+if not held[1] then
+  if redis.call('HEXISTS', KEYS[2], 'uid') == 1 then return {'GONE', 'the specification'} end
+  return {'MISSING'}
+end
+if redis.call('EXISTS', KEYS[2]) == 0 then return {'GONE', 'the record of its owner'} end
 if tonumber(redis.call('HGET', KEYS[2], 'epoch') or 0) ~= tonumber(ARGV[4]) then return {'HELD'} end
 local epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
 redis.call('HSET', KEYS[2], 'token', ARGV[1], 'address', ARGV[2], 'instance', ARGV[3])
@@ -107,9 +114,15 @@ end
 if ARGV[1] ~= '' and ARGV[1] ~= uid then return {'MISSING'} end
 redis.call('HSET', KEYS[2], 'deleted', uid)
 redis.call('HSETNX', KEYS[2], 'epoch', 0)
-redis.call('HDEL', KEYS[2], 'token', 'address', 'instance')
+redis.call('HDEL', KEYS[2], 'uid', 'token', 'address', 'instance')
 redis.call('UNLINK', KEYS[1], KEYS[3])
 return {'OK', uid}
+""")
+
+# KEYS owner; ARGV seconds. Once a deleted policy has left nothing else: its tombstone need not stay for ever.
+BURY = Script("""
+if redis.call('HEXISTS', KEYS[1], 'deleted') == 1 then redis.call('EXPIRE', KEYS[1], ARGV[1]) end
+return {'OK'}
 """)
 
 # KEYS spec, owner. Answers generation, pages, generation, pages, ... of those that no spec refers to.
@@ -181,10 +194,11 @@ local function batched(owner, batch)
 end
 """
 
-# KEYS owner, staging, target, spec, log; ARGV token, epoch, generation, attempt, first ('1' or ''), last ('1' or ''),
-# version of what is written, batch, pages that the batch must have ('' while it grows), field of the owner that counts
-# the pages, pages (at least), then fields and values. A late command of an abandoned attempt finds another attempt's
-# name in the staging key and changes nothing, so pages are never mixed. Nothing is written that is ahead of the log.
+# KEYS owner, staging, target, spec, log, manifest; ARGV token, epoch, generation, attempt, first ('1' or ''), last ('1'
+# or ''), version of what is written, batch, pages that the batch must have ('' for a page, which adds to them),
+# generation that is written, index of the page, then fields and values. A late command of an abandoned attempt finds
+# another attempt's name in the staging key and changes nothing, so pages are never mixed. Nothing is written that is
+# ahead of the log.
 STAGE = Script(
     _FENCE_CHECK
     + _LAST_VERSION
@@ -210,8 +224,14 @@ if ARGV[6] == '1' then
     redis.call('HSET', KEYS[1], 'batch', ARGV[8], 'batched', count + 1)
   end
   redis.call('HDEL', KEYS[2], 'attempt')
-  local pages = tonumber(redis.call('HGET', KEYS[1], ARGV[10]) or 0)
-  if tonumber(ARGV[11]) > pages then redis.call('HSET', KEYS[1], ARGV[10], ARGV[11]) end
+  if ARGV[9] ~= '' then
+    redis.call('HSET', KEYS[1], 'header:' .. ARGV[10], ARGV[7])
+  else
+    local pages = tonumber(redis.call('HGET', KEYS[1], 'pages:' .. ARGV[10]) or 0)
+    if tonumber(ARGV[11]) >= pages then redis.call('HSET', KEYS[1], 'pages:' .. ARGV[10], ARGV[11] + 1) end
+    local added = redis.call('HSET', KEYS[6], ARGV[11], ARGV[7])
+    if added == 1 then redis.call('HINCRBY', KEYS[1], 'manifest:' .. ARGV[10], 1) end
+  end
   redis.call('RENAME', KEYS[2], KEYS[3])
 end
 return {'OK'}
@@ -223,6 +243,8 @@ _RIVAL = """
 local function rival(spec, owner, uid, token, epoch)
   local stored = redis.call('HGET', spec, 'uid')
   if stored and stored ~= uid then return {'FENCED'} end
+  local known = redis.call('HGET', owner, 'uid')
+  if not stored and known and known ~= uid then return {'GONE', 'the specification'} end
   local held = redis.call('HMGET', owner, 'token', 'epoch', 'deleted')
   if (held[1] and held[1] == token) or not held[2] or tonumber(held[2]) < tonumber(epoch) then return nil end
   if held[3] then return {'DELETED'} end
@@ -240,6 +262,7 @@ local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3])
 if refusal then return refusal end
 redis.call('HSET', KEYS[2], 'token', ARGV[2], 'epoch', ARGV[3], 'address', ARGV[4], 'instance', ARGV[7])
 redis.call('HDEL', KEYS[2], 'deleted')
+redis.call('PERSIST', KEYS[2])
 redis.call('HSETNX', KEYS[2], 'pages:' .. ARGV[5], 0)
 redis.call('UNLINK', KEYS[3])
 start_log(KEYS[4], tonumber(ARGV[6]))
@@ -260,6 +283,7 @@ if refusal then return refusal end
 if redis.call('EXISTS', KEYS[3]) == 0 then return {'LOST', -1} end
 if batched(KEYS[2], ARGV[7]) ~= tonumber(ARGV[8]) then return {'LOST', -1} end
 redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[4], 'spec', ARGV[5], 'generation', ARGV[6])
+redis.call('HSET', KEYS[2], 'uid', ARGV[1])
 return {'OK'}
 """
 )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from equipoise.testing import ServerProcess, serve
+from tests.servers import ServerProcess, serve
 
 torch.set_num_threads(1)
 

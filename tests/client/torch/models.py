@@ -86,10 +86,11 @@ def reference(model: nn.Module, direction: TargetDirection, batch: Any) -> Tenso
     """Contributions by the definition: one gradient per example, one backward pass each; float64."""
     vectors = direction.vectors
     contributions = []
-    for loss in direction.loss_fn(model, batch):
+    for loss in direction.example_losses(model, batch):
         gradients = torch.autograd.grad(loss, list(vectors), retain_graph=True, allow_unused=True)
         pairs = zip(gradients, vectors.values(), strict=True)
-        contributions.append(torch.stack([(g.double() * v).sum() for g, v in pairs if g is not None]).sum())
+        products = [(g.to(v.dtype).conj() * v).real.double().sum() for g, v in pairs if g is not None]
+        contributions.append(torch.stack(products).sum())
     return torch.stack(contributions)
 
 

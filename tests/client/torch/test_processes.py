@@ -26,6 +26,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("ghost", GhostContributions),
         ("finite_difference", FiniteDifferenceContributions),
         ("sharded", FiniteDifferenceContributions),
+        ("ghost, matched", GhostContributions),
+        ("sharded, matched", FiniteDifferenceContributions),
     ],
 )
 def test_contributions_are_those_of_one_process(results: list[dict[str, Any]], name: str, method: Any) -> None:
@@ -33,7 +35,7 @@ def test_contributions_are_those_of_one_process(results: list[dict[str, Any]], n
 
     In float64, since the first step of Adam makes much of a gradient's rounding.
     """
-    expected, both = alone(method), [result[name] for result in results]
+    expected, both = alone(method, matched="matched" in name), [result[name] for result in results]
     found = torch.cat([part["contributions"] for part in both], dim=1)
     assert found.shape == (two_processes.STEPS, COUNT)
     for step in range(two_processes.STEPS):
@@ -41,6 +43,16 @@ def test_contributions_are_those_of_one_process(results: list[dict[str, Any]], n
     for part in both:
         for key in ("target_loss", "guard_loss", "norm", "parameters"):
             torch.testing.assert_close(part[key], expected[key], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", two_processes.KINDS)
+def test_replicas_of_every_kind(results: list[dict[str, Any]], name: str) -> None:
+    """Contributions are right, checks pass, and gradients are the means over the processes as ever."""
+    for result in results:
+        found = result["kinds"][name]
+        assert max(found["errors"]) < 1e-6
+        assert found["gaps"] == 0
+        torch.testing.assert_close(found["gradients"], found["expected"], rtol=1e-9, atol=1e-12)
 
 
 def test_what_cannot_work_is_refused_with_what_does(results: list[dict[str, Any]]) -> None:
@@ -52,7 +64,7 @@ def test_what_cannot_work_is_refused_with_what_does(results: list[dict[str, Any]
         )
         for method in ("ghost", "jvp"):
             assert "this process has a part of its parameters only" in said[f"{method}, sharded"]
-            assert said[f"{method}, sharded"].endswith("FiniteDifferenceContributions handles any module")
+            assert said[f"{method}, sharded"].endswith('TrainingOptions(method="finite_difference")')
         assert said["a part of the mesh"].startswith("model: a parameter is sharded over 1 of 2 processes")
 
 

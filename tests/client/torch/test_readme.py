@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import equipoise.torch
-from equipoise import PolicyClient
+from equipoise import ExampleKeys, PolicyClient
 from equipoise.lightning import PolicyCallback
-from equipoise.testing import ServerProcess
 from equipoise.transformers import PolicyTrainer, PolicyTraining
 from tests.client.torch.models import gpt2, lm_losses, tokens
+from tests.servers import ServerProcess
 
 N, BATCH = 16, 8
 LIBRARY = {name: getattr(equipoise.torch, name) for name in equipoise.torch.__all__}
@@ -137,17 +137,27 @@ def test_lightning(client: PolicyClient, run: Any, tmp_path: Path, monkeypatch: 
         PolicyCallback=PolicyCallback,
         lightning=lightning,
     )
-    assert_all_scored(client)
+    assert client.flush(30)
+    assert (client.status().version, client.status().scored_examples) == (3 * N // BATCH, N)
 
 
-def test_accelerate(client: PolicyClient, run: Any) -> None:
-    accelerator, model = Accelerator(cpu=True), gpt2()
+def test_accelerate(client: PolicyClient, run: Any, tmp_path: Path) -> None:
+    accelerator, model = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(tmp_path)), gpt2()
+    accelerator.init_trackers("run")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer, loader = accelerator.prepare(model, optimizer, batches())
     direction = equipoise.torch.TargetDirection(model, lm_losses, list(batches(8, seed=1)))
     names = {"model": model, "optimizer": optimizer, "loader": loader, "direction": direction}
     run("accelerator.accumulate", client=client, accelerator=accelerator, **names)
     assert_all_scored(client)
+
+
+def test_names(client: PolicyClient, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"example {i}" for i in range(N)]
+    found = run("ExampleKeys(", ExampleKeys=ExampleKeys, names=names[::-1], batch={"name": names[:3]})
+    assert found["ids"].tolist() == [sorted(names).index(name) for name in names[:3]]
+    assert list(ExampleKeys.load("keys.csv")) == sorted(names)
 
 
 def test_sampling_and_resuming(client: PolicyClient, run: Any, tmp_path: Path) -> None:

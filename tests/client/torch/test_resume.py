@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from equipoise import PolicyAdmin, PolicyClient, Timeout
-from equipoise.testing import ServerProcess, serve
 from equipoise.torch import (
     GhostContributions,
     TargetDirection,
@@ -21,6 +20,7 @@ from equipoise.torch import (
     resume_run,
     run_state,
 )
+from tests.servers import ServerProcess, serve
 
 N, BATCH, STEPS, CHECKPOINT = 60, 12, 20, 8
 
@@ -32,7 +32,7 @@ def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 class Job:
     """A training job with everything a checkpoint must bring back."""
 
-    def __init__(self, client: PolicyClient, *, sampled: bool) -> None:
+    def __init__(self, client: PolicyClient, *, sampled: bool, momentum: float = 0.0, matched: bool = False) -> None:
         torch.manual_seed(0)
         self.x, self.truth = torch.randn(N, 5), torch.randn(5)
         self.y = self.x @ self.truth
@@ -42,7 +42,14 @@ class Job:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
         batches = [(part, part @ self.truth) for part in target.split(8)]
         self.direction = TargetDirection(
-            self.model, losses_of, batches, preconditioner=self.optimizer, refresh_every=3, batches_per_refresh=3
+            self.model,
+            losses_of,
+            batches,
+            preconditioner=self.optimizer,
+            refresh_every=3,
+            batches_per_refresh=3,
+            momentum=momentum,
+            norm_matched=matched,
         )
         self.client = client
         self.sampler = WeightedSampler(client, N, num_samples=STEPS * BATCH, draw=BATCH, timeout=30)
@@ -96,24 +103,31 @@ def outcome(job: Job) -> list[Any]:
     return [*(parameter.detach() for parameter in job.model.parameters()), torch.tensor(job.client.read_weights())]
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("sampled", "momentum", "matched"),
+    [(False, 0.0, False), (True, 0.0, False), (False, 0.5, False), (False, 0.0, True), (False, 0.5, True)],
+)
 @pytest.mark.parametrize("lost_steps", [0, 5])
-def test_a_resumed_job_ends_where_an_uninterrupted_one_does(
-    server: ServerProcess, sampled: bool, lost_steps: int
+def test_a_resumed_job_ends_where_one_does_that_goes_on(
+    server: ServerProcess, sampled: bool, momentum: float, matched: bool, lost_steps: int
 ) -> None:
     """Bit for bit: model, optimizer, direction, policy, ids. With steps lost after the checkpoint, on a fork."""
-    name = f"resume-{sampled}-{lost_steps}".lower()
+    name = f"resume-{sampled}-{momentum}-{matched}-{lost_steps}".lower()
     with client_of(server, f"{name}-whole") as client:
-        whole = Job(client, sampled=sampled)
+        whole = Job(client, sampled=sampled, momentum=momentum, matched=matched)
+        whole.run(until=CHECKPOINT)
+        whole.checkpoint()
         whole.run(until=STEPS)
         expected = outcome(whole)
     with client_of(server, name) as client:
-        interrupted = Job(client, sampled=sampled)
+        interrupted = Job(client, sampled=sampled, momentum=momentum, matched=matched)
         interrupted.run(until=CHECKPOINT)
         data = interrupted.checkpoint()
+        vectors = "vectors" in torch.load(io.BytesIO(data), weights_only=True)["policy"]["direction"]
+        assert vectors == bool(momentum)  # else they are computed again
         interrupted.run(until=CHECKPOINT + lost_steps)
     with client_of(server, name) as client:
-        job = Job(client, sampled=sampled)
+        job = Job(client, sampled=sampled, momentum=momentum, matched=matched)
         job.restore(data)
         with job.client:
             assert (job.client.policy == name) == (not lost_steps)

@@ -1,20 +1,25 @@
 """Ids come as often as their weights say, whatever happens to the server and to the job."""
 
+import re
 import threading
 from itertools import islice
-from typing import Any
+from time import monotonic
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from equipoise import PolicyClient
 from equipoise.errors import AccessDeniedError, InvalidRequestError, PolicyNotFoundError, UnavailableError
-from equipoise.testing import serve
-from equipoise.torch import WeightedSampler
+from equipoise.torch import DistributedWeightedSampler, WeightedSampler
+from tests.client.torch import two_shares
+from tests.client.torch.two_shares import HEAVY, PREPARED, Epochs
+from tests.servers import serve
 
 N = 40
 
@@ -60,12 +65,27 @@ def test_ids_come_in_proportion_to_their_weights() -> None:
 
 def test_processes_share_an_epoch_and_draw_independently() -> None:
     urns = [Urn(), Urn()]
-    parts = [WeightedSampler(urn, N, num_samples=1001, rank=rank, world_size=2) for rank, urn in enumerate(urns)]
+    parts = [share_of(urn, rank) for rank, urn in enumerate(urns)]
     first, second = (list(part) for part in parts)
     assert [len(part) for part in parts] == [len(first), len(second)] == [501, 501]
     assert first != second
     assert not {seed for _, seed in urns[0].calls} & {seed for _, seed in urns[1].calls}
-    assert list(WeightedSampler(Urn(), N, num_samples=1001, rank=0, world_size=2)) == first
+    assert list(share_of(Urn(), 0)) == first
+
+
+def share_of(urn: Urn, rank: int) -> DistributedWeightedSampler:
+    return DistributedWeightedSampler(urn, N, num_samples=1001, rank=rank, num_replicas=2)
+
+
+def test_an_epoch_goes_on_with_another_number_of_processes() -> None:
+    """A third of it was over among two processes, each of which has 51 of 102 ids; the rest is shared by three."""
+    before = DistributedWeightedSampler(Urn(), N, num_samples=102, rank=1, num_replicas=2)
+    list(islice(iter(before), 17))
+    for rank in range(3):
+        after = DistributedWeightedSampler(Urn(), N, num_samples=102, rank=rank, num_replicas=3)
+        after.load_state_dict(before.state_dict(), own=rank == 1)
+        assert len(list(after)) == 102 * 2 // 3 // 3 + 1
+        assert len(list(after)) == 34
 
 
 def test_no_id_is_older_than_two_requests() -> None:
@@ -126,11 +146,32 @@ def test_what_no_retry_mends_is_raised() -> None:
     ({"draw": 0}, "draw = 0: must be at least 1"),
     ({"seed": -1}, "seed = -1: must not be negative"),
     ({"timeout": 0}, "timeout = 0: must be positive"),
-    ({"rank": 2, "world_size": 2}, r"rank = 2: must be in \[0, world_size = 2\)"),
+    ({"rank": 2, "num_replicas": 2}, r"rank = 2: must be in \[0, num_replicas = 2\)"),
+    ({"rank": 2}, "rank = 2: must be given together with num_replicas = None"),
+    ({"num_replicas": 2}, "rank = None: must be given together with num_replicas = 2"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
-        WeightedSampler(Urn(), N, **options)
+        DistributedWeightedSampler(Urn(), N, **options)
+
+
+def test_the_size_must_be_that_of_the_policy() -> None:
+    """As soon as it is known: of a larger policy some would be refused, of a smaller one some would never come."""
+
+    class Sized(Urn):
+        num_examples: int | None = None
+
+    urn = Sized()
+    urn.num_examples = N
+    for size in (N - 1, N + 1):
+        with pytest.raises(InvalidRequestError, match=f"num_examples = {size}: must be that of the policy, {N}"):
+            WeightedSampler(urn, size)
+    urn.num_examples = None
+    ids = iter(WeightedSampler(urn, N + 1, draw=8))
+    list(islice(ids, 8))
+    urn.num_examples = N
+    with pytest.raises(InvalidRequestError, match=f"num_examples = {N + 1}: must be that of the policy, {N}"):
+        next(ids)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 130, 449, 450])
@@ -189,3 +230,91 @@ def test_with_a_real_server() -> None:
         fallbacks = sampler.fallbacks
         assert set(islice(iter(sampler), 12_000)) == set(range(N))
         assert sampler.fallbacks > fallbacks
+
+
+Shares: TypeAlias = list[dict[str, Any]]
+"""What each process got, in two epochs, by the way of sharing."""
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory: pytest.TempPathFactory) -> Shares:
+    folder = tmp_path_factory.mktemp("shares")
+    processes = mp.spawn(two_shares.process, args=(str(folder),), nprocs=2, join=False)
+    end = monotonic() + 300
+    while not processes.join(1):
+        assert monotonic() < end, "the processes wait for each other"
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def lengths(epochs: Epochs) -> list[int]:
+    return [len(epoch) for epoch in epochs]
+
+
+def assert_drawn_by_weight(parts: list[Epochs]) -> None:
+    """Independently in each process and in each epoch."""
+    epochs = [epoch for part in parts for epoch in part]
+    assert {i for epoch in epochs for i in epoch} == set(range(HEAVY))
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_accelerate_shares_out_what_it_would_of_any_sampler(shares: Shares, name: str) -> None:
+    """Each process gets as many ids as of PyTorch's own random sampler with replacement."""
+    for share in shares:
+        assert lengths(share["prepared"][name]) == lengths(share["uniform"][name])
+    if "row" not in name:
+        assert_drawn_by_weight([share["prepared"][name] for share in shares])
+
+
+def test_all_rows_of_an_epoch_are_drawn(shares: Shares) -> None:
+    """Where Accelerate adds none of its own to complete a batch."""
+    for name in ("split", "dispatch", "dispatch and split", "dispatch, workers", "not even"):
+        assert sum(len(share["prepared"][name][0]) for share in shares) == two_shares.N
+
+
+def test_who_does_not_read_does_not_ask(shares: Shares) -> None:
+    assert shares[0]["idle"] > 0
+    assert shares[1]["idle"] == 0
+
+
+def test_a_plain_loop_gets_its_share(shares: Shares) -> None:
+    """As of PyTorch's `DistributedSampler`, also by a sampler that was made before the processes knew each other."""
+    for name in ("plain loop", "plain loop, workers"):
+        for share in shares:
+            assert lengths(share[name]) == lengths(share["plain loop, uniform"]) == [35, 35]
+        assert_drawn_by_weight([share[name] for share in shares])
+    assert [lengths(share["plain loop, one row"]) for share in shares] == [[1, 1]] * 2
+    assert all("call init_process_group before the sampler is used" in share["before"] for share in shares)
+
+
+@pytest.mark.parametrize("name", ["loader", "hook", "workers", "batch_sampler=", "alone"])
+def test_lightning_leaves_the_shares_alone(shares: Shares, name: str) -> None:
+    assert [lengths(share["lightning"][name]) for share in shares] == [[35, 35]] * 2
+    assert_drawn_by_weight([share["lightning"][name] for share in shares])
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("a plain loop", "each of 2 processes would draw all of an epoch: use DistributedWeightedSampler, or accelerator."),
+    ("prepare", "BatchSamplerShard would share out again what is a share already: use WeightedSampler"),
+    ("split", "BatchSamplerShard would share out again"),
+    ("lightning", "DistributedSamplerWrapper would draw a whole epoch under the weights of its beginning: use Distri"),
+    ("lightning, hook", "DistributedSamplerWrapper would draw a whole epoch"),
+    ("lightning, alone", "each of 2 processes would draw all of an epoch"),
+    ("lightning, batch_sampler=", r"put in its place .* give lightning.Trainer\(use_distributed_sampler=False\)"),
+])  # fmt: skip
+def test_what_would_not_be_shared_rightly_is_refused(shares: Shares, name: str, message: str) -> None:
+    """With what the tests above show to be right."""
+    assert all(re.search(message, share["refusals"][name]) for share in shares)
+    assert "DataLoaderDispatcher would share out again" in shares[0]["refusals"]["dispatch"]
+
+
+@pytest.mark.parametrize("name", ["plain", "split", "dispatch"])
+def test_an_interrupted_epoch_goes_on_under_accelerate(shares: Shares, name: str) -> None:
+    for share in shares:
+        result = share["resumed"][name]
+        assert result["parts"] == result["whole"]
+        assert len(result["whole"]) == len(result["next"]) == 35
+        assert (
+            result["said"].startswith("skip_first_batches: a resumed sampler goes on where it was")
+            or share is not shares[0]
+        )

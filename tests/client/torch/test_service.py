@@ -9,7 +9,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from equipoise import PolicyClient
-from equipoise.testing import ServerProcess
 from equipoise.torch import (
     FiniteDifferenceContributions,
     GhostContributions,
@@ -20,6 +19,7 @@ from equipoise.torch import (
     weighted_mean,
 )
 from tests.delay_proxy import delayed
+from tests.servers import ServerProcess
 
 COUNT, FLIPPED = 200, 50
 

@@ -10,7 +10,6 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from equipoise import PolicyClient
-from equipoise.testing import serve
 from equipoise.torch import (
     CaptureError,
     GhostContributions,
@@ -21,6 +20,7 @@ from equipoise.torch import (
     weighted_mean,
 )
 from tests.client.torch.models import gpt2, llama, lm_losses, relative_error, square_losses, tokens
+from tests.servers import serve
 
 COUNT = 24
 WEIGHTS = torch.linspace(0.25, 2.0, COUNT)

@@ -22,7 +22,8 @@ from equipoise.torch import (
     UnsupportedModuleError,
     weighted_mean,
 )
-from tests.client.torch.models import gpt2, lm_losses, tokens
+from tests.client.torch.models import gpt2, lm_losses, reference, relative_error, tokens
+from tests.client.torch.zoo import CASES, Case, shaken
 
 COUNT, HALF = 12, 6
 WEIGHTS = torch.linspace(0.5, 1.5, COUNT)
@@ -44,7 +45,9 @@ def targets() -> list[dict[str, Tensor]]:
     return [tokens(8, seed=1), tokens(5, seed=2, padded=True)]
 
 
-def run(model: nn.Module, method: Method, *, part: slice, batches: list[Any], group: Any = None) -> Result:
+def run(
+    model: nn.Module, method: Method, *, part: slice, batches: list[Any], matched: bool = False, group: Any = None
+) -> Result:
     """Steps of Adam on a part of each batch: what is known after them."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     direction = TargetDirection(
@@ -55,6 +58,7 @@ def run(model: nn.Module, method: Method, *, part: slice, batches: list[Any], gr
         guard_batches=batches,
         preconditioner=optimizer,
         group=group,
+        norm_matched=matched,
     )
     contributions, found = method(model, direction), []
     for batch in training():
@@ -73,17 +77,18 @@ def run(model: nn.Module, method: Method, *, part: slice, batches: list[Any], gr
     }
 
 
-def alone(method: Method) -> Result:
+def alone(method: Method, *, matched: bool = False) -> Result:
     """The same in one process."""
-    return run(gpt2().double(), method, part=slice(0, COUNT), batches=targets())
+    return run(gpt2().double(), method, part=slice(0, COUNT), batches=targets(), matched=matched)
 
 
-def replicated(method: Method, rank: int) -> Result:
+def replicated(method: Method, rank: int, *, matched: bool = False) -> Result:
     return run(
         DistributedDataParallel(gpt2().double()),
         method,
         part=slice(rank * HALF, (rank + 1) * HALF),
         batches=targets()[rank : rank + 1],
+        matched=matched,
         group=dist.group.WORLD,
     )
 
@@ -95,9 +100,9 @@ def sharded_model() -> Any:
     return fully_shard(model)
 
 
-def sharded(rank: int) -> Result:
+def sharded(rank: int, *, matched: bool = False) -> Result:
     part, batches = slice(rank * HALF, (rank + 1) * HALF), targets()[rank : rank + 1]
-    return run(sharded_model(), FiniteDifferenceContributions, part=part, batches=batches)
+    return run(sharded_model(), FiniteDifferenceContributions, part=part, batches=batches, matched=matched)
 
 
 def refusals() -> Result:
@@ -141,11 +146,15 @@ def accumulating() -> Result:
 
 
 def restored(rank: int) -> Result:
-    """A sharded direction from a checkpoint."""
-    model = sharded_model()
-    direction = TargetDirection(model, lm_losses, targets()[rank : rank + 1])
-    direction.refresh()
-    copy = TargetDirection(model, lm_losses, targets()[rank : rank + 1])
+    """A sharded direction from a checkpoint: with momentum its vectors are part of it; norm-matched, gradients too."""
+    model, part = sharded_model(), targets()[rank : rank + 1]
+    direction = TargetDirection(model, lm_losses, part, momentum=0.5, norm_matched=True)
+    direction.advance()
+    lm_losses(model, rows(training()[0], rank * HALF, (rank + 1) * HALF)).mean().backward()
+    direction.note_gradients()
+    direction.advance()
+    assert direction.vectors is not direction.plain
+    copy = TargetDirection(model, lm_losses, part, momentum=0.5, norm_matched=True)
     copy.load_state_dict(direction.state_dict())
     pairs = zip(copy.vectors.values(), direction.vectors.values(), strict=True)
     return {"same": all(torch.equal(full(a), full(b)) for a, b in pairs), "norms": (copy.norm, direction.norm)}
@@ -156,6 +165,52 @@ def full(tensor: Any) -> Tensor:
     return whole.detach().clone()
 
 
+KINDS = (
+    "MultiheadAttention",
+    "weight_norm, old",
+    "routed experts",
+    "learnt positions: [None]",
+    "packed, logits[0]",
+    "preferences (DPO)",
+    "LSTM",
+    "head tied by F.linear",
+)
+
+
+def kinds(rank: int) -> dict[str, Result]:
+    """Replicas of models of many kinds, with the first step verified: errors, and gradients beside their means."""
+    return {name: of_a_kind(CASES[name], rank) for name in KINDS}
+
+
+def of_a_kind(case: Case, rank: int) -> Result:
+    torch.manual_seed(0)
+    inner = shaken(case.build())
+    target = case.batch()
+    torch.manual_seed(10 + rank)
+    batch = case.batch()
+    model = DistributedDataParallel(inner, find_unused_parameters=True)
+    direction = TargetDirection(model, case.losses, [target], refresh_every=2, group=dist.group.WORLD)
+    contributions = GhostContributions(model, direction)
+    contributions.verify_first()
+    errors = []
+    for _ in range(3):
+        model.zero_grad()
+        with contributions.capture(range(case.count)) as capture:
+            capture.losses(batch).mean().backward()
+        errors.append(relative_error(capture.contributions, reference(inner, direction, batch)))
+    parameters = list(inner.parameters())
+    means = torch.autograd.grad(case.losses(inner, batch).mean(), parameters, allow_unused=True)
+    expected = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(parameters, means, strict=True)]
+    for gradient in expected:
+        dist.all_reduce(gradient)
+    return {
+        "errors": errors,
+        "gaps": contributions.coverage.gaps,
+        "gradients": [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters],
+        "expected": [gradient / 2 for gradient in expected],
+    }
+
+
 def process(rank: int, folder: str) -> None:
     """All of it, in one of two processes."""
     torch.set_num_threads(1)
@@ -164,9 +219,12 @@ def process(rank: int, folder: str) -> None:
         "ghost": replicated(GhostContributions, rank),
         "finite_difference": replicated(FiniteDifferenceContributions, rank),
         "sharded": sharded(rank),
+        "ghost, matched": replicated(GhostContributions, rank, matched=True),
+        "sharded, matched": sharded(rank, matched=True),
         "refusals": refusals(),
         "accumulating": accumulating(),
         "restored": restored(rank),
+        "kinds": kinds(rank),
     }
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.barrier()

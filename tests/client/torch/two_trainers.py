@@ -1,7 +1,6 @@
 """What each of two processes of a framework's trainer sends; the test compares with the definition."""
 
 import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,14 +88,13 @@ def with_accelerate(folder: str, *, sharded: bool = False) -> Any:
     loader = DataLoader(examples(N, 0), batch_size=4)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     direction = TargetDirection(model, losses_of, [target_batches()[dist.get_rank()]], group=dist.group.WORLD)
-    steps = WeightedSteps(client, method(model, direction), accumulate=None)
+    steps = WeightedSteps(client, method(model, direction), accelerator=accelerator)
     for batch in loader:
         with accelerator.accumulate(model), steps.capture(batch["example_id"]) as step:
             accelerator.backward(step.loss(batch))
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            steps.submit()
             break
     return client.sent, whole_state(accelerator.unwrap_model(model))
 
@@ -147,6 +145,11 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class WeighingModule(Module):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.policy.weigh(batch["example_id"], lm_losses(self, batch))
+
+
 class ShardedModule(Module):
     def configure_model(self) -> None:
         mesh = self.device_mesh["data_parallel"]
@@ -161,10 +164,10 @@ def strategy(*, sharded: bool) -> Strategy:
     return DDPStrategy(process_group_backend="gloo")
 
 
-def with_lightning(folder: str, *, sharded: bool = False) -> Any:
+def with_lightning(folder: str, *, sharded: bool = False, kind: type[Module] = Module) -> Any:
     client = Notebook()
     policy = PolicyCallback(client, losses_of, target_batches(), options=options(sharded=sharded))
-    module = ShardedModule(policy) if sharded else Module(policy)
+    module = (ShardedModule if sharded else kind)(policy)
     trainer = lightning.Trainer(
         callbacks=[policy],
         default_root_dir=folder,
@@ -190,6 +193,7 @@ TRAINERS = {
         ("accelerate", with_accelerate),
         ("transformers", with_transformers),
         ("lightning", with_lightning),
+        *([] if suffix else [("weighing", partial(with_lightning, kind=WeighingModule))]),
     )
 }
 
@@ -211,10 +215,3 @@ def process(rank: int, folder: str, port: int) -> None:
     for name, train in TRAINERS.items():
         torch.save(train(f"{folder}/{name}"), Path(folder) / f"{name}-{rank}.pt")
         dist.barrier()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port

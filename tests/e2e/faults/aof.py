@@ -48,7 +48,7 @@ def read_log(file: Path, *, policy: str) -> Log:
         if tag not in key:
             continue
         last = log.entries[-1].version if log.entries else 0
-        if word == b"HINCRBY" and key.endswith(b":owner"):
+        if word == b"HINCRBY" and key.endswith(b":owner") and command[2] == b"epoch":
             log.taken_over_at[len(log.taken_over_at) + 1] = last
         if word == b"XADD" and key.endswith(b":log"):
             fields = dict(zip(command[3::2], command[4::2], strict=True))

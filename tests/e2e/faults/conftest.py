@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import servers
 from tests.e2e.faults.house import House
 from tests.e2e.faults.zygote import Zygote
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    forks = Zygote()
-    yield forks
-    forks.close()
+def zygote() -> Zygote:
+    return servers.zygote()
 
 
 @pytest.fixture

@@ -1,40 +1,73 @@
 """What a server says of itself, and what the machine and its Redis say of it."""
 
 import re
+import urllib.error
 import urllib.request
+from typing import Protocol
 
 import psutil
 
 from tests.e2e.faults.redis_server import RedisServer
-from tests.e2e.faults.zygote import ForkedServer
 
 MIB = 1 << 20
 PREFIX = "equipoise_server_"
 
 
-def gauges(server: ForkedServer, *, timeout_s: float = 10.0) -> dict[str, float]:
+class Measured(Protocol):
+    """A server process that tells of itself."""
+
+    @property
+    def metrics_address(self) -> str:
+        """Where its metrics are."""
+        ...
+
+
+def gauges(server: Measured, *, timeout_s: float = 10.0) -> dict[str, float]:
     """The metrics without labels, by name without the common prefix."""
     found = re.findall(rf"^{PREFIX}(\w+) (\S+)$", _page(server, timeout_s), re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 
-def calls_begun(server: ForkedServer, method: str) -> int:
+def calls_begun(server: Measured, method: str) -> int:
     """How many calls of an RPC have reached the server's code."""
-    found = re.search(
-        rf'^grpc_server_started_total{{.*grpc_method="{method}".*}} (\S+)$', _page(server, 10.0), re.MULTILINE
-    )
+    return _count(server, rf'grpc_server_started_total{{.*grpc_method="{method}".*}}')
+
+
+def calls_ended(server: Measured, method: str, *, code: str) -> int:
+    """How many calls of an RPC have ended with a code, in Go's spelling."""
+    return _count(server, rf'grpc_server_handled_total{{grpc_code="{code}",grpc_method="{method}".*}}')
+
+
+def store_errors(server: Measured, kind: str) -> int:
+    """How many commands to Redis have failed, by kind."""
+    return _count(server, rf'{PREFIX}redis_errors_total{{kind="{kind}"}}')
+
+
+def not_ready(server: Measured) -> str:
+    """Why the server is not ready; empty when it is."""
+    try:
+        urllib.request.urlopen(f"http://{server.metrics_address}/healthz", timeout=10).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.read().decode().lower()
+    return ""
+
+
+def _count(server: Measured, series: str) -> int:
+    found = re.search(rf"^{series} (\S+)$", _page(server, 10.0), re.MULTILINE)
     return int(float(found[1])) if found else 0
 
 
-def _page(server: ForkedServer, timeout_s: float) -> str:
+def _page(server: Measured, timeout_s: float) -> str:
     with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=timeout_s) as page:
         text: str = page.read().decode()
     return text
 
 
-def resident_bytes(server: ForkedServer) -> int:
-    """Memory that the server's process takes."""
-    return int(psutil.Process(server.pid).memory_info().rss)
+def own_bytes(pid: int) -> int:
+    """Memory that a process has taken. Its RSS also counts pages of libraries, which the system takes back at will."""
+    memory = psutil.Process(pid).memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def log_start(redis: RedisServer, policy: str) -> int:

@@ -46,7 +46,8 @@ class House:
         self._servers += 1
         before_redis = to_redis or self.to_redis
         before = FaultProxy(("127.0.0.1", 1))
-        shared = {} if own_redis else {"redis_url": f"redis://{before_redis.address}"}
+        # Tests name the server that owns a policy: the one that was asked first.
+        shared = {} if own_redis else {"redis_url": f"redis://{before_redis.address}", "spread_policies": False}
         settings = {"advertise": before.address} | shared | settings
         server = ForkedServer(self._zygote, self._directory / f"server-{self._servers}", **settings)
         self._stack.callback(server.kill)

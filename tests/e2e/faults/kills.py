@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 
 import numpy as np
 
-from equipoise import PolicyClient
-from equipoise.archive import PolicyArchive, export_policy
-from equipoise.channel import Server
+from equipoise import PolicyAdmin, PolicyClient
+from equipoise.archive import PolicyArchive
 from equipoise_server.rules import build
 from equipoise_server.store import scripts
 from tests.e2e.faults.aof import Log, read_log
@@ -168,7 +168,9 @@ class KillRun:
         return self._export(POLICY), self._export("calm")
 
     def _export(self, policy: str) -> PolicyArchive:
-        return export_policy(Server.at(self.server.address, None), policy)
+        with PolicyAdmin(self.server.address) as admin, TemporaryDirectory() as directory:
+            admin.export_policy(policy, path := Path(directory) / "policy.npz")
+            return PolicyArchive.load(path)
 
     # Rounds.
 

@@ -14,6 +14,8 @@ from enum import Enum
 from time import monotonic, sleep
 from typing import Any
 
+from tests.ports import free_port
+
 CHUNK_BYTES = 64 * 1024
 CHUNKS_UNDER_WAY = 64
 """What one direction of a connection holds: beyond, its sender is read no further."""
@@ -100,7 +102,7 @@ class FaultProxy:
         self._listening: socket.socket | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._thread.start()
-        self._port = 0
+        self._port = free_port()
         self.accept()
 
     @property
@@ -204,7 +206,6 @@ class FaultProxy:
         if self._listening is None:
             self._listening = socket.create_server(("127.0.0.1", self._port), backlog=128)
             self._listening.setblocking(False)
-            self._port = self._listening.getsockname()[1]
             self._loop.add_reader(self._listening, self._take)
 
     async def _stop_listening(self) -> None:

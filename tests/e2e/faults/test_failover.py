@@ -14,28 +14,13 @@ from tests.e2e.faults.aftermath import assert_all_is_well
 from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import FaultProxy, until
-from tests.e2e.faults.redis_server import RedisServer
+from tests.e2e.faults.redis_server import RedisServer, Sentinel
 from tests.e2e.faults.training import Training
 from tests.e2e.faults.zygote import ForkedServer
 
 DOWN_AFTER_MS = 1000
 PATIENT = Timeout(step=10.0)
 """A step is answered without Redis, on a busy machine too."""
-
-
-class Sentinel(RedisServer):
-    """A Sentinel that watches one master."""
-
-    def __init__(self, directory: Path, *, master_port: int) -> None:
-        directory.mkdir(parents=True)
-        self.configuration = directory / "sentinel.conf"
-        self.configuration.write_text(
-            f"sentinel monitor policies 127.0.0.1 {master_port} 2\n"
-            f"sentinel down-after-milliseconds policies {DOWN_AFTER_MS}\n"
-            "sentinel failover-timeout policies 5000\n"
-        )
-        super().__init__(directory, str(self.configuration), "--sentinel")
-        self._settings = {"bind": "127.0.0.1", "port": str(self.port), "logfile": "redis.log"}
 
 
 @dataclass
@@ -58,7 +43,10 @@ def replicated(tmp_path: Path) -> Iterator[Replicated]:
         try:
             replica.command("REPLICAOF", "127.0.0.1", between.port)
             until(lambda: b"state=online" in info(master), what="the replica follows")
-            sentinels += [Sentinel(tmp_path / f"sentinel-{n}", master_port=master.port) for n in range(3)]
+            sentinels += [
+                Sentinel(tmp_path / f"sentinel-{n}", master_port=master.port, quorum=2, down_after_ms=DOWN_AFTER_MS)
+                for n in range(3)
+            ]
             for sentinel in sentinels:
                 sentinel.start()
             for sentinel in sentinels:

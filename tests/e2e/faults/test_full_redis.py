@@ -1,13 +1,13 @@
 """Redis runs full while a sweep is due: what is called durable afterwards is what the next owner finds."""
 
+from pathlib import Path
 from time import sleep
 
 import numpy as np
 import pytest
 
 from equipoise import PolicyAdmin, PolicySpec
-from equipoise.archive import PolicyArchive, export_policy
-from equipoise.channel import Server
+from equipoise.archive import PolicyArchive
 from equipoise_server.store import scripts
 from tests.e2e.faults.flow import Flow, steps_of
 from tests.e2e.faults.gauges import MIB, log_start
@@ -28,12 +28,14 @@ def durable(admin: PolicyAdmin) -> bool:
     return status.durable_version == status.version
 
 
-def exported(server: ForkedServer) -> PolicyArchive:
-    return export_policy(Server.at(server.address, None), "p")
+def exported(server: ForkedServer, path: Path) -> PolicyArchive:
+    with PolicyAdmin(server.address) as admin:
+        admin.export_policy("p", path)
+    return PolicyArchive.load(path)
 
 
 @pytest.mark.slow
-def test_redis_full_during_a_sweep_leaves_nothing_out_of_later_sweeps(house: House) -> None:
+def test_redis_full_during_a_sweep_leaves_nothing_out_of_later_sweeps(house: House, tmp_path: Path) -> None:
     """Data is visited in order, as by a curriculum: what a sweep wrote in vain, no later step touches again."""
     server, _ = house.serve(sweep_min_bytes=MIB, sweep_bytes_per_s=4 * MIB, max_backlog_bytes=4 * MIB)
     with PolicyAdmin(server.address) as admin:
@@ -54,10 +56,10 @@ def test_redis_full_during_a_sweep_leaves_nothing_out_of_later_sweeps(house: Hou
             flow.make(SWEEP_AFTER_STEPS)
             until(lambda: log_start(house.redis, "p") > began, within_s=120, what="another sweep")
         until(lambda: durable(admin), within_s=60, what="every step is durable")
-    before = exported(server)
+    before = exported(server, tmp_path / "p.npz")
     server.kill()
     server.start()
-    after = exported(server)
+    after = exported(server, tmp_path / "p.npz")
     assert after.version == before.version == flow.sent
     assert after.scalars == before.scalars
     for name, column in before.columns.items():

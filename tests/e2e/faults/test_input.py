@@ -1,23 +1,20 @@
 """Messages that no client of ours sends, and too many of them: refused for what they are, and the others served."""
 
 import gzip
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from time import monotonic
 
 import grpc
 import numpy as np
-import psutil
 import pytest
 
 from equipoise import PolicyClient, Timeout
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1 import policy_pb2_grpc
 from tests.e2e.faults.figures import record, seconds
+from tests.e2e.faults.gauges import own_bytes
 from tests.e2e.faults.house import House
-from tests.e2e.faults.proxy import until
 from tests.e2e.faults.training import Training
 
 MIB = 1 << 20
@@ -49,7 +46,7 @@ def test_oversize_bombs_and_long_headers_are_refused_and_the_connection_lives(
     stub = policy_pb2_grpc.PolicyServiceStub(channel)
     with PolicyClient(house.server.address, policy="p", num_examples=4 * MIB, when_lost="wait") as client:
         client.read([0])
-    before = memory(house)
+    before = own_bytes(house.server.pid)
     for rows in (2 * MIB, 4 * MIB):  # 24 and 48 MiB, the limit is 16
         assert code_of(stub.UpdateWeights, update(rows)) is grpc.StatusCode.RESOURCE_EXHAUSTED
     bomb = channel.unary_unary(
@@ -61,11 +58,11 @@ def test_oversize_bombs_and_long_headers_are_refused_and_the_connection_lives(
     header = (("x-long", "x" * 40_000),)
     assert code_of(stub.GetServerInfo, pb.GetServerInfoRequest(), metadata=header) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert stub.GetPolicy(pb.GetPolicyRequest(policy="p"), timeout=10).status.version == 0
-    assert memory(house) - before < 64 * MIB
+    assert own_bytes(house.server.pid) - before < 64 * MIB
     record(
         "messages of 24 and 48 MiB, a gzip bomb of 64 MiB, 40 kB of headers",
         promise="RESOURCE_EXHAUSTED; memory bounded; the connection lives",
-        trainer=f"memory of the server +{max(0, memory(house) - before) / MIB:.0f} MiB",
+        trainer=f"memory of the server +{max(0, own_bytes(house.server.pid) - before) / MIB:.0f} MiB",
     )
 
 
@@ -87,7 +84,7 @@ def test_silent_idle_and_deaf_streams(house: House) -> None:
     server, before = house.serve(first_message_timeout_s=5.0)
     with Training(before.address, timeout=Timeout(step=20.0)) as training:
         training.wait_until_durable()
-        memory_before = psutil.Process(server.pid).memory_info().rss
+        memory_before = own_bytes(server.pid)
         with grpc.insecure_channel(server.address) as channel:
             stub = policy_pb2_grpc.PolicyServiceStub(channel)
             stop = threading.Event()
@@ -104,7 +101,7 @@ def test_silent_idle_and_deaf_streams(house: House) -> None:
             ended = monotonic() - began
             training.wait_until_served()
             seen = training.since(began)
-            grown = psutil.Process(server.pid).memory_info().rss - memory_before
+            grown = own_bytes(server.pid) - memory_before
             stop.set()
             for call in (*idle, *deaf):
                 call.cancel()
@@ -135,41 +132,3 @@ def many_reads(stop: threading.Event, trainer_id: str) -> Iterator[pb.ExchangeRe
         if stop.is_set():
             return
         yield pb.ExchangeRequest(step=pb.StepRequest(example_ids=ids))
-
-
-def memory(house: House) -> int:
-    """Resident memory of the server, bytes."""
-    return int(psutil.Process(house.server.pid).memory_info().rss)
-
-
-FORKING = """
-import multiprocessing, os, sys
-from equipoise import PolicyClient
-
-def load(client, answers):
-    answers.put([client.step([0, 1], contributions=[1.0, -1.0]).version for _ in range(3)])
-
-with PolicyClient(sys.argv[1], policy="p", num_examples=4, when_lost="wait") as client:
-    for _ in range(5):
-        client.step([0, 1], contributions=[1.0, -1.0])
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    loaders = [context.Process(target=load, args=(client, answers)) for _ in range(2)]
-    for loader in loaders:
-        loader.start()
-    versions = sorted(version for _ in loaders for version in answers.get(timeout=60))
-    for loader in loaders:
-        loader.join(60)
-    assert [loader.exitcode for loader in loaders] == [0, 0], loaders
-    assert versions == list(range(6, 12)), versions
-    assert client.step([0, 1], contributions=[1.0, -1.0]).version == 12
-"""
-
-
-def test_a_client_in_forked_data_loaders_is_a_trainer_of_its_own(house: House) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKING, house.address], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    with PolicyClient(house.address, policy="p") as client:
-        until(lambda: client.status().durable_version == 12, what="all steps are durable")

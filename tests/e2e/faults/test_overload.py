@@ -11,7 +11,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import psutil
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,6 +20,7 @@ from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1 import policy_pb2_grpc
 from equipoise_server.app import MAX_PING_STRIKES
 from tests.e2e.faults.figures import record, seconds
+from tests.e2e.faults.gauges import own_bytes
 from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import until
 from tests.e2e.faults.training import Training
@@ -86,10 +86,6 @@ def flood(address: str, *, callers: int, calls: int, for_s: float) -> Counter[st
     return total
 
 
-def rss(pid: int) -> int:
-    return int(psutil.Process(pid).memory_info().rss)
-
-
 def test_callers_beyond_the_queue_are_shed_and_each_step_counts_once(house: House) -> None:
     server, _ = house.serve(max_queued_steps=1)
     with Training(server.address, timeout=PATIENT, **COSTLY) as training:
@@ -111,11 +107,15 @@ def test_overload_tenfold(house: House) -> None:
     server, _ = house.serve(max_queued_steps=6)
     with Training(server.address, timeout=PATIENT, **(COSTLY | {"num_examples": 1_000_000})) as training:
         training.wait_until_durable()
-        before, calm_from = rss(server.pid), monotonic()
+        before, calm_from = own_bytes(server.pid), monotonic()
         sleep(2)
         began = monotonic()
         ended = flood(server.address, callers=64, calls=1_000_000, for_s=6.0)
-        overloaded, calm, grown = training.since(began), training.until(calm_from, began), rss(server.pid) - before
+        overloaded, calm, grown = (
+            training.since(began),
+            training.until(calm_from, began),
+            own_bytes(server.pid) - before,
+        )
     assert set(ended) == {"OK", "QUEUE_FULL"}
     assert grown < 300 * MIB
     training.assert_kept()
@@ -199,7 +199,7 @@ def test_five_thousand_idle_streams(house: House) -> None:
     """As many as `max_streams` are open, the others are told to come later, and a trainer is served meanwhile."""
     with Training(house.server.address, timeout=PATIENT) as training:
         training.wait_until_durable()
-        before, began = rss(house.server.pid), monotonic()
+        before, began = own_bytes(house.server.pid), monotonic()
         opened, refused, grown = asyncio.run(open_many(house, 5000, room=MAX_STREAMS - 1, before=before))
         training.wait_until_served()
         seen = training.since(began)
@@ -231,7 +231,7 @@ async def open_many(house: House, count: int, *, room: int, before: int) -> tupl
                 held.append(call)
             except grpc.aio.AioRpcError as error:
                 refused[shed_for(error.code(), error.trailing_metadata())] += 1
-        grown = rss(house.server.pid) - before
+        grown = own_bytes(house.server.pid) - before
         for call in held:
             call.cancel()
         return len(held), refused, grown

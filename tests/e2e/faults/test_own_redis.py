@@ -1,8 +1,5 @@
 """The server's own Redis, with the settings of the product, killed together with the server."""
 
-import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,14 +21,6 @@ def server(tmp_path: Path, zygote: Zygote) -> Iterator[ForkedServer]:
     forked.kill()
 
 
-def kill_both(server: ForkedServer, data_dir: Path) -> None:
-    """Redis first: it would take the server's end as a request to stop in order."""
-    redis = int(json.loads((data_dir / "equipoise.lock").read_text())["redis_pid"])
-    os.kill(server.pid, signal.SIGSTOP)
-    os.kill(redis, signal.SIGKILL)
-    server.kill()
-
-
 def train(client: PolicyClient, random: np.random.Generator, steps: int) -> StepResult:
     """The last of some steps."""
     for _ in range(steps):
@@ -42,16 +31,14 @@ def train(client: PolicyClient, random: np.random.Generator, steps: int) -> Step
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_what_was_acknowledged_as_durable_survives_the_death_of_both(
-    server: ForkedServer, tmp_path: Path, kills: int
-) -> None:
+def test_what_was_acknowledged_as_durable_survives_the_death_of_both(server: ForkedServer, kills: int) -> None:
     random = np.random.default_rng(kills)
     for _ in range(kills):
         with PolicyClient(server.address, policy="p", num_examples=NUM_EXAMPLES, when_lost="wait") as client:
             result = train(client, random, int(random.integers(1, 50)))
             assert client.flush(30, durable=True)
             weights = client.read_weights()
-            kill_both(server, tmp_path / "data")
+            server.kill_both()
         server.start()
         # A new trainer, which brings nothing of its own.
         with PolicyClient(server.address, policy="p", when_lost="wait") as client:

@@ -1,12 +1,15 @@
 """Two servers on one Redis: the policy is one server's, and moves with its trainers when that one dies or stops."""
 
+import asyncio
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 import pytest
 
-from equipoise import PolicyAdmin, PolicyClient
+from equipoise import PolicyAdmin, PolicyClient, Source
 from equipoise.errors import OwnershipError, UnavailableError
 from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.house import House
@@ -47,9 +50,54 @@ def test_trainers_are_led_to_the_owner_by_whomever_they_ask(
 def raw_status(address: str) -> None:
     """Asks one server alone."""
     admin = PolicyAdmin(address)
-    admin._route.repeats = lambda error, method: False  # type: ignore[method-assign,assignment]
+    admin._route.repeats = lambda error, **_: False  # type: ignore[method-assign,assignment]
     with admin:
         admin.get("p")
+
+
+class Balancer(FaultProxy):
+    """One address of several servers, as a Service of Kubernetes: each connection leads to the next of the list."""
+
+    def __init__(self, targets: Iterable[tuple[str, int]]) -> None:
+        self._targets = iter(targets)
+        self.connected = 0
+        super().__init__(("127.0.0.1", 1))
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        self.target = next(self._targets)
+        self.connected += 1
+        return await super()._connect()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs", [True, False])
+def test_an_owner_address_that_leads_nowhere_is_no_worse_than_asking_again(
+    house: House, caplog: pytest.LogCaptureFixture, hangs: bool
+) -> None:
+    """The owner tells an address that nobody can use; the address that the trainer has leads there in the end."""
+    with Balancer(itertools.repeat(("127.0.0.1", 1))) as nowhere:
+        if hangs:
+            nowhere.hold()
+        owner, _ = house.serve(advertise=nowhere.address)
+        with PolicyClient(owner.address, policy="p", num_examples=4, when_lost="wait") as client:
+            client.step([0, 1], contributions=[1.0, -1.0])
+        wrong, right = (int(server.address.rpartition(":")[2]) for server in (house.server, owner))
+        ports = itertools.chain([wrong] * 6, itertools.repeat(right))
+        with (
+            Balancer(("127.0.0.1", port) for port in ports) as service,
+            PolicyClient(service.address, policy="p", num_examples=4) as trainer,
+        ):
+            until(
+                lambda: trainer.step([0, 1], contributions=[1.0, -1.0]).source is Source.SERVED,
+                within_s=MOVED_WITHIN_S,
+                what=lambda: f"weights are served; {service.connected} connections, {nowhere.connected} to nowhere",
+            )
+            assert service.connected >= 7
+            if hangs:  # where it is refused at once, gRPC tries again by itself
+                assert nowhere.connected <= 4, "the client follows again and again"
+        warnings = [record.getMessage() for record in caplog.records if "cannot be reached" in record.getMessage()]
+        assert len(warnings) == 1
+        assert nowhere.address in warnings[0]
 
 
 @pytest.mark.slow
@@ -148,7 +196,8 @@ def test_an_idle_policy_is_taken_from_a_server_cut_off_from_redis(house: House) 
 def present(house: House) -> set[str]:
     """The addresses of the servers whose heartbeats Redis holds."""
     with house.redis.client() as redis:
-        return {address.decode() for key in redis.keys("*:server:*") if (address := redis.get(key)) is not None}
+        said = [redis.get(key) for key in redis.keys("*:server:*")]
+    return {beat.decode().partition(" ")[0] for beat in said if beat is not None}
 
 
 def is_not_owner(address: str) -> bool:

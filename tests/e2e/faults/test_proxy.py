@@ -139,4 +139,4 @@ def test_delay_is_no_bandwidth(proxy: FaultProxy, client: socket.socket) -> None
     while got < 40 << 16:
         got += len(client.recv(1 << 20))
     sending.join()
-    assert 0.2 <= monotonic() - started < 2.5
+    assert 0.2 <= monotonic() - started < 4.0

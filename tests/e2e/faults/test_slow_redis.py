@@ -9,7 +9,7 @@ from equipoise import PolicyAdmin, PolicySpec
 from equipoise.policies import Durability
 from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.flow import Flow, steps_of
-from tests.e2e.faults.gauges import MIB, gauges, resident_bytes
+from tests.e2e.faults.gauges import MIB, gauges, own_bytes
 from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import until
 from tests.e2e.faults.zygote import ForkedServer
@@ -43,7 +43,7 @@ def test_memory_is_bounded_while_redis_is_slower_than_the_steps(
     create(server.address, durability=durability)
     with Flow(server.address, steps_of(ROWS, high=NUM_EXAMPLES)) as flow:
         flow.make(32)  # what the first steps bring into memory for good
-        before = resident_bytes(server)
+        before = own_bytes(server.pid)
         house.to_redis.delay_s = FAR_S
         flow.run()
         grown, unpersisted = watch(server, for_s=lasts_s, before=before)
@@ -66,7 +66,7 @@ def watch(server: ForkedServer, *, for_s: float, before: int) -> tuple[int, floa
     end = monotonic() + for_s
     grown, unpersisted = 0, 0.0
     while monotonic() < end:
-        grown = max(grown, resident_bytes(server) - before)
+        grown = max(grown, own_bytes(server.pid) - before)
         unpersisted = max(unpersisted, gauges(server)["unpersisted_updates"])
         sleep(0.1)
     return grown, unpersisted

@@ -2,9 +2,10 @@
 
     python -m tests.e2e.faults.zygote
 
-It reads orders from its standard input, one JSON array a line, and answers each with a line: `["start", arguments,
-log]` with the pid of a new server, `["wait", pid]` with the exit status of one that has ended. It dies with its parent.
-A forked server is a process like any other: it begins where `equipoise serve` does, with nothing but modules loaded.
+It reads orders from its standard input, one JSON array a line, and answers each with a line: `["start", arguments, log,
+environment]` with the pid of a new server, `["wait", pid]` with the exit status of one that has ended. It dies with its
+parent. A forked server is a process like any other: it begins where `equipoise serve` does, with nothing but modules
+loaded.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import monotonic, sleep
@@ -22,6 +24,7 @@ from typing import Any
 
 from equipoise.errors import UnavailableError
 from tests.e2e.faults import stacks
+from tests.ports import free_port
 
 START_SECONDS = 60.0
 STACKS_SECONDS = 3.0
@@ -42,11 +45,12 @@ class Zygote:
             cwd=Path(__file__).parents[3],
             text=True,
         )
+        self._asking = threading.Lock()
         assert self._ask() == "ready"
 
     def start(self, arguments: Sequence[str], *, log: Path) -> int:
         """Forks a server; its pid."""
-        return int(self._ask("start", list(arguments), str(log)))
+        return int(self._ask("start", list(arguments), str(log), dict(os.environ)))
 
     def wait(self, pid: int) -> int:
         """Waits until a server has ended; its exit status, negative for a signal."""
@@ -63,10 +67,11 @@ class Zygote:
     def _ask(self, *order: Any) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        if order:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        with self._asking:
+            if order:
+                self._process.stdin.write(json.dumps(order) + "\n")
+                self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
 
 
 class ForkedServer:
@@ -75,17 +80,19 @@ class ForkedServer:
     Attributes:
         address: `host:port` of the gRPC service.
         metrics_address: `host:port` of `/metrics`.
+        data_dir: folder of a Redis of its own.
         starts: seconds that each start took until the server served.
     """
 
     def __init__(self, zygote: Zygote, directory: Path, **settings: str | float | Path) -> None:
         directory.mkdir(exist_ok=True)
-        self.address = "127.0.0.1:0"
-        self.metrics_address = "127.0.0.1:0"
+        self.address = str(settings.pop("listen", f"127.0.0.1:{free_port()}"))
+        self.metrics_address = str(settings.pop("metrics_listen", f"127.0.0.1:{free_port()}"))
         self.pid = 0
         self.starts: list[float] = []
         self._zygote = zygote
         self._settings = {"data_dir": directory / "data", **settings}
+        self.data_dir = Path(str(self._settings["data_dir"]))
         self._log = directory / "server.log"
         self._ready = directory / "ready.json"
 
@@ -125,9 +132,21 @@ class ForkedServer:
         """Ends the server at once (SIGKILL)."""
         self._end(signal.SIGKILL)
 
+    def kill_both(self) -> None:
+        """Ends the server and the Redis of its own at once (SIGKILL)."""
+        lock = self.data_dir / "equipoise.lock"
+        os.kill(self.pid, signal.SIGSTOP)  # it would take the end of its Redis as a request to stop in order
+        os.kill(int(json.loads(lock.read_text())["redis_pid"]), signal.SIGKILL)
+        self.kill()
+
     def stop(self) -> int:
         """Ends the server in order (SIGTERM); its exit status."""
         return self._end(signal.SIGTERM)
+
+    def restart(self) -> None:
+        """Starts the server again. Kills it first if it runs."""
+        self.kill()
+        self.start()
 
     def terminate(self) -> None:
         """Asks the server to end (SIGTERM) and does not wait; `join` does."""
@@ -175,10 +194,10 @@ def main() -> None:
     answer("ready")
     for order in orders():
         match order:
-            case ["start", arguments, log]:
+            case ["start", arguments, log, environment]:
                 pid = os.fork()
                 if not pid:
-                    become_server(arguments, log)
+                    become_server(arguments, log, environment)
                 answer(pid)
             case ["wait", pid]:
                 answer(wait(pid))
@@ -206,7 +225,7 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def become_server(arguments: list[str], log: str) -> None:
+def become_server(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     from equipoise_server.commands import serve
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -214,6 +233,8 @@ def become_server(arguments: list[str], log: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for fd in (1, 2):
         os.dup2(out, fd)
+    os.environ.clear()
+    os.environ.update(environment)
     stacks.tell_on_signals()
     status = 1
     try:

@@ -12,11 +12,11 @@ from hypothesis import seed
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from equipoise.testing import serve
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from tests.e2e.fuzz.model import DECAY, FLOOR, Model
 from tests.e2e.fuzz.seeds import SEED, announce, effort
+from tests.servers import serve
 
 NUM_EXAMPLES = 12
 TIMEOUT_S = 60

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from equipoise import Security
-from equipoise.testing import ServerProcess, serve
 from equipoise_server.security import Scope, entry, new_token
 from tests.e2e.security.authority import Authority, Files
+from tests.servers import ServerProcess, serve
 
 TENANTS = """
 [tenants.red]

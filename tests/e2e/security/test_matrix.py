@@ -99,7 +99,7 @@ def test_nobody_gets_in(guarded: Guarded, state: Callable[[], object], method: s
     assert refusal(at(without), method, "red-1") == (unauthenticated, "TOKEN_MISSING")
     for wrong in (STRANGER, guarded.tokens["red"][:-1] + "!", guarded.tokens["red"][:-2] + "zz", "x"):
         assert refusal(at(replace(without, token=wrong)), method, "red-1") == (unauthenticated, "TOKEN_INVALID")
-    expected = {"token_missing": 1, "token_invalid": 4, "policy_forbidden": 0, "scope_missing": 0}
+    expected = {"TOKEN_MISSING": 1, "TOKEN_INVALID": 4, "POLICY_FORBIDDEN": 0, "SCOPE_MISSING": 0}
 
     if method not in ("GetServerInfo", "ListPolicies"):
         blue = at(guarded.security("blue"))
@@ -107,10 +107,10 @@ def test_nobody_gets_in(guarded: Guarded, state: Callable[[], object], method: s
             assert refusal(blue, method, policy) == (denied, "POLICY_FORBIDDEN")
         assert refusal(blue, method, "red-1", header="blue-1") == (denied, "POLICY_FORBIDDEN")
         assert refusal(blue, method, "blue-1", header="red-1")[0] is grpc.StatusCode.INVALID_ARGUMENT
-        expected["policy_forbidden"] = 5
+        expected["POLICY_FORBIDDEN"] = 5
     for scope in set(Scope) - set(ALLOWED[method]):
         assert refusal(at(guarded.security(f"red {scope}")), method, "red-1") == (denied, "SCOPE_MISSING")
-        expected["scope_missing"] += 1
+        expected["SCOPE_MISSING"] += 1
 
     expired = guarded.with_certificate(guarded.authority.issue("expired", ends=timedelta(hours=-1)), "red")
     nobody = replace(guarded.security("red"), client_certificate=None, client_key=None)
@@ -171,10 +171,11 @@ def test_methods_beside_the_contract_need_a_token_but_for_health(guarded: Guarde
     with server.channel() as channel:
         health = channel.unary_unary("/grpc.health.v1.Health/Check")
         assert health(b"", timeout=10) == b"\x08\x01"
-        reflection = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
-        with pytest.raises(grpc.RpcError) as caught:
-            list(reflection(iter([b""]), timeout=10))
-    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        for package in ("v1", "v1alpha"):
+            reflection = channel.stream_stream(f"/grpc.reflection.{package}.ServerReflection/ServerReflectionInfo")
+            with pytest.raises(grpc.RpcError) as caught:
+                list(reflection(iter([b""]), timeout=10))
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_secrets_are_in_neither_log_nor_metrics_nor_process_list(guarded: Guarded) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from equipoise import PolicyAdmin, PolicySpec
 from equipoise.errors import EquipoiseError
-from equipoise.testing import serve
+from tests.servers import serve
 
 PASSWORD = "hunter2hunter2"
 
@@ -26,7 +26,7 @@ def test_the_password_of_redis_is_neither_logged_nor_answered_nor_listed(scheme:
         with PolicyAdmin(server.address, timeout=5) as admin, pytest.raises(EquipoiseError) as caught:
             admin.create(PolicySpec(name="p", num_examples=1))
         end = monotonic() + 30
-        while "redis does not answer" not in server.log:
+        while "redis cannot be used" not in server.log:
             assert monotonic() < end
             sleep(0.05)
         with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as page:
@@ -37,3 +37,14 @@ def test_the_password_of_redis_is_neither_logged_nor_answered_nor_listed(scheme:
         health = unready.value.read().decode()
         for shown in (server.log, str(caught.value), str(caught.value.metadata), metrics, health, arguments):
             assert PASSWORD not in shown
+
+
+def test_a_secret_that_every_user_can_read_is_told_once(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text("")
+    for mode, told in ((0o644, 1), (0o640, 0)):
+        tokens.chmod(mode)
+        with serve(tokens_file=tokens) as server:
+            lines = [line for line in server.log.splitlines() if "can read a secret" in line]
+            assert len(lines) == told
+            assert all("tokens_file" in line and str(tokens) in line for line in lines)

@@ -10,11 +10,11 @@ import pytest
 
 from equipoise import PolicyAdmin, PolicyClient, PolicySpec, Security, Source
 from equipoise.errors import AccessDeniedError, EquipoiseError, OverloadedError, QuotaError
-from equipoise.testing import ServerProcess, serve
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise_server.security import Scope
 from tests.e2e.security.conftest import TENANTS, Tokens
+from tests.servers import ServerProcess, serve
 
 
 @pytest.fixture(scope="module")

@@ -89,12 +89,12 @@ def test_it_serves_without_a_home_and_without_a_folder_to_write_in_but_its_own(f
 def _files_open_for_writing(pid: int) -> set[str]:
     found = set()
     for entry in os.scandir(f"/proc/{pid}/fd"):
-        target = os.readlink(entry.path)
-        flags = next(
-            line
-            for line in Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().splitlines()
-            if line.startswith("flags")
-        )
+        try:
+            target = os.readlink(entry.path)
+            facts = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        flags = next(line for line in facts.splitlines() if line.startswith("flags"))
         if target.startswith("/") and int(flags.split()[1], 8) & (os.O_WRONLY | os.O_RDWR):
             found.add(target)
     return found

@@ -29,7 +29,7 @@ METRICS = {
     "files": "process_open_fds",
     "tasks": "equipoise_server_event_loop_tasks",
     "policies": "equipoise_server_policies",
-    "trainers known": "equipoise_server_clients",
+    "trainers known": "equipoise_server_clients_remembered",
 }
 
 

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise_server.engine import DeviceThread, Engine, EngineLimits, NoTelemetry
+from equipoise_server.engine import Device, Engine, EngineLimits, NoTelemetry, Telemetry
 from equipoise_server.errors import draining
 from equipoise_server.store import EmbeddedRedis, RedisStore
 
 LIMITS = EngineLimits(
     trainer_idle_s=86_400.0,
+    max_trainers=10_000,
     max_queued_steps=64,
     max_queued_bytes=1 << 24,
     log_timeout_s=0.25,
     max_backlog_bytes=1 << 28,
+    max_backlogs_bytes=1 << 32,
     sweep_min_bytes=1 << 40,
     sweep_bytes_per_s=1e12,
     max_replay_s=1e9,
@@ -42,25 +44,28 @@ class Servers:
 
 @pytest.fixture
 async def servers(redis: EmbeddedRedis) -> AsyncIterator[Servers]:
-    made: list[tuple[Engine, DeviceThread, RedisStore]] = []
+    made: list[tuple[Engine, Device, RedisStore]] = []
 
     async def make(
         address: str = "127.0.0.1:1",
         *,
         instance: str = "",
+        spreads: bool = False,
         wall_clock: Callable[[], float] = time.time,
         store: RedisStore | None = None,
+        telemetry: Telemetry | None = None,
         **limits: float,
     ) -> Engine:
         store = store or RedisStore.connect(redis.url)
-        device = DeviceThread(torch.device("cpu"))
+        device = Device(torch.device("cpu"))
         engine = Engine(
             store,
             device,
             address=address,
             limits=replace(LIMITS, **limits),
-            telemetry=NoTelemetry(),
+            telemetry=telemetry or NoTelemetry(),
             instance=instance,
+            spreads=spreads,
             wall_clock=wall_clock,
         )
         made.append((engine, device, store))

@@ -61,7 +61,6 @@ def steps(
             guard_loss=2.0 + float(np.sin(sequence)) if sequence % 3 else None,
             weights_for=ids,
             num_rows=batch,
-            size=24 * batch,
         )
 
 

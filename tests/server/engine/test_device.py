@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from equipoise.v1 import policy_pb2 as pb
-from equipoise_server.engine import DeviceThread, Outcome
+from equipoise_server.engine import Device, Outcome
 from equipoise_server.errors import ServiceError
 from equipoise_server.servicer import convert
+from equipoise_server.servicer.fields import StepFields
 from tests.server.engine.conftest import Servers
 from tests.server.engine.runs import everything, send, spec, steps
 from tests.server.servicer.conftest import LIMITS
@@ -50,7 +51,7 @@ async def test_what_a_failing_device_has_half_done_is_read_again_from_the_store(
         return apply(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runner.policy, "apply", fail_at_third)
-    for limit in ("CALL_S", "SHORT_CALL_S"):  # all five in one call, however slow the machine is
+    for limit in ("CALL_S", "INLINE_S"):  # all five in one call, however slow the machine is
         monkeypatch.setattr(f"equipoise_server.engine.runner.{limit}", 60.0)
     unanswered = [await runner.submit(step) for step in islice(numbered, 5)]
     errors = await asyncio.gather(*unanswered, return_exceptions=True)
@@ -66,13 +67,14 @@ async def test_what_a_failing_device_has_half_done_is_read_again_from_the_store(
 
 
 async def test_a_read_of_a_lost_device_is_unavailable_and_a_bug_is_a_bug() -> None:
-    device = DeviceThread(torch.device("cpu"))
-    for short in (False, True):
+    device = Device(torch.device("cpu"))
+    queue = device.queue("policy")
+    for inline, long in ((False, False), (True, False), (False, True)):
         with pytest.raises(ServiceError) as caught:
-            await device.run(lambda: failing(FAULTS[0]), short=short)
+            await queue.run(lambda: failing(FAULTS[0]), inline=inline, long=long)
         assert (caught.value.reason, caught.value.retry_after_s) == ("DEVICE_LOST", 1.0)
         with pytest.raises(RuntimeError, match="shape"):
-            await device.run(lambda: failing(RuntimeError("shape mismatch")), short=short)
+            await queue.run(lambda: failing(RuntimeError("shape mismatch")), inline=inline, long=long)
     device.close()
 
 
@@ -93,7 +95,7 @@ async def test_sketches_are_multiplied_off_the_event_loop(servers: Servers, monk
         gradient_sketches=np.array([[1.0, 2.0], [3.0, -4.0]], "<f4").tobytes(),
         target_sketch=np.array([0.5, 0.25], "<f4").tobytes(),
     )
-    step = await convert.convert_step(request, trainer_id="trainer", runner=runner, limits=LIMITS)
+    step = await convert.convert_step(StepFields.of(request), trainer_id="trainer", runner=runner, limits=LIMITS)
     assert step.statistics is not None
     assert step.statistics.contributions is not None
     assert step.statistics.contributions.tolist() == [1.0, 0.5]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from equipoise_server.engine import Durability, Engine, Outcome, Policy, PolicyRunner, Step
+from equipoise_server.engine.memory import Backlogs
 from equipoise_server.errors import ServiceError, draining
 from equipoise_server.store import EmbeddedRedis, RedisStore
 from tests.server.engine.conftest import Servers
@@ -181,7 +182,7 @@ async def test_a_redis_that_comes_back_after_a_long_outage_gets_the_tables_inste
     engine = await servers.make()
     runner = await runner_of(engine)
     await feed(runner, 3)
-    runner.log.max_backlog_bytes = 1  # the memory kept for the log is used up at once
+    runner.log.backlogs = Backlogs(max_bytes=1, max_policy_bytes=1)  # the memory kept for the log is used up at once
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
@@ -201,7 +202,8 @@ async def test_a_short_outage_does_not_write_the_tables_again_for_what_redis_has
     engine = await servers.make()
     runner = await runner_of(engine)
     await feed(runner, 20)
-    runner.log.max_backlog_bytes = runner.log.tail.size  # the log since the last sweep has used it up
+    used = runner.log.tail.size
+    runner.log.backlogs = Backlogs(max_bytes=used, max_policy_bytes=used)  # the log since the last sweep has used it up
     generation = runner.owner.generation
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)

@@ -28,7 +28,7 @@ def policy_of(rule: str, **settings: float | bool) -> Policy:
         reference_nats=None,
     )
     state = bound.init(NUM_EXAMPLES, device=torch.device("cpu"))
-    return Policy(of, "uid", rule=bound, state=state, trainers=Trainers(86_400.0))
+    return Policy(of, "uid", rule=bound, state=state, trainers=Trainers(86_400.0, 10_000))
 
 
 def told(rule: str, count: int, *, guard_loss: float | None = None) -> Iterator[Step]:

@@ -148,12 +148,12 @@ class SlowStore(RedisStore):
     delay_s = 0.0
     failures = 0
 
-    async def read_page(self, policy: Any, index: int) -> Any:
+    async def read_page(self, policy: Any, index: int, *, version: int | None = None) -> Any:
         await asyncio.sleep(self.delay_s)
         if self.failures:
             self.failures -= 1
             raise Unavailable("injected", kind="timeout")
-        return await super().read_page(policy, index)
+        return await super().read_page(policy, index, version=version)
 
 
 async def slow_engine(

@@ -20,7 +20,7 @@ ONLINE = [name for name in names() if name != "trajectory"]
 def fresh(of: PolicySpec) -> Policy:
     rule = build(of.rule, of.settings)
     state = rule.init(of.num_examples, device=torch.device("cpu"))
-    return Policy(of, "uid", rule=rule, state=state, trainers=Trainers(86_400.0))
+    return Policy(of, "uid", rule=rule, state=state, trainers=Trainers(86_400.0, 10_000))
 
 
 def run(policy: Policy, given: list[Step]) -> list[LogEntry]:
@@ -221,7 +221,7 @@ def test_a_step_that_the_rule_refused_is_refused_again_also_from_the_log_and_fro
 
 
 def test_refusals_are_not_remembered_without_end() -> None:
-    trainers = Trainers(86_400.0)
+    trainers = Trainers(86_400.0, 10_000)
     for sequence in range(1, 1001):
         trainers.record("trainer", sequence, 0.0, refused="NON_FINITE_STAT")
     assert trainers.refusal("trainer", 1000) == "NON_FINITE_STAT"

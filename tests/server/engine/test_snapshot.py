@@ -3,14 +3,14 @@
 import asyncio
 import threading
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
-from equipoise_server.engine import DeviceThread, Kind, Policy, Snapshot, Step
+from equipoise_server.engine import Device, Engine, Kind, Policy, PolicyRunner, Snapshot, Step
 from equipoise_server.engine.runner import MAX_SNAPSHOTS
 from equipoise_server.engine.sampling import draw
 from equipoise_server.errors import ServiceError
@@ -122,7 +122,7 @@ def test_weights_of_zero_are_never_drawn_and_too_few_of_others_is_an_error() -> 
 
 
 async def test_long_work_lets_other_calls_have_the_device_between_its_slices() -> None:
-    device = DeviceThread(torch.device("cpu"))
+    device = Device(torch.device("cpu"))
     order: list[str] = []
 
     def long(slices: int) -> Slices[str]:
@@ -132,10 +132,10 @@ async def test_long_work_lets_other_calls_have_the_device_between_its_slices() -
             yield
         return "done"
 
-    working = asyncio.create_task(device.run_slices(long(20)))
+    working = asyncio.create_task(device.queue("one").run_slices(long(20)))
     calls = 0
     while not working.done():
-        await device.run(lambda: order.append("call"))
+        await device.queue("other").run(lambda: order.append("call"))
         calls += 1
     assert await working == "done"
     assert calls >= 5
@@ -145,7 +145,7 @@ async def test_long_work_lets_other_calls_have_the_device_between_its_slices() -
 
 
 async def test_a_caller_that_leaves_ends_its_long_work() -> None:
-    device = DeviceThread(torch.device("cpu"))
+    device = Device(torch.device("cpu"))
     closed = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -156,7 +156,7 @@ async def test_a_caller_that_leaves_ends_its_long_work() -> None:
         finally:
             loop.call_soon_threadsafe(closed.set)
 
-    working = asyncio.create_task(device.run_slices(endless()))
+    working = asyncio.create_task(device.queue("one").run_slices(endless()))
     await asyncio.sleep(0.02)
     working.cancel()
     await asyncio.wait_for(closed.wait(), 20)
@@ -199,10 +199,17 @@ async def test_a_caller_who_leaves_leaves_no_snapshot(servers: Servers) -> None:
     assert not runner.policy.has_snapshots
 
 
+async def loaded(engine: Engine) -> PolicyRunner:
+    """The policy, however long it is being loaded."""
+    while True:
+        with suppress(ServiceError):
+            return await engine.runner("policy")
+
+
 async def test_too_many_readers_of_whole_policies_are_turned_away(servers: Servers) -> None:
     engine = await servers.make(load_wait_s=0.1)
     await engine.create(spec())
-    runner = await engine.runner("policy")
+    runner = await loaded(engine)
     async with AsyncExitStack() as stack:
         for _ in range(MAX_SNAPSHOTS):
             await stack.enter_async_context(runner.snapshot())

@@ -57,7 +57,6 @@ def steps(of: PolicySpec, *, trainer_id: str = "trainer") -> Iterator[Step]:
             statistics=aggregate(contributions=given, trajectory_row=row),
             wants_weights=False,
             num_rows=of.num_examples,
-            size=4 * of.num_examples,
         )
 
 

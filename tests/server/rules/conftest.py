@@ -27,9 +27,9 @@ def rule(request: pytest.FixtureRequest) -> Rule:
     return build(request.param, {})
 
 
-@pytest.fixture(params=[name for name in ONLINE if build(name, {}).columns])
+@pytest.fixture(params=[name for name in ONLINE if "raw" in build(name, {}).columns])
 def table_rule(request: pytest.FixtureRequest) -> Rule:
-    """Every online rule that keeps tables in turn, with its defaults."""
+    """Every online rule that keeps a raw weight per example in turn, with its defaults."""
     return build(request.param, {})
 
 

@@ -51,7 +51,9 @@ def test_weights_follow_the_definition(temperature: float, start: Start) -> None
             served = rule.answer(state, told(rule, ids, values), ids)
             np.testing.assert_allclose(served, expected, rtol=1e-6, atol=1e-12)
             assert served.astype(np.float64).mean() == pytest.approx(1.0, abs=1e-6)
-            assert rule.effective_examples(state) == pytest.approx(expected.sum() ** 2 / (expected**2).sum())
+            effective = expected.sum() ** 2 / (expected**2).sum()
+            assert rule.effective_examples(state) == pytest.approx(effective)
+            assert rule.effective_ratio(state) == pytest.approx(effective / 50)
 
 
 @pytest.mark.parametrize("name", BATCH_RULES)
@@ -106,6 +108,30 @@ def test_billions_of_examples_cost_what_the_batch_costs(name: str, start: Start)
     state = rule.update(start(rule, 10**12), statistics)
     assert rule.answer(state, statistics, ids[::-1].copy()).argmax() == 0
     assert rule.effective_examples(state) < 3
+    assert 1 / 3 < rule.effective_ratio(state) < 1
+
+
+@pytest.mark.parametrize("name", BATCH_RULES)
+def test_the_ratio_is_of_the_batch_however_many_examples_there_are(name: str, start: Start) -> None:
+    """A healthy batch is no collapse, and one that hangs on a single row is one, whatever N is."""
+    rule = build(name, {})
+    ids = np.arange(64)
+    for num_examples in (64, 10**9):
+        state = start(rule, num_examples)
+        assert rule.effective_ratio(state) == 1.0
+        state = rule.update(state, told(rule, ids, np.full(64, 0.5, np.float32)))
+        assert rule.effective_ratio(state) == pytest.approx(1.0)
+    often = told(rule, np.arange(4).repeat(8), np.linspace(1, 2, 32, dtype=np.float32))
+    state = rule.update(start(rule, 4), often)
+    assert 0.1 < rule.effective_ratio(state) <= 1.0  # more rows than examples
+
+
+def test_a_batch_that_hangs_on_one_row_is_a_collapse(start: Start) -> None:
+    rule = build("boltzmann", {"temperature": 0.01})
+    values = np.zeros(100, np.float32)
+    values[7] = 1.0
+    state = rule.update(start(rule, N), told(rule, np.arange(100), values))
+    assert rule.effective_ratio(state) == pytest.approx(0.01)
 
 
 def test_outliers_and_ties_of_losses(start: Start) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from equipoise_server.rules import Guard
@@ -22,9 +22,9 @@ def guarded(losses: Iterable[float], *, stretch: float = STRETCH, start: Guard |
     return seen[1:]
 
 
-def strengths_by_hand(losses: list[float], stretch: float) -> list[float]:
-    """g after each loss, told as a story over the whole list rather than as a machine of few numbers."""
-    level, levels, strengths = math.nan, [], []
+def guard_by_hand(losses: list[float], stretch: float) -> tuple[list[float], list[float]]:
+    """g after each loss, and who was served after each trial, told as a story over the whole list."""
+    level, levels, strengths, outcomes = math.nan, [], [], []
     incumbent, lost, allowed, alarmed = 0.0, 0, 8, 8
     start, stop, trial_of, fell = 0, 2, None, 0.0
     for count, loss in enumerate(losses, 1):
@@ -41,6 +41,7 @@ def strengths_by_hand(losses: list[float], stretch: float) -> list[float]:
                 pause = max(count, max(2, math.ceil(count * stretch * (1 + incumbent))) + 1)
                 alarmed = count if won else count + pause
                 trial_of, over = None, True
+                outcomes.append(incumbent)
         elif over:
             fell = fall
             if count >= allowed or (fall < 0 and count >= alarmed):
@@ -48,7 +49,7 @@ def strengths_by_hand(losses: list[float], stretch: float) -> list[float]:
         if over:
             start, stop = count, count + max(2, math.ceil(count * stretch * (1 + incumbent)))
         strengths.append(incumbent if trial_of is None else trial_of)
-    return strengths
+    return strengths, outcomes
 
 
 walks = st.builds(
@@ -66,18 +67,24 @@ walks = st.builds(
 @given(losses=walks, stretch=st.sampled_from([0.01, 0.1, 0.125, 0.3, 1.0]))
 def test_g_is_that_of_a_second_implementation(losses: list[float], stretch: float) -> None:
     seen = guarded(losses, stretch=stretch)
-    assert [guard.strength for guard in seen] == strengths_by_hand(losses, stretch)
+    strengths, outcomes = guard_by_hand(losses, stretch)
+    assert [guard.strength for guard in seen] == strengths
     assert seen[-1].count == len(losses)
+    assert (seen[-1].trials_won, seen[-1].trials_lost) == (outcomes.count(0.0), outcomes.count(1.0))
 
 
 @settings(deadline=None)
 @given(losses=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=60))
+@example([0.0] * 9 + [9.999999999999999e299, 0.0, -6.111111111111114e299])
+@example([1e308] * 10 + [-1e308] * 12)
 def test_any_losses_give_a_g_in_0_1_and_numbers_that_travel(losses: list[float]) -> None:
     for guard in guarded(losses):
         assert 0.0 <= guard.strength <= 1.0
         scalars = guard.to_scalars()
         assert all(math.isfinite(value) for value in scalars.values())
         assert Guard.from_scalars(scalars) == guard
+        older = {name: value for name, value in scalars.items() if not name.startswith("trials_")}
+        assert Guard.from_scalars(older) == replace(guard, trials_won=0, trials_lost=0)
 
 
 @settings(deadline=None)

@@ -39,16 +39,16 @@ CASES: list[tuple[str, dict[str, float]]] = [
 class Definition:
     """State of a policy as DESIGN writes it: means, averages and exponentials over whole vectors."""
 
-    def __init__(self, name: str, settings: Mapping[str, float]) -> None:
+    def __init__(self, name: str, settings: Mapping[str, float], *, num_examples: int = N) -> None:
         self.name, self.settings = name, settings
-        self.seen = np.zeros(N, bool)
-        self.statistic = np.zeros(N)
-        self.weights = np.ones(N)
+        self.seen = np.zeros(num_examples, bool)
+        self.statistic = np.zeros(num_examples)
+        self.weights = np.ones(num_examples)
         self.mean_square = 0.0
         self.loss_moments: tuple[float, float] | None = None
 
     def step(self, statistics: Statistics) -> None:
-        ids = np.arange(N) if statistics.ids is None else statistics.ids
+        ids = np.arange(len(self.seen)) if statistics.ids is None else statistics.ids
         values = self._signal(statistics)
         squares, decay = float(np.mean(values**2)), self.settings["rms_decay"]
         self.mean_square = decay * self.mean_square + (1 - decay) * squares if self.mean_square else squares
@@ -105,7 +105,7 @@ class Definition:
             return floor + (1 - floor) * np.clip(share, 0, 1)
         if self.name == "exponentiated_gradient":
             return math.sqrt(floor) * np.exp(self.statistic)
-        return np.ones(N)
+        return np.ones(len(self.seen))
 
     def _projected(self, ids: NDArray[np.int64], signal: Floats) -> None:
         self.weights[ids] += self.settings["step_size"] * signal
@@ -158,8 +158,11 @@ def test_guard_mixes_with_uniform(
 ) -> None:
     rng = np.random.default_rng(2)
     state = start(rule, N)
-    for _ in range(20):
-        state = rule.update(state, step := make_step(rule, rng, N, ROWS))
+    for _ in range(200 if rule.name == "strata" else 20):
+        step = make_step(rule, rng, N, ROWS)
+        if step.contributions is not None and step.losses is not None:  # what strata of losses differ by
+            step = replace(step, contributions=step.contributions + step.losses)
+        state = rule.update(state, step)
     ids = None if rule.columns else step.ids
     free = rule.answer(state, step, ids).astype(np.float64)
     assert np.ptp(free) > 0 or rule.name == "uniform"

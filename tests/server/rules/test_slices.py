@@ -70,7 +70,7 @@ def test_tables_are_filled_in_bounded_slices(rule: Rule, monkeypatch: pytest.Mon
     count, state = counted(work)
     assert count == 11 * len(rule.columns)
     for name, column in state.columns.items():
-        assert (column == (-1 if name == "raw" else 0)).all()
+        assert (column == (-1 if name in ("raw", "stratum") else 0)).all()
         assert column.dtype == rule.columns[name]
         assert column.shape == (1050,)
     assert (state.scored, state.raw_sum, state.raw_square_sum, state.scalars) == (0, 0, 0, {})

@@ -133,6 +133,14 @@ def test_a_listing_never_leaves_the_tenants_prefix(prefix: str, asked: str) -> N
     assert listed == {name for name in names if name.startswith(prefix) and name.startswith(asked)}
 
 
+def test_a_policy_belongs_to_the_tenant_whose_prefix_it_has(file: Path) -> None:
+    file.write_text(TENANTS + '[tenants.all]\nprefix = ""\n')
+    access = Access(file)
+    assert access.tenant_of("red-1") == ""  # nothing was read yet
+    access.load()
+    assert [access.tenant_of(name) for name in ("red-1", "blue-1", "none")] == ["red", "blue", ""]
+
+
 def test_without_a_file_everybody_may_do_everything() -> None:
     access = Access(None)
     access.load()

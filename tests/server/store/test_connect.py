@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.sentinel import SentinelConnectionPool
 
-from equipoise_server.store import InvalidStoreUrl, without_password
+from equipoise_server.redis_url import RedisAccess
+from equipoise_server.store import InvalidStoreUrl
 from equipoise_server.store.connect import client_for
 
 
@@ -33,20 +36,23 @@ def test_every_wait_is_bounded(url: str) -> None:
 
 
 def test_sentinel() -> None:
-    client = client_for("redis+sentinel://u:p@a:1,b,[::1]:3/main/2?sentinel_password=sp", command_timeout_s=0.5)
+    access = RedisAccess(sentinel_username="su", sentinel_password="sp", tls_ca=Path("ca.pem"))
+    client = client_for("rediss+sentinel://u:p@a:1,b,[::1]:3/main/2", access=access, command_timeout_s=0.5)
     assert isinstance(client, Redis)
     pool = client.connection_pool
     assert isinstance(pool, SentinelConnectionPool)
     assert pool.service_name == "main"
     found = pool.connection_kwargs
-    assert (found["db"], found["username"], found["password"]) == (2, "u", "p")
+    assert (found["db"], found["username"], found["password"], found["ssl_ca_certs"]) == (2, "u", "p", "ca.pem")
     guards = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
     assert [(each["host"], each["port"]) for each in guards] == [("a", 1), ("b", 26379), ("::1", 3)]
-    assert all(each["socket_timeout"] == 0.5 and each["password"] == "sp" for each in guards)
+    for each in guards:
+        assert each["socket_timeout"] == 0.5
+        assert (each["username"], each["password"], each["ssl_ca_certs"]) == ("su", "sp", "ca.pem")
 
 
 async def test_cluster() -> None:
-    client = client_for("redis+cluster://:p@a:1,b", command_timeout_s=0.5)
+    client = client_for("redis+cluster://a:1,b", access=RedisAccess(password="p"), command_timeout_s=0.5)
     assert isinstance(client, RedisCluster)
     nodes = client.nodes_manager.startup_nodes.values()
     assert {(node.host, node.port) for node in nodes} == {("a", 1), ("b", 6379)}
@@ -55,31 +61,7 @@ async def test_cluster() -> None:
     await client.aclose()
 
 
-@pytest.mark.parametrize(
-    ("url", "why"),
-    [
-        ("http://user:secret@h", "unknown scheme 'http'"),
-        ("h:6379", "unknown scheme"),
-        ("", "unknown scheme"),
-        ("redis://user:secret@", "no host"),
-        ("redis://user:secret@h:x", "Port could not be cast"),
-        ("redis://user:secret@h:99999", "Port out of range"),
-        ("redis://user:secret@h?socket_timeout=x", "socket_timeout"),
-        ("unix://", "path of a socket"),
-        ("redis+sentinel://user:secret@h", "no master's name"),
-        ("redis+sentinel://user:secret@h/m/x", "not a number"),
-        ("redis+sentinel://user:secret@h,,i/m", "empty host"),
-        ("redis+cluster://user:secret@h:1,h:y", "Port could not be cast"),
-        ("redis+cluster://user:secret@h/1", "no databases"),
-    ],
-)
-def test_a_bad_url_is_named_without_its_password(url: str, why: str) -> None:
-    with pytest.raises(InvalidStoreUrl, match=why) as caught:
-        client_for(url)
+def test_a_bad_url_is_refused_without_its_password() -> None:
+    with pytest.raises(InvalidStoreUrl, match="a store's URL must have a host") as caught:
+        client_for("redis://user:secret@")
     assert "secret" not in str(caught.value)
-
-
-def test_a_url_can_be_shown() -> None:
-    assert without_password("rediss://user:s3@cret@h:1/2?password=s3") == "rediss://user:***@h:1/2"
-    assert without_password("redis://:s3@a,b/m") == "redis://:***@a,b/m"
-    assert without_password("unix:///run/r.sock") == "unix:///run/r.sock"

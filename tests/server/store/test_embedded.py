@@ -154,6 +154,37 @@ async def test_a_transaction_that_was_half_written_is_never_applied(tmp_path: Pa
     assert found == [b"kept1", b"kept2", b"kept3", b"acknowledged4", b"acknowledged5"]
 
 
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if "lost unless" in line]
+
+
+@pytest.mark.parametrize("whole_commands", [False, True])
+async def test_an_end_that_is_missing_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], whole_commands: bool
+) -> None:
+    redis = EmbeddedRedis(tmp_path)
+    await redis.start()
+    await fill(redis, last=1)
+    async with store_of(redis) as store:
+        owner = await store.acquire("lm", address="a:1")
+        for version in range(2, 6):
+            await store.append(owner, entries(version, version))
+    await redis.stop()
+    assert said(capsys) == []
+    cut_inside(tmp_path, b".....4", whole_commands=whole_commands)
+    again = EmbeddedRedis(tmp_path)
+    await again.start()
+    missing, *cut = said(capsys)
+    assert "shorter than what had reached the disk" in missing
+    assert ["'lm': '4'" in line for line in cut] == [not whole_commands]  # else the beginning of a transaction is left
+    assert await last_version(again) == 3
+    await again.stop()
+    for _ in range(2):
+        await again.start()
+        await again.stop()
+    assert said(capsys) == []
+
+
 async def test_a_second_server_is_told_who_holds_the_directory(embedded: EmbeddedRedis, tmp_path: Path) -> None:
     second = EmbeddedRedis(tmp_path / "data dir", lock_timeout_s=0.2)
     with pytest.raises(DataDirectoryInUse) as caught:
@@ -244,3 +275,11 @@ async def test_a_redis_too_old_on_the_path_is_passed_over(tmp_path: Path, monkey
     await redis.start()
     await fill(redis, last=1)
     await redis.stop()
+
+
+async def test_a_data_directory_that_was_open_to_others_is_closed(tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o777)
+    redis = EmbeddedRedis(tmp_path)
+    await redis.start()
+    await redis.stop()
+    assert stat.S_IMODE(os.stat(tmp_path).st_mode) == 0o700

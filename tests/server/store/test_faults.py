@@ -149,3 +149,15 @@ async def test_killed_between_question_and_answer(short_dir: Path) -> None:
                 await asking
     assert caught.value.kind in ("disconnected", "refused")
     await store.close()
+
+
+async def test_a_connection_of_before_a_restart_fails_no_command(short_dir: Path) -> None:
+    directory = short_dir / "unnoticed"
+    directory.mkdir()
+    with running_redis(directory) as process:
+        store = RedisStore.connect(process.url)
+        await asyncio.gather(*(store.ping() for _ in range(5)))
+    with running_redis(directory):  # no turn of the event loop since: nobody has noticed
+        await store.create(policy())
+        await asyncio.gather(*(store.ping() for _ in range(5)))
+    await store.close()

@@ -7,6 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from equipoise_server.store import Deleted, Fenced, NotFound, Ownership, Page, RedisStore
+from equipoise_server.store.policies import TOMBSTONE_TTL_S
 from tests.server.store.conftest import (
     CountingObserver,
     RedisProcess,
@@ -85,6 +86,17 @@ async def test_deletion_leaves_a_tombstone_and_nothing_else(store: RedisStore, a
             await write
     with pytest.raises(NotFound):
         await store.delete("lm")
+    assert 0 < await admin.ttl("equipoise:{lm}:owner") <= TOMBSTONE_TTL_S
+
+
+async def test_what_lives_has_no_time_to_live(store: RedisStore, admin: Redis) -> None:
+    await filled(store)
+    await store.delete("lm")
+    owner = await filled(store, uid="u2")
+    assert await admin.ttl("equipoise:{lm}:owner") == -1
+    await admin.expire("equipoise:{lm}:owner", 1000)
+    await store.republish(owner, policy(uid="u2"), version=3, pages=[], header={})
+    assert await admin.ttl("equipoise:{lm}:owner") == -1
 
 
 async def test_a_policy_created_again_is_empty_with_a_higher_epoch(store: RedisStore) -> None:

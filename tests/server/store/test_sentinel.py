@@ -1,15 +1,8 @@
-import socket
 from pathlib import Path
 
 from equipoise_server.store import RedisStore
+from tests.ports import free_port
 from tests.server.store.conftest import entries, logged, policy, running_redis
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 async def test_the_store_finds_its_master_through_sentinel(short_dir: Path) -> None:

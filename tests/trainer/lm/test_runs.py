@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from equipoise.testing import ServerProcess, serve
 from equipoise_trainer.commands import train
 from equipoise_trainer.lm.experiment import ExperimentConfig, Runs, chosen_rate, run_experiment
 from equipoise_trainer.lm.methods import METHODS, parse_methods
@@ -20,6 +19,7 @@ from equipoise_trainer.lm.report import print_report, save_report, table
 from equipoise_trainer.lm.runs import RunPlan, execute
 from equipoise_trainer.lm.summary import summarise
 from equipoise_trainer.lm.workers import working
+from tests.servers import ServerProcess, serve
 from tests.trainer.lm.sizes import TINY, tiny_task
 
 PLAN = RunPlan(method="uniform", seed=0, learning_rate=5e-3, steps=28, batch_size=8, log_every=4, checkpoint_every=8)

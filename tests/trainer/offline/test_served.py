@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from equipoise import PolicyAdmin
-from equipoise.testing import ServerProcess, serve
 from equipoise_trainer.offline.copies import RowsLostError
 from equipoise_trainer.offline.rows import LocalRows, Weights
 from equipoise_trainer.offline.search import Search
 from equipoise_trainer.offline.served import ServedRows
+from tests.servers import ServerProcess, serve
 from tests.trainer.offline.searches import EPOCHS, ROWS, SETTINGS, small_search
 
 ROOT = Path(__file__).parents[3]

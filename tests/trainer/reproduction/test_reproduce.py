@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from equipoise import PolicyAdmin
-from equipoise.testing import serve
 from equipoise_trainer.commands.reproduce import main
 from equipoise_trainer.reproduction.runs import FinishedRun
 from equipoise_trainer.reproduction.studies import STUDIES, parse_studies
+from tests.servers import serve
 
 SMALL = ["--steps", "12", "--policy-epochs", "2", "--seeds", "1"]
 ALONE = ["--rows", "local", "--no-online"]

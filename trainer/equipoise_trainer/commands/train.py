@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from equipoise import EquipoiseError
+from equipoise_trainer.commands.images import images
 from equipoise_trainer.commands.lm import lm
 from equipoise_trainer.commands.local_server import server_address
 from equipoise_trainer.commands.options import (
@@ -108,6 +109,7 @@ def perceptron(
     console.print(f"Picture: {files.picture}   Data: {files.data}", highlight=False, soft_wrap=True)
 
 
+app.command()(images)
 app.command()(lm)
 
 

@@ -148,7 +148,8 @@ from equipoise import PolicyClient, Timeout
 patient = Timeout(step=60, connect=60)
 client = PolicyClient(sys.argv[1], policy="run-7", num_examples=10, trainer_id="parent", timeout=patient)
 child = os.fork()
-print(client.step([0], losses=[1.0]).source, client.trainer_id == "parent", flush=True)
+said = f"{client.step([0], losses=[1.0]).source} {client.trainer_id == 'parent'}\\n"
+os.write(1, said.encode())  # the two share a pipe, and print may write a line in pieces
 client.close()
 if child:
     os.waitpid(child, 0)

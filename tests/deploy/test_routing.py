@@ -84,6 +84,19 @@ def test_every_call_of_a_policy_goes_to_one_server_and_none_is_sent_on(
         assert [sent_on(server) for server in servers] == before_steps
 
 
+@pytest.mark.parametrize("before", [envoy_before, haproxy_before], ids=["envoy", "haproxy"])
+def test_policies_of_a_server_that_is_gone_go_to_the_others_also_right_after_the_proxy_s_start(
+    before: Before, servers: list[ForkedServer], tmp_path: Path
+) -> None:
+    listen = free_port()
+    with running(before(servers, tmp_path, listen), servers, tmp_path, listen) as address:
+        servers[0].kill()
+        try:
+            until(lambda: {asked(address, policy) for policy in POLICIES} == {grpc.StatusCode.NOT_FOUND})
+        finally:
+            servers[0].start()
+
+
 def sent_on(server: ForkedServer) -> float:
     """How many calls a server has sent on to a policy's owner."""
     return series(server.metrics_address)['refusals_total{reason="NOT_OWNER"}']

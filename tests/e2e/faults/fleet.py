@@ -23,7 +23,7 @@ RULE = "ema_sign"
 NUM_EXAMPLES = 1000
 STEP_EVERY_S = 0.02
 SERVED = (Outcome.APPLIED, Outcome.DUPLICATE)
-WITHIN_S = 120.0
+WITHIN_S = 300.0
 """Far more than it takes: a busy machine may take its time."""
 
 

@@ -105,6 +105,28 @@ async def test_a_stopping_server_hands_over_when_its_last_stream_has_ended(first
     assert (await refusal(first)).reason == "DRAINING"
 
 
+async def test_who_asks_for_what_a_leaving_server_still_has_waits_until_it_is_given_up(
+    first: Engine, second: Engine, store: RedisStore
+) -> None:
+    """Its address would be of no use: it takes nobody any more, and is soon gone."""
+    await store.heartbeat("first", address=FIRST, ttl_s=60, leaving=True)
+    asking = asyncio.create_task(second.runner("policy", wait_s=60))
+    with pytest.raises(ServiceError) as caught:
+        await second.runner("policy", wait_s=0.2)
+    assert caught.value.reason == "LOADING"
+    assert not asking.done()
+    await first.hand_over(draining(), flush_timeout_s=20)
+    taken = await asyncio.wait_for(asking, 20)
+    assert (taken.policy.version, taken.epoch) == (5, 2)
+
+
+async def test_a_leaving_server_that_dies_is_replaced_once_its_time_is_up(
+    first: Engine, second: Engine, store: RedisStore
+) -> None:
+    await store.heartbeat("first", address=FIRST, ttl_s=0.3, leaving=True)
+    assert (await second.runner("policy", wait_s=60)).epoch == 2
+
+
 async def test_a_policy_that_left_memory_is_free_for_all(first: Engine, second: Engine) -> None:
     await first.unload_idle(idle_s=-1.0)
     assert first.runners == []

@@ -19,6 +19,7 @@ from equipoise.torch import (
     weighted_mean,
 )
 from tests.delay_proxy import delayed
+from tests.patience import PATIENT
 from tests.servers import ServerProcess
 
 COUNT, FLIPPED = 200, 50
@@ -45,7 +46,7 @@ def test_mislabelled_examples_lose_their_weight(server: ServerProcess, method: A
     direction = TargetDirection(model, losses_of, [target], preconditioner=optimizer, guard_batches=[target])
     contributions = method(model, direction)
     name = f"torch-{method.__name__.lower()}"
-    with PolicyClient(server.address, policy=name, num_examples=COUNT, rule="ema_sign") as client:
+    with PolicyClient(server.address, policy=name, num_examples=COUNT, rule="ema_sign", timeout=PATIENT) as client:
         for step in range(60):
             ids = np.random.default_rng(step).choice(COUNT, 40, replace=False)
             with contributions.capture(ids) as capture:
@@ -79,8 +80,8 @@ def test_looking_ahead_trains_under_the_weights_of_the_step_before(server: Serve
     steps_of = GhostContributions(model, TargetDirection(model, losses_of, [target]))
     with (
         delayed(server.address, one_way_s=0.05) as far,
-        PolicyClient(far, policy="ahead", num_examples=COUNT, rule="ema_sign") as client,
-        PolicyClient(server.address, policy="ahead") as near,
+        PolicyClient(far, policy="ahead", num_examples=COUNT, rule="ema_sign", timeout=PATIENT) as client,
+        PolicyClient(server.address, policy="ahead", timeout=PATIENT) as near,
     ):
         steps = WeightedSteps(client, steps_of)
         served, used = np.ones(COUNT, np.float32), []
@@ -101,7 +102,9 @@ def test_weights_are_used_no_longer_than_they_may(server: ServerProcess) -> None
     """A server that falls silent costs no time; after `max_staleness` steps training is uniform, and then as before."""
     model, (x, y), target = problem()
     steps_of = GhostContributions(model, TargetDirection(model, losses_of, [target]))
-    with PolicyClient(server.address, policy="stale", num_examples=COUNT, rule="ema_sign", max_staleness=3) as client:
+    with PolicyClient(
+        server.address, policy="stale", num_examples=COUNT, rule="ema_sign", max_staleness=3, timeout=PATIENT
+    ) as client:
         steps, ids = WeightedSteps(client, steps_of), np.arange(COUNT)
 
         def weights() -> Any:

@@ -16,6 +16,7 @@ from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.gauges import own_bytes
 from tests.e2e.faults.house import House
 from tests.e2e.faults.training import Training
+from tests.patience import PATIENT
 
 MIB = 1 << 20
 SERVICE = "/equipoise.v1.PolicyService/"
@@ -67,7 +68,7 @@ def test_oversize_bombs_and_long_headers_are_refused_and_the_connection_lives(
 
 
 def test_a_message_with_fields_of_a_later_version_is_taken(house: House, channel: grpc.Channel) -> None:
-    with PolicyClient(house.server.address, policy="p", num_examples=4) as client:
+    with PolicyClient(house.server.address, policy="p", num_examples=4, timeout=PATIENT) as client:
         client.read([0])
     call = channel.unary_unary(
         SERVICE + "GetPolicy",

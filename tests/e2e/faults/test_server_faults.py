@@ -16,6 +16,7 @@ from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import Way, until
 from tests.e2e.faults.training import Training
+from tests.patience import PATIENT
 
 LASTS_S = 5.0
 """Most faults: several times what a step waits for its answer (1 s), so that one that waited for the end is seen."""
@@ -116,7 +117,7 @@ def test_beyond_its_window_a_trainer_drops_new_statistics_and_nothing_else(house
         house.server.resume()
         training.wait_until_durable()
     training.assert_kept(room=False)
-    with PolicyClient(house.address, policy="p") as client:
+    with PolicyClient(house.address, policy="p", timeout=PATIENT) as client:
         assert client.status().version == training.sent < training.stats.steps
 
 

@@ -159,9 +159,10 @@ async def test_a_redis_that_lost_a_sweep_loses_nothing_at_the_next(
 
 
 async def test_a_stalled_redis_holds_back_durability_but_not_the_steps(servers: Servers, redis: EmbeddedRedis) -> None:
-    engine = await servers.make()
+    engine = await servers.make(log_timeout_s=0.25)
     runner = await runner_of(engine)
     await feed(runner, 3)
+    assert await runner.log.flush(timeout_s=20)
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
@@ -179,9 +180,10 @@ async def test_a_stalled_redis_holds_back_durability_but_not_the_steps(servers: 
 async def test_a_redis_that_comes_back_after_a_long_outage_gets_the_tables_instead_of_the_log(
     servers: Servers, redis: EmbeddedRedis
 ) -> None:
-    engine = await servers.make()
+    engine = await servers.make(log_timeout_s=0.25)
     runner = await runner_of(engine)
     await feed(runner, 3)
+    assert await runner.log.flush(timeout_s=20)
     runner.log.backlogs = Backlogs(max_bytes=1, max_policy_bytes=1)  # the memory kept for the log is used up at once
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
@@ -199,9 +201,10 @@ async def test_a_redis_that_comes_back_after_a_long_outage_gets_the_tables_inste
 async def test_a_short_outage_does_not_write_the_tables_again_for_what_redis_has(
     servers: Servers, redis: EmbeddedRedis
 ) -> None:
-    engine = await servers.make()
+    engine = await servers.make(log_timeout_s=0.25)
     runner = await runner_of(engine)
     await feed(runner, 20)
+    assert await runner.log.flush(timeout_s=20)
     used = runner.log.tail.size
     runner.log.backlogs = Backlogs(max_bytes=used, max_policy_bytes=used)  # the log since the last sweep has used it up
     generation = runner.owner.generation

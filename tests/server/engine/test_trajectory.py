@@ -165,8 +165,7 @@ async def test_the_log_never_holds_more_than_a_policy_epoch(servers: Servers, re
     """Two and a half policy epochs, faster than pages may be written; no setting asks for the sweeps but the rule."""
     of = spec(rows=512, num_examples=4096)
     slow = float(1 << 23)
-    # a busy machine is no stuck one
-    runner = await runner_of(await servers.make(sweep_bytes_per_s=slow, log_timeout_s=20.0), of)
+    runner = await runner_of(await servers.make(sweep_bytes_per_s=slow), of)
     store = RedisStore.connect(redis.url)
     longest, given = 0, steps(of)
     for _ in range(40):

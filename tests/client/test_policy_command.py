@@ -183,7 +183,7 @@ def test_a_watch_shows_each_change_until_the_policy_is_deleted(server: str, poli
         with PolicyAdmin(server) as admin:
             admin.delete(policy)
         process.stdout.read()
-        assert process.wait(20) == NOT_FOUND
+        assert process.wait(60) == NOT_FOUND
 
 
 def test_a_server_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:

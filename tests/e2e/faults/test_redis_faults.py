@@ -161,7 +161,7 @@ def lag_during(house: House, wait: Callable[[], None]) -> Lag:
 
 
 def lag_buckets(house: House) -> dict[float, float]:
-    with urllib.request.urlopen(f"http://{house.server.metrics_address}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"http://{house.server.metrics_address}/metrics", timeout=60) as page:
         text = page.read().decode()
     found = re.findall(r'event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)', text)
     return {float(bound): float(count) for bound, count in found}

@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with serve(max_trainers=5, max_import_bytes=2 * MIB, write_timeout_s=0.5) as process:
+    with serve(max_trainers=5, max_import_bytes=2 * MIB, write_timeout_s=3.0) as process:
         yield process
 
 

@@ -40,7 +40,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
 
 async def assert_gone(tables: Callable[[], int]) -> None:
     """The thread of the device may hold its last piece of work for a moment more."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while tables():
             await asyncio.sleep(0.01)
 
@@ -95,7 +95,7 @@ async def test_tables_of_one_that_cannot_be_loaded(
     servers: Servers, redis: EmbeddedRedis, tables: Callable[[], int]
 ) -> None:
     engine, _ = await in_service(servers)
-    await engine.close(draining(), flush_timeout_s=10.0)
+    await engine.close(draining(), flush_timeout_s=60.0)
     client: Redis[bytes] = Redis(unix_socket_path=str(redis.socket))
     (page,) = [key for key in await client.keys() if key.endswith(b":page:1")]
     await client.delete(page)
@@ -118,7 +118,7 @@ async def test_tables_of_one_that_is_deleted_while_it_is_loaded(
     servers: Servers, redis: EmbeddedRedis, tables: Callable[[], int]
 ) -> None:
     engine, _ = await in_service(servers)
-    await engine.close(draining(), flush_timeout_s=10.0)
+    await engine.close(draining(), flush_timeout_s=60.0)
     await assert_gone(tables)
     other = await servers.make("127.0.0.1:2", store=StalledStore.connect(redis.url), load_wait_s=0.0)
     while not tables():

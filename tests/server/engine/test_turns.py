@@ -66,7 +66,7 @@ async def test_short_work_does_not_wait_for_long_work() -> None:
     device = Device(torch.device("cpu"))
     go = threading.Event()
     long = asyncio.create_task(device.queue("one").run(go.wait, long=True))
-    assert await asyncio.wait_for(device.queue("other").run(lambda: "done"), 10) == "done"
+    assert await asyncio.wait_for(device.queue("other").run(lambda: "done"), 60) == "done"
     assert not long.done()
     go.set()
     await long
@@ -101,7 +101,7 @@ async def test_on_a_gpu_too_long_work_of_the_host_holds_up_no_steps() -> None:
     device = Device(torch.device("cuda"))  # it is not used
     go = threading.Event()
     reading = asyncio.create_task(device.host_queue("one").run(go.wait, long=True))
-    assert await asyncio.wait_for(device.queue("other").run(lambda: "done", long=True), 10) == "done"
+    assert await asyncio.wait_for(device.queue("other").run(lambda: "done", long=True), 60) == "done"
     assert not reading.done()
     go.set()
     await reading

@@ -79,7 +79,7 @@ def asked_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = monotonic() + 30
+    end = monotonic() + 60
     while not condition():
         assert monotonic() < end
         sleep(0.005)

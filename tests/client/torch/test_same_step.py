@@ -306,7 +306,7 @@ def test_a_lost_server_does_not_stop_the_training(server: ServerProcess) -> None
                 np.testing.assert_array_equal(step.weights, 1)
         finally:
             server.resume()
-        assert client.flush(20)
+        assert client.flush(60)
         assert (client.stats.applied, client.stats.dropped, client.status().version) == (6, 0, 6)
 
 

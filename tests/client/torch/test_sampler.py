@@ -219,7 +219,7 @@ def test_with_a_real_server() -> None:
         serve() as server,
         PolicyClient(server.address, policy="sampled", num_examples=N, rule="ema_sign", timeout=PATIENT) as client,
     ):
-        sampler = WeightedSampler(client, N, num_samples=40_000, draw=2000, timeout=10)
+        sampler = WeightedSampler(client, N, num_samples=40_000, draw=2000, timeout=60)
         assert set(islice(iter(sampler), 2000)) == set(range(N))  # there is no policy yet
         signs = np.where(np.arange(N) % 2, 1.0, -1.0)
         client.step(np.arange(N), contributions=signs)

@@ -60,7 +60,7 @@ def test_mislabelled_examples_lose_their_weight(server: ServerProcess, method: A
                     capture.backward(client.step(ids, **capture.fields()).weights)
             optimizer.step()
             optimizer.zero_grad()
-        assert client.flush(10)
+        assert client.flush(60)
         weights = client.read_weights()
         status = client.status()
     assert weights[:FLIPPED].mean() < 0.5 * weights[FLIPPED:].mean()
@@ -92,7 +92,7 @@ def test_looking_ahead_trains_under_the_weights_of_the_step_before(server: Serve
             np.testing.assert_array_equal(step.weights, served[ids])
             optimizer.step()
             optimizer.zero_grad()
-            assert client.flush(10)
+            assert client.flush(60)
             served = near.read_weights()
         assert len({float(weight) for weights in used for weight in weights}) > 4
         assert client.stats.fallbacks == 0
@@ -113,7 +113,7 @@ def test_weights_are_used_no_longer_than_they_may(server: ServerProcess) -> None
             return step.weights
 
         weights()
-        assert client.flush(10)
+        assert client.flush(60)
         learnt = client.weights(ids)
         assert learnt.min() < 1 < learnt.max()
         server.pause()
@@ -125,6 +125,6 @@ def test_weights_are_used_no_longer_than_they_may(server: ServerProcess) -> None
             np.testing.assert_array_equal(known, learnt)
         for unknown in seen[4:]:
             np.testing.assert_array_equal(unknown, 1.0)
-        assert client.flush(20)
+        assert client.flush(60)
         assert (client.stats.applied, client.stats.dropped) == (7, 0)
         assert weights().min() < 1

@@ -61,7 +61,7 @@ def unprivileged(folder: Path) -> Iterator[tuple[str, int]]:
         yield json.loads(ready.read_text())["address"], process.pid
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ async def test_a_bug_at_any_await_ends_the_policy_with_an_id_and_it_comes_back_w
             while not injected[0].thrown and (runner.log.is_behind or runner.log.long.is_set()):
                 await asyncio.sleep(0.01)
         for _ in range(50):
-            await asyncio.sleep(0.002 if injected[0].thrown and runner.closed is None else 0)
+            await asyncio.sleep(0.01 if injected[0].thrown and runner.closed is None else 0)
         if runner.closed is not None:
             ended_by_bug += 1
             ends = [answer for answer in answers if isinstance(answer, ServiceError)]

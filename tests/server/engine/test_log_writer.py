@@ -26,6 +26,8 @@ class BadStore(RedisStore):
     append_s = 0.0
     page_s = 0.0
     pages = 0
+    most_pages = 1 << 30
+    """Beyond so many, pages wait."""
     full = False
     after_trim: Callable[[], None] | None = None
 
@@ -39,6 +41,8 @@ class BadStore(RedisStore):
         if self.full:
             raise Unavailable("injected", kind="oom")
         await asyncio.sleep(self.page_s)
+        while self.pages >= self.most_pages:
+            await asyncio.sleep(0.001)
         self.pages += 1
         await super().write_page(*arguments, **options)
 
@@ -290,16 +294,16 @@ async def test_pages_that_redis_forgot_in_mid_sweep_are_written_again(servers: S
     for _ in range(3):
         await send(runner, next(given))
     assert await runner.log.flush(timeout_s=60)
-    store.page_s = 0.05
+    store.most_pages = 2
     sweeping = asyncio.create_task(runner.sweep())
     while store.pages < 2:
         await asyncio.sleep(0.005)
     await store._commands.run("forget", "HSET", "equipoise:{policy}:owner", "batched", 0)
     await store._commands.run("forget", "UNLINK", f"equipoise:{{policy}}:{runner.owner.generation}:page:0")
+    store.most_pages = 1 << 30
     with pytest.raises(LogLost):
         await sweeping
     runner.log.lose(3)  # as the sweeper does
-    store.page_s = 0.0
     await runner.sweep()
     await send(runner, next(given))
     await assert_taken_over(servers, runner)

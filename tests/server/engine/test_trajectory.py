@@ -181,7 +181,7 @@ async def test_the_log_never_holds_more_than_a_policy_epoch(servers: Servers, re
 async def test_a_sweep_that_does_not_get_on_stops_no_step(servers: Servers) -> None:
     of = spec(rows=300, num_examples=4096)
     stuck = 1.0  # after its first page it waits for days
-    runner = await runner_of(await servers.make(sweep_bytes_per_s=stuck), of)
+    runner = await runner_of(await servers.make(sweep_bytes_per_s=stuck, log_timeout_s=0.25), of)
     given = steps(of)
     while runner.log.tail.size <= 4 << 20:  # four times what the rule wants it to have
         await asyncio.wait_for(asyncio.gather(*[await runner.submit(step) for step in islice(given, 32)]), 60)

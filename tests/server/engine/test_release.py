@@ -38,13 +38,6 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     gc.enable()
 
 
-async def assert_gone(tables: Callable[[], int]) -> None:
-    """The thread of the device may hold its last piece of work for a moment more."""
-    async with asyncio.timeout(60):
-        while tables():
-            await asyncio.sleep(0.01)
-
-
 async def in_service(servers: Servers, *, rule: str = "ema_sign") -> tuple[Engine, PolicyRunner]:
     engine = await servers.make()
     await engine.create(spec(rule=rule))
@@ -65,14 +58,14 @@ async def test_tables_of_a_deleted_policy(servers: Servers, tables: Callable[[],
         assert snapshot.num_pages
         assert tables()
         await engine.delete("policy")
-    await assert_gone(tables)
+    assert tables() == 0
 
 
 async def test_tables_of_a_policy_that_is_unloaded(servers: Servers, tables: Callable[[], int]) -> None:
     engine, _ = await in_service(servers)
     await engine.unload_idle(idle_s=-1.0)
     assert engine.runners == []
-    await assert_gone(tables)
+    assert tables() == 0
 
 
 async def test_tables_of_one_that_a_bug_has_ended(
@@ -88,7 +81,7 @@ async def test_tables_of_one_that_a_bug_has_ended(
         await send(runner, next(islice(steps(NUM_EXAMPLES), 5, None)))
     while engine.runners:
         await asyncio.sleep(0.01)
-    await assert_gone(tables)
+    assert tables() == 0
 
 
 async def test_tables_of_one_that_cannot_be_loaded(
@@ -104,7 +97,7 @@ async def test_tables_of_one_that_cannot_be_loaded(
     for _ in range(3):
         with pytest.raises(ServiceError, match="page 1 is damaged"):
             await other.runner("policy")
-    await assert_gone(tables)
+    assert tables() == 0
 
 
 class StalledStore(RedisStore):
@@ -119,14 +112,14 @@ async def test_tables_of_one_that_is_deleted_while_it_is_loaded(
 ) -> None:
     engine, _ = await in_service(servers)
     await engine.close(draining(), flush_timeout_s=60.0)
-    await assert_gone(tables)
+    assert tables() == 0
     other = await servers.make("127.0.0.1:2", store=StalledStore.connect(redis.url), load_wait_s=0.0)
     while not tables():
         with pytest.raises(ServiceError, match="is being loaded"):
             await other.runner("policy")
         await asyncio.sleep(0.01)
     await other.delete("policy")
-    await assert_gone(tables)
+    assert tables() == 0
 
 
 async def test_names_that_nobody_has_leave_nothing(servers: Servers) -> None:

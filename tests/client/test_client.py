@@ -137,13 +137,13 @@ def test_in_wait_mode_a_killed_server_changes_nothing_but_time(server: ScriptedS
 
 
 def test_in_wait_mode_a_server_that_stays_away_is_an_error(server: ScriptedServer) -> None:
-    with client_of(server, when_lost="wait", timeout=Timeout(wait=0.3, close=0.5)) as client:
+    with client_of(server, when_lost="wait", timeout=Timeout(wait=3.0, close=0.5)) as client:
         step(client, 0)
         server.kill()
         start = monotonic()
         with pytest.raises(errors.DeadlineError, match="step 2 was not answered within"):
             step(client, 1)
-        assert monotonic() - start < 10.0
+        assert monotonic() - start < 30.0
 
 
 def test_a_silent_server_costs_one_deadline(server: ScriptedServer) -> None:

@@ -27,12 +27,12 @@ FAR_S = 0.010
 """One way: a Redis 20 ms away."""
 ROUNDS = 3
 """Whether a stop comes before the last append is a race: it is run more than once."""
-CALLS = 150
+CALLS = 80
 SLOW = PolicySpec(name="slow", num_examples=1_000_000, rule="projected_gradient")
 """A policy whose steps cost the server some 40 ms."""
 GRACE_S = 35.0
 STOPPED_WITHIN_S = 25.0
-"""The calls take some 6 s where nothing else runs."""
+"""The calls take some 3 s where nothing else runs."""
 
 
 def stop_right_after_the_answers(server: ForkedServer, policy: str) -> None:

@@ -18,6 +18,7 @@ from tests.e2e.faults.gauges import gauges
 from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import FaultProxy, until
 from tests.e2e.faults.zygote import ForkedServer, Zygote
+from tests.patience import PATIENT
 
 POLICIES, LOGGED_STEPS = 9, 5_000
 SPREAD_WITHIN_S = 120.0
@@ -105,7 +106,7 @@ def test_who_is_sent_on_creates_the_policy_where_it_belongs(house: House) -> Non
     (_, before_one), (_, before_two) = serve(house), serve(house)
     sent_on = 0
     with connected(before_one.address) as one, connected(before_two.address) as two:
-        for number in range(8):
+        for number in range(24):  # chance, as their addresses are, may send all of a few the same way
             request = pb.CreatePolicyRequest(policy=pb.PolicySpec(name=f"p{number}", num_examples=4))
             try:
                 created = one.CreatePolicy(request, timeout=60)
@@ -115,7 +116,7 @@ def test_who_is_sent_on_creates_the_policy_where_it_belongs(house: House) -> Non
                 sent_on += 1
                 created = two.CreatePolicy(request, timeout=60, metadata=(("x-equipoise-placement", "here"),))
             assert created.created
-    assert 0 < sent_on < 8
+    assert 0 < sent_on < 24
 
 
 def test_nothing_is_handed_over_while_redis_takes_no_writes(house: House) -> None:
@@ -123,7 +124,7 @@ def test_nothing_is_handed_over_while_redis_takes_no_writes(house: House) -> Non
     server, before = serve(house)
     with ExitStack() as stack:
         clients = [
-            stack.enter_context(PolicyClient(before.address, policy=f"p{number}", num_examples=4))
+            stack.enter_context(PolicyClient(before.address, policy=f"p{number}", num_examples=4, timeout=PATIENT))
             for number in range(4)
         ]
         for client in clients:

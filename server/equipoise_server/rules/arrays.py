@@ -17,8 +17,8 @@ Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 """The module numpy, or torch."""
 
-NUMPY_DEVICES = {"cpu"}
-"""Devices whose memory numpy sees."""
+NUMPY_ON_CPU = True
+"""False: torch everywhere, as on a GPU; for tests."""
 
 
 def namespace(array: Array) -> Namespace:
@@ -28,7 +28,7 @@ def namespace(array: Array) -> Namespace:
 
 def table(column: torch.Tensor) -> Array:
     """A column in its namespace, without a copy."""
-    return column.numpy() if column.device.type in NUMPY_DEVICES else column
+    return column.numpy() if NUMPY_ON_CPU and column.is_cpu else column
 
 
 def there(array: Array, values: NDArray[Any]) -> Array:
@@ -68,5 +68,5 @@ def scatter(column: Array, rows: Array | None, values: Array) -> None:
 def sums(*values: Array) -> list[int]:
     """Sums of arrays of integers: a single read brings them off the device."""
     if isinstance(values[0], np.ndarray):
-        return [int(each.sum()) for each in values]
+        return [int(np.add.reduce(each)) for each in values]
     return [int(total) for total in torch.stack([each.sum() for each in values]).tolist()]

@@ -38,24 +38,20 @@ def evidence(rule: Rule, state: TableState, statistics: Statistics, scalars: Sca
     shown = state if rule.columns else replace(state, scalars=scalars)
     weights = rule.answer(shown, statistics, statistics.ids)
     largest, contributions = float(weights.max()), statistics.contributions
-    if contributions is None or (absent := np.isnan(contributions)).all():
+    if contributions is None or not (count := np.count_nonzero(measured := ~np.isnan(contributions))):
         return Evidence(sim=None, positive_share=None, largest_weight=largest)
-    counted = rule.above_floor(state, statistics.ids, trajectory_row=statistics.trajectory_row) & ~absent
+    above = rule.above_floor(state, statistics.ids, trajectory_row=statistics.trajectory_row)
+    rows = (measured & above).nonzero()[0]  # a mask is slow where it changes often
     return Evidence(
-        sim=_similarity(_kept(contributions, counted), _kept(weights, counted)),
-        positive_share=float(np.count_nonzero(contributions > 0.0) / (len(absent) - np.count_nonzero(absent))),
+        sim=_similarity(*(values.take(rows).astype(np.float64) for values in (contributions, weights))),
+        positive_share=float(np.count_nonzero(contributions > 0.0) / count),
         largest_weight=largest,
     )
 
 
-def _kept(values: NDArray[np.float32], rows: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The values of the rows that are True: by their positions, since a mask is slow where it changes often."""
-    return values.take(rows.nonzero()[0]).astype(np.float64)
-
-
 def _similarity(contributions: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:
     """SIM of arXiv 2402.17759, section 4: Σγ·c / Σγ over the deviation from it, divisor count - 1."""
-    if len(contributions) < 2 or contributions.min() == contributions.max():
+    if len(contributions) < 2 or (contributions == contributions[0]).all():
         return None
     total = float(weights.sum())
     if total == 0.0:

@@ -64,11 +64,11 @@ class VisitRule(TableRule):
         """Moves the statistic and the raw weight of the step's rows."""
         ids, signal = self._located(state, statistics, scalars, pages)
         if len(signal):
-            raw, statistic = self._tables(state)
+            raw, column = tables = self._tables(state)
             rows = rows_of(raw, ids)
             old_raw = gather(raw, rows)
-            moved = self._advanced(gather(statistic, rows), there(raw, signal), old_raw < 0)
-            self._write(state, rows, old_raw, moved)
+            statistic = self._advanced(gather(column, rows), there(raw, signal), old_raw < 0)
+            self._write(state, tables, rows, old_raw, statistic)
         state.scalars = dict(scalars)
         return state
 
@@ -106,7 +106,7 @@ class VisitRule(TableRule):
             return None
 
     def _visit(self, state: TableState, visits: Visits) -> None:
-        raw, column = self._tables(state)
+        raw, column = tables = self._tables(state)
         rows, signal = rows_of(raw, visits.ids), there(raw, visits.signal)
         old_raw, statistic = gather(raw, rows), gather(column, rows)
         first = old_raw < 0
@@ -115,15 +115,17 @@ class VisitRule(TableRule):
             statistic[:size] = self._advanced(statistic[:size], signal[start : start + size], first[:size])
             first[:size] = False
             start += size
-        self._write(state, rows, old_raw, statistic)
+        self._write(state, tables, rows, old_raw, statistic)
 
-    def _write(self, state: TableState, rows: Array | None, old_raw: Array, statistic: Array) -> None:
+    def _write(
+        self, state: TableState, tables: tuple[Array, Array], rows: Array | None, old_raw: Array, statistic: Array
+    ) -> None:
         """Puts the rows' new statistics, float32 [B], and the raw weights that follow from them into the tables."""
         xp = namespace(statistic)
         new_raw = xp.asarray(self._raw_weights(xp.asarray(statistic, dtype=xp.float64)), dtype=xp.int32)
         scored, total, squares = change_sums(old_raw, new_raw)
-        for column, values in zip(self._tables(state), (new_raw, statistic), strict=True):
-            scatter(column, rows, values)
+        for table, values in zip(tables, (new_raw, statistic), strict=True):
+            scatter(table, rows, values)
         state.scored += scored
         state.raw_sum += total
         state.raw_square_sum += squares

@@ -10,6 +10,7 @@ reason). Numbers are text that keeps every bit; arrays are little-endian.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -90,17 +91,26 @@ def _encode_evidence(evidence: Evidence) -> bytes:
 
 def _encode_scalars(scalars: Scalars) -> dict[str, bytes]:
     """Scalars with numbers in their names come together, in the order of these, as arrays: a third of the bytes."""
-    single: Scalars = {}
-    families: dict[str, list[float]] = {}
-    for name, value in scalars.items():
+    single, families = _layout(tuple(scalars))
+    fields = {"scalars": json.dumps({name: scalars[name] for name in single}).encode()}
+    for family, names in families.items():
+        fields[family] = np.array([scalars[name] for name in names], _FLOAT64).tobytes()
+    return fields
+
+
+@lru_cache(maxsize=64)
+def _layout(names: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
+    """Which scalars stand alone, and those of each field that is an array: a rule has the same ones in every step."""
+    single: list[str] = []
+    families: dict[str, list[str]] = {}
+    for name in names:
         family, _, index = name.rpartition(".")
-        values = families.setdefault(family, []) if family else []
-        if family and index == str(len(values)):
-            values.append(value)
+        field = _FAMILY + family
+        if family and index == str(len(families.get(field, ()))):
+            families.setdefault(field, []).append(name)
         else:
-            single[name] = value
-    arrays = {_FAMILY + family: np.array(values, _FLOAT64).tobytes() for family, values in families.items() if values}
-    return {"scalars": json.dumps(single).encode(), **arrays}
+            single.append(name)
+    return single, families
 
 
 def _decode_scalars(fields: Mapping[str, bytes]) -> Scalars:

@@ -99,16 +99,18 @@ class BatchRule(Rule, Generic[SettingsT]):
         self, state: TableState, statistics: Statistics | None, ids: NDArray[np.int64] | None
     ) -> NDArray[np.float32]:
         """The step's weights for the step's scored examples, else 1."""
-        served = self.weights(state, ids)
         if statistics is None or not statistics.size:
-            return served
+            return self.weights(state, ids)
         signal = self._signal(state, statistics)
         # The scalars may be those of a later step: a step that was accepted is answered however small they are.
         weights = self._weights(signal, _counts(statistics, len(signal)), state.scalars, clip=True)
         if state.guard_strength:
             weights = weights * (1.0 - state.guard_strength) + state.guard_strength
+        if ids is statistics.ids:
+            return weights.astype(np.float32)
         if statistics.ids is None:
-            return weights.astype(np.float32) if ids is None else weights[ids].astype(np.float32)
+            return weights[ids].astype(np.float32)
+        served = self.weights(state, ids)
         if ids is None:
             served[statistics.ids] = weights
             return served

@@ -1,8 +1,8 @@
 """The array namespace of the rules' arithmetic: numpy on views of tables in host memory, torch on a GPU.
 
 One formula serves both: it uses what the two modules call alike (`where`, `clip`, `round`, `asarray` with a dtype), and
-each such operation is exact or correctly rounded, so that both give the same bits. On 64 rows numpy takes less than half
-of torch's time.
+each such operation is exact or correctly rounded, so that both give the same bits. For 64 rows numpy takes less than
+half of torch's time.
 """
 
 from typing import Any, TypeAlias

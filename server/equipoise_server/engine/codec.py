@@ -9,7 +9,8 @@ reason). Numbers are text that keeps every bit; arrays are little-endian.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from equipoise_server.rules import Evidence, Scalars, Statistics
 
 _FAMILY = "s."
 _ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref"}
+_INT64, _INT32, _UINT32, _FLOAT32, _FLOAT64 = (np.dtype(name) for name in ("<i8", "<i4", "<u4", "<f4", "<f8"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,8 @@ def encode(logged: LoggedStep) -> dict[str, bytes]:
     step = logged.step
     fields = {"at": repr(logged.at).encode(), "step": str(step.training_step).encode()}
     if step.sequence:
-        fields |= {"trainer": step.trainer_id.encode(), "sequence": str(step.sequence).encode()}
+        fields["trainer"] = step.trainer_id.encode()
+        fields["sequence"] = str(step.sequence).encode()
     if step.kind is Kind.REFUSED:
         assert step.error is not None
         return fields | {"refused": step.error.reason.encode()}
@@ -55,7 +58,7 @@ def encode(logged: LoggedStep) -> dict[str, bytes]:
         fields |= _encode_statistics(step.statistics)
         fields |= _encode_scalars(logged.scalars)
     if logged.evidence is not None:
-        fields["evidence"] = json.dumps(asdict(logged.evidence)).encode()
+        fields["evidence"] = _encode_evidence(logged.evidence)
     return fields
 
 
@@ -81,19 +84,33 @@ def decode(fields: Mapping[str, bytes]) -> LoggedStep:
     )
 
 
+def _encode_evidence(evidence: Evidence) -> bytes:
+    named = {"sim": evidence.sim, "positive_share": evidence.positive_share, "largest_weight": evidence.largest_weight}
+    return json.dumps(named).encode()
+
+
 def _encode_scalars(scalars: Scalars) -> dict[str, bytes]:
     """Scalars with numbers in their names come together, in the order of these, as arrays: a third of the bytes."""
-    single: Scalars = {}
-    families: dict[str, list[float]] = {}
-    for name, value in scalars.items():
+    single, families = _layout(tuple(scalars))
+    fields = {"scalars": json.dumps({name: scalars[name] for name in single}).encode()}
+    for family, names in families.items():
+        fields[family] = np.array([scalars[name] for name in names], _FLOAT64).tobytes()
+    return fields
+
+
+@lru_cache(maxsize=64)
+def _layout(names: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
+    """Which scalars stand alone, and those of each field that is an array: a rule has the same ones in every step."""
+    single: list[str] = []
+    families: dict[str, list[str]] = {}
+    for name in names:
         family, _, index = name.rpartition(".")
-        values = families.setdefault(family, []) if family else []
-        if family and index == str(len(values)):
-            values.append(value)
+        field = _FAMILY + family
+        if family and index == str(len(families.get(field, ()))):
+            families.setdefault(field, []).append(name)
         else:
-            single[name] = value
-    arrays = {_FAMILY + family: np.array(values, "<f8").tobytes() for family, values in families.items() if values}
-    return {"scalars": json.dumps(single).encode(), **arrays}
+            single.append(name)
+    return single, families
 
 
 def _decode_scalars(fields: Mapping[str, bytes]) -> Scalars:
@@ -101,34 +118,34 @@ def _decode_scalars(fields: Mapping[str, bytes]) -> Scalars:
     for field, data in fields.items():
         if field.startswith(_FAMILY):
             name = field.removeprefix(_FAMILY)
-            scalars |= {f"{name}.{index}": value for index, value in enumerate(np.frombuffer(data, "<f8").tolist())}
+            scalars |= {f"{name}.{index}": value for index, value in enumerate(np.frombuffer(data, _FLOAT64).tolist())}
     return scalars
 
 
 def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
     fields = {}
     if statistics.ids is not None:
-        fields["ids"] = statistics.ids.astype("<i8", copy=False).tobytes()
+        fields["ids"] = statistics.ids.astype(_INT64, copy=False).tobytes()
     for name, key in _ARRAYS.items():
         if (values := getattr(statistics, name)) is not None:
-            fields[key] = values.astype("<f4", copy=False).tobytes()
+            fields[key] = values.astype(_FLOAT32, copy=False).tobytes()
     if statistics.trajectory_row is not None:
         fields["row"] = str(statistics.trajectory_row).encode()
     if statistics.counts is not None:
-        fields["n"] = statistics.counts.astype("<i4").tobytes()
+        fields["n"] = statistics.counts.astype(_INT32).tobytes()
     if statistics.groups is not None:
-        fields["g"] = statistics.groups.astype("<u4").tobytes()
+        fields["g"] = statistics.groups.astype(_UINT32).tobytes()
     return fields
 
 
 def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
-    arrays = {name: np.frombuffer(fields[key], "<f4") for name, key in _ARRAYS.items() if key in fields}
+    arrays = {name: np.frombuffer(fields[key], _FLOAT32) for name, key in _ARRAYS.items() if key in fields}
     if not arrays:
         return None
     return Statistics(
-        ids=np.frombuffer(fields["ids"], "<i8") if "ids" in fields else None,
-        counts=np.frombuffer(fields["n"], "<i4").astype(np.int64) if "n" in fields else None,
-        groups=np.frombuffer(fields["g"], "<u4").astype(np.int64) if "g" in fields else None,
+        ids=np.frombuffer(fields["ids"], _INT64) if "ids" in fields else None,
+        counts=np.frombuffer(fields["n"], _INT32).astype(np.int64) if "n" in fields else None,
+        groups=np.frombuffer(fields["g"], _UINT32).astype(np.int64) if "g" in fields else None,
         trajectory_row=int(fields["row"]) if "row" in fields else None,
         **arrays,
     )

@@ -29,6 +29,7 @@ from equipoise_server.rules import (
     Statistics,
     TableState,
     evidence,
+    exhaust,
 )
 from equipoise_server.store import LogEntry, LogLost
 
@@ -240,8 +241,8 @@ class Policy:
             scalars = self.rule.prepare(self.state, statistics)
             if with_evidence:
                 found = evidence(self.rule, self.state, statistics, scalars)
-            for _ in self.preserve([statistics]):
-                pass
+            if self._snapshots:
+                exhaust(self.preserve([statistics]))
             self.state = self.rule.apply(self.state, statistics, scalars)
             self._mark(statistics, version=self.version + 1)
         self._watch_guard(step)

@@ -4,7 +4,6 @@ from equipoise_server.rules.aggregate import aggregate
 from equipoise_server.rules.base import (
     PAGE_EXAMPLES,
     LoggedStatistics,
-    Rule,
     RuleError,
     Scalars,
     SettingValues,
@@ -17,6 +16,7 @@ from equipoise_server.rules.evidence import Evidence, evidence
 from equipoise_server.rules.guard import Guard
 from equipoise_server.rules.projection import project
 from equipoise_server.rules.registry import build, names
+from equipoise_server.rules.rule import Rule
 from equipoise_server.rules.simplex import project_simplex
 from equipoise_server.rules.sketch import sketched_contributions
 from equipoise_server.rules.slices import Slices, exhaust

@@ -1,18 +1,18 @@
 """Batch rules: they weigh the examples of a step against each other and keep nothing per example."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Generic
+from typing import Generic
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from equipoise_server.rules.base import RuleError, Scalars, SettingValues, Statistics, TableState
+from equipoise_server.rules.base import RuleError, Scalars, Statistics, TableState
 from equipoise_server.rules.exponential import exponential
-from equipoise_server.rules.online import OnlineRule
-from equipoise_server.rules.settings import SettingsT, resolved
+from equipoise_server.rules.rule import Rule
+from equipoise_server.rules.settings import SettingsT
 from equipoise_server.rules.signals import check_length, check_signals
 from equipoise_server.rules.slices import Slices
 
@@ -25,24 +25,17 @@ _LOWEST_LOGIT = -40.0
 """Below e^-40 of the largest, a weight is as good as zero."""
 
 
-class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
+class BatchRule(Rule, Generic[SettingsT]):
     """Base of the batch rules (see `Rule` for what each public method promises).
 
     A step's scored examples get w ∝ exp(logit), mean 1 over their rows; all others, and all reads, get 1. There are no
-    tables: any N costs nothing, a page is never written, and what lasts is the step's scalars.
+    tables: any N costs nothing, a page is never written, and what lasts is the step's scalars. They are weighed by the
+    first of `signals`.
     """
 
-    settings_type: ClassVar[type[SettingsT]]
-    signals: ClassVar[tuple[str, ...]]
-    """Statistics that the rule reads; the first one is the signal."""
-
     def __init__(self, settings: SettingsT) -> None:
+        super().__init__(settings)
         self._settings = settings
-
-    @property
-    def settings(self) -> SettingValues:
-        """All settings, resolved."""
-        return resolved(self._settings)
 
     @property
     def columns(self) -> Mapping[str, torch.dtype]:
@@ -106,16 +99,18 @@ class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
         self, state: TableState, statistics: Statistics | None, ids: NDArray[np.int64] | None
     ) -> NDArray[np.float32]:
         """The step's weights for the step's scored examples, else 1."""
-        served = self.weights(state, ids)
         if statistics is None or not statistics.size:
-            return served
+            return self.weights(state, ids)
         signal = self._signal(state, statistics)
         # The scalars may be those of a later step: a step that was accepted is answered however small they are.
         weights = self._weights(signal, _counts(statistics, len(signal)), state.scalars, clip=True)
         if state.guard_strength:
             weights = weights * (1.0 - state.guard_strength) + state.guard_strength
+        if ids is statistics.ids:
+            return weights.astype(np.float32)
         if statistics.ids is None:
-            return weights.astype(np.float32) if ids is None else weights[ids].astype(np.float32)
+            return weights[ids].astype(np.float32)
+        served = self.weights(state, ids)
         if ids is None:
             served[statistics.ids] = weights
             return served
@@ -158,8 +153,8 @@ class BatchRule(OnlineRule, ABC, Generic[SettingsT]):
     ) -> NDArray[np.float64]:
         """w [B], with Σ counts·w = Σ counts."""
         logits = self.logits(signal, scalars, clip=clip)
-        shifted = torch.from_numpy((logits - logits.max()).clip(min=_LOWEST_LOGIT))
-        shares: NDArray[np.float64] = exponential(shifted, squarings=11).numpy()
+        shifted = (logits - logits.max()).clip(min=_LOWEST_LOGIT)
+        shares: NDArray[np.float64] = exponential(shifted, squarings=11)
         return shares * (float(counts.sum()) / float((counts * shares).sum()))
 
     def _signal(self, state: TableState, statistics: Statistics) -> NDArray[np.float32]:

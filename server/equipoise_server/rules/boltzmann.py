@@ -27,7 +27,6 @@ class Boltzmann(BatchRule[BoltzmannSettings]):
     """
 
     name = "boltzmann"
-    settings_type = BoltzmannSettings
     signals = ("contributions",)
 
     def scale(self, state: TableState, signal: NDArray[np.float32]) -> Scalars:

@@ -1,19 +1,16 @@
-"""Rules from the moving average of the contribution, which a surprising loss may lower."""
+"""The scale of the rules from contributions, from which a surprising loss may take away."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise_server.rules.base import RuleError, Scalars, Statistics, TableState
-from equipoise_server.rules.ema import FlooredEmaRule
-from equipoise_server.rules.scale import PerRow, next_mean_square, running, scaled
+from equipoise_server.rules.base import RuleError, Scalars, Statistics
+from equipoise_server.rules.scale import PerRow, Scale, next_mean_square, running, scaled
 from equipoise_server.rules.settings import FlooredEmaSettings, number
 from equipoise_server.rules.signals import check_length
-from equipoise_server.rules.slices import Slices
 
 LOSS_MEAN = "loss_mean"
 """Scalar: running mean of the steps' losses, nats; absent before the first step with rows."""
@@ -32,55 +29,61 @@ class ContributionSettings(FlooredEmaSettings):
     target is easy, and low losses mislead: leave it 0 there."""
 
 
-ContributionSettingsT = TypeVar("ContributionSettingsT", bound=ContributionSettings)
+def contribution(settings: ContributionSettings, *, rule: str) -> Scale:
+    """c/RMS(c), less the penalty where there is one."""
+    if not settings.loss_penalty:
+        return Scale(rule=rule, decay=settings.rms_decay)
+    return PenalisedScale(rule=rule, decay=settings.rms_decay, penalty=settings.loss_penalty)
 
 
-class ContributionRule(FlooredEmaRule[ContributionSettingsT]):
-    """A rule whose signal is c/RMS(c) - κ·(loss - mean)/deviation; mean and deviation run as the RMS does."""
+class PenalisedScale(Scale):
+    """c/RMS(c) - κ·(loss - mean)/deviation; mean and deviation run as the RMS does."""
 
-    def __init__(self, settings: ContributionSettingsT) -> None:
-        super().__init__(settings)
-        if settings.loss_penalty:
-            self.signals = ("contributions", "losses")
+    signals = ("contributions", "losses")
 
-    def prepare(self, state: TableState, statistics: Statistics) -> Scalars:
-        """The running mean square of contributions; with a penalty also the running moments of losses."""
-        scalars = super().prepare(state, statistics)
-        return scalars | self._next_moments(state, statistics) if self._settings.loss_penalty else scalars
+    def __init__(self, *, rule: str, decay: float, penalty: float) -> None:
+        super().__init__(rule=rule, decay=decay)
+        self._penalty = penalty
+
+    def rows(self, statistics: Statistics, *, num_examples: int) -> NDArray[np.float32]:
+        """The contributions, which come with one loss each."""
+        if (losses := statistics.losses) is not None:
+            check_length(losses, statistics, num_examples=num_examples, name="losses", rule=self.rule)
+        return super().rows(statistics, num_examples=num_examples)
+
+    def after(self, before: Scalars, signal: NDArray[np.float32], statistics: Statistics) -> Scalars:
+        """The running mean square of contributions, and the running moments of losses."""
+        return super().after(before, signal, statistics) | self._next_moments(before, statistics.losses)
 
     def scaled(
         self, signal: NDArray[np.float32], statistics: Statistics, scalars: Mapping[str, PerRow]
     ) -> NDArray[np.float64]:
         """The contributions in units of their running RMS, less the penalty."""
-        values = super().scaled(signal, statistics, scalars)
-        penalty, losses = self._settings.loss_penalty, statistics.losses
-        if not penalty or losses is None or not len(values):
+        values, losses = super().scaled(signal, statistics, scalars), statistics.losses
+        if losses is None or not len(values):
             return values
-        return values - penalty * scaled(
+        return values - self._penalty * scaled(
             losses.astype(np.float64) - scalars.get(LOSS_MEAN, 0.0),
             scalars.get(LOSS_VARIANCE, 0.0),
             name=LOSS_VARIANCE,
-            rule=self.name,
+            rule=self.rule,
         )
 
-    def restore_slices(self, state: TableState) -> Slices[TableState]:
-        """Checks the tables and scalars, and recomputes the exact sums, in slices."""
-        if not math.isfinite(mean := state.scalars.get(LOSS_MEAN, 0.0)):
-            raise RuleError(LOSS_MEAN, f"{LOSS_MEAN} = {mean}: rule {self.name} needs a finite number")
-        scaled(np.zeros(0), state.scalars.get(LOSS_VARIANCE, 0.0), name=LOSS_VARIANCE, rule=self.name)
-        return (yield from super().restore_slices(state))
+    def check(self, scalars: Scalars) -> None:
+        """Raises RuleError when they are not what `after` gives."""
+        if not math.isfinite(mean := scalars.get(LOSS_MEAN, 0.0)):
+            raise RuleError(LOSS_MEAN, f"{LOSS_MEAN} = {mean}: rule {self.rule} needs a finite number")
+        scaled(np.zeros(0), scalars.get(LOSS_VARIANCE, 0.0), name=LOSS_VARIANCE, rule=self.rule)
+        super().check(scalars)
 
-    def _next_moments(self, state: TableState, statistics: Statistics) -> Scalars:
-        losses, decay = statistics.losses, self._settings.rms_decay
-        before = {name: state.scalars[name] for name in (LOSS_MEAN, LOSS_VARIANCE) if name in state.scalars}
+    def _next_moments(self, before: Scalars, losses: NDArray[np.float32] | None) -> Scalars:
         if losses is None or not len(losses):
-            return before
-        check_length(losses, statistics, num_examples=state.num_examples, name="losses", rule=self.name)
+            return {name: before[name] for name in (LOSS_MEAN, LOSS_VARIANCE) if name in before}
         mean = float(losses.sum(dtype=np.float64)) / len(losses)
         if not math.isfinite(mean):
             index = int(np.flatnonzero(~np.isfinite(losses))[0])
-            raise RuleError("losses", f"losses[{index}] = {losses[index]}: rule {self.name} needs finite values")
-        mean = running(before.get(LOSS_MEAN), mean, decay=decay)
-        centred = losses.astype(np.float64) - mean
-        variance = next_mean_square(before.get(LOSS_VARIANCE, 0.0), centred, decay=decay, name="losses", rule=self.name)
+            raise RuleError("losses", f"losses[{index}] = {losses[index]}: rule {self.rule} needs finite values")
+        mean = running(before.get(LOSS_MEAN), mean, decay=self.decay)
+        previous, centred = before.get(LOSS_VARIANCE, 0.0), losses.astype(np.float64) - mean
+        variance = next_mean_square(previous, centred, decay=self.decay, name="losses", rule=self.rule)
         return {LOSS_MEAN: mean, LOSS_VARIANCE: variance}

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from equipoise_server.rules.contribution import ContributionRule, ContributionSettings
+from equipoise_server.rules.contribution import ContributionSettings, contribution
+from equipoise_server.rules.ema import moving_average
 from equipoise_server.rules.settings import number
+from equipoise_server.rules.visit import VisitRule
+from equipoise_server.rules.weights import ramp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,14 +17,12 @@ class EmaReluSettings(ContributionSettings):
     """Moving average at which the weight reaches its top, in units of the running RMS of contributions."""
 
 
-class EmaRelu(ContributionRule[EmaReluSettings]):
+def ema_relu(settings: EmaReluSettings) -> VisitRule:
     """r = floor + (1-floor)·min(relu(EMA)/saturation, 1). After Ren et al. 2018, with a memory and a bound."""
-
-    name = "ema_relu"
-    settings_type = EmaReluSettings
-
-    def raw_weights(self, statistic: torch.Tensor) -> torch.Tensor:
-        """Linear between the floor at 0 and the top at saturation."""
-        floor, top = self.raw_range
-        share = (statistic * (1.0 / self._settings.saturation)).clamp(0.0, 1.0)
-        return (share * (top - floor)).round().to(torch.int32) + floor
+    return VisitRule(
+        settings,
+        scale=contribution(settings, rule="ema_relu"),
+        advance=moving_average(settings.ema_decay),
+        raw_weights=ramp(0.0, width=settings.saturation, floor=settings.floor),
+        floor=settings.floor,
+    )

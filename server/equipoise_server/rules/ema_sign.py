@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from equipoise_server.rules.contribution import ContributionRule, ContributionSettings
+from equipoise_server.rules.contribution import ContributionSettings, contribution
+from equipoise_server.rules.ema import moving_average
 from equipoise_server.rules.settings import number
+from equipoise_server.rules.visit import VisitRule
+from equipoise_server.rules.weights import threshold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,14 +17,12 @@ class EmaSignSettings(ContributionSettings):
     """What the moving average must exceed for full weight, in units of the running RMS of contributions."""
 
 
-class EmaSign(ContributionRule[EmaSignSettings]):
+def ema_sign(settings: EmaSignSettings) -> VisitRule:
     """r = 1 where EMA > threshold, else the floor. The Learning Law's sign alone: robust to the size of outliers."""
-
-    name = "ema_sign"
-    settings_type = EmaSignSettings
-
-    def raw_weights(self, statistic: torch.Tensor) -> torch.Tensor:
-        """1 or the floor."""
-        floor, top = self.raw_range
-        above = (statistic > self._settings.threshold).to(torch.int32)
-        return above * (top - floor) + floor
+    return VisitRule(
+        settings,
+        scale=contribution(settings, rule="ema_sign"),
+        advance=moving_average(settings.ema_decay),
+        raw_weights=threshold(settings.threshold, floor=settings.floor),
+        floor=settings.floor,
+    )

@@ -1,12 +1,12 @@
 """The exponential from sums and products alone, each correctly rounded: one result on every machine."""
 
-import torch
+from equipoise_server.rules.arrays import Array
 
 _SQUARINGS = 8
 _TERMS = 6
 
 
-def exponential(values: torch.Tensor, *, squarings: int = _SQUARINGS) -> torch.Tensor:
+def exponential(values: Array, *, squarings: int = _SQUARINGS) -> Array:
     """exp of float64 values within 1e-12, relative; one result on every device, thread and position.
 
     Library functions differ between processors, and between the vector body and the tail of one array: here

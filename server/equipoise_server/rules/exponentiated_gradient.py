@@ -4,14 +4,15 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from equipoise_server.rules.base import RuleError, Scalars, Statistics, TableState
+from equipoise_server.rules.arrays import Array, namespace
+from equipoise_server.rules.base import RuleError, Scalars, Statistics
 from equipoise_server.rules.exponential import exponential
-from equipoise_server.rules.scale import MAX_SCALED, MEAN_SQUARE
+from equipoise_server.rules.scale import MAX_SCALED, MEAN_SQUARE, Scale
 from equipoise_server.rules.settings import MIN_FLOOR, SignalSettings, number
-from equipoise_server.rules.table import fixed_point
-from equipoise_server.rules.visit import ONE, VisitRule
+from equipoise_server.rules.visit import VisitRule
+from equipoise_server.rules.weights import ONE, fixed_point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,37 +33,43 @@ class ExponentiatedGradientSettings(SignalSettings):
     contributions themselves and send small ones where these say little: the running RMS would undo it."""
 
 
-class ExponentiatedGradient(VisitRule[ExponentiatedGradientSettings]):
+class UnitScale(Scale):
+    """Contributions in a unit that was set."""
+
+    def __init__(self, *, rule: str, decay: float, unit: float) -> None:
+        super().__init__(rule=rule, decay=decay)
+        self._unit = unit
+
+    def after(self, before: Scalars, signal: NDArray[np.float32], statistics: Statistics) -> Scalars:
+        """The unit's square, for contributions that it fits."""
+        super().after(before, signal, statistics)  # refuses what is not finite
+        largest = float(np.abs(signal).max(initial=0.0))
+        if largest > MAX_SCALED * self._unit:
+            text = f"{self.signal_name} up to {largest:g}: rule {self.rule} needs them below {MAX_SCALED:g} units"
+            raise RuleError(self.signal_name, text)
+        return {MEAN_SQUARE: self._unit * self._unit}
+
+
+def exponentiated_gradient(settings: ExponentiatedGradientSettings) -> VisitRule:
     """z ← (1-decay)·z + η·c, clipped to ±½|ln floor|; r = √floor·exp(z), so that r lies in [floor, 1]."""
+    rule, unit, decay = "exponentiated_gradient", settings.unit, settings.rms_decay
+    limit, low = -0.5 * math.log(settings.floor), fixed_point(settings.floor)
 
-    name = "exponentiated_gradient"
-    settings_type = ExponentiatedGradientSettings
-    statistic = "log_weight"
+    def advance(old: Array, signal: Array, first: Array) -> Array:
+        """The log weight starts from 0."""
+        moved = old * (1.0 - settings.decay) + signal * settings.learning_rate
+        return namespace(old).clip(moved, -limit, limit)
 
-    @property
-    def raw_range(self) -> tuple[int, int]:
-        """The floor and 1."""
-        return fixed_point(self._settings.floor, ONE), ONE
-
-    def prepare(self, state: TableState, statistics: Statistics) -> Scalars:
-        """The mean square to divide by: the running one, or that of the unit."""
-        scalars, unit = super().prepare(state, statistics), self._settings.unit
-        if not unit:
-            return scalars
-        largest = float(np.abs(self._rows(state, statistics)).max(initial=0.0))
-        if largest > MAX_SCALED * unit:
-            name = self.signal_name
-            raise RuleError(name, f"{name} up to {largest:g}: rule {self.name} needs them below {MAX_SCALED:g} units")
-        return {**scalars, MEAN_SQUARE: unit * unit}
-
-    def advance(self, old: torch.Tensor, signal: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """The log weight after a visit; it starts from 0."""
-        limit = -0.5 * math.log(self._settings.floor)
-        moved = old * (1.0 - self._settings.decay) + signal * self._settings.learning_rate
-        return moved.clamp(-limit, limit)
-
-    def raw_weights(self, statistic: torch.Tensor) -> torch.Tensor:
+    def raw_weights(statistic: Array) -> Array:
         """√floor·exp(z), held in the range against the last rounding."""
-        floor, top = self.raw_range
-        raw = exponential(statistic) * (math.sqrt(self._settings.floor) * ONE)
-        return raw.round().clamp(floor, top).to(torch.int32)
+        xp = namespace(statistic)
+        return xp.clip(xp.round(exponential(statistic) * (math.sqrt(settings.floor) * ONE)), low, ONE)
+
+    return VisitRule(
+        settings,
+        scale=UnitScale(rule=rule, decay=decay, unit=unit) if unit else Scale(rule=rule, decay=decay),
+        advance=advance,
+        raw_weights=raw_weights,
+        floor=settings.floor,
+        statistic="log_weight",
+    )

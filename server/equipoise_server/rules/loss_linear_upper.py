@@ -32,7 +32,6 @@ class LossLinearUpper(BatchRule[LossLinearUpperSettings]):
     """
 
     name = "loss_linear_upper"
-    settings_type = LossLinearUpperSettings
     sparse_contributions = True
     signals = ("losses",)
 

@@ -4,16 +4,13 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.exponential import exponential
+from equipoise_server.rules.weights import ONE
 
 _LEAST_VARIANCE = 1e-9
 """Of contributions in units of their running RMS: equal ones have an error, too."""
-
-ONE = 1 << 30
-"""Weights are multiples of 2^-30."""
 
 _LARGEST_EXPONENT = 30.0
 """A logistic function beyond it is 0 or 1."""
@@ -119,8 +116,8 @@ class Merits:
                 decision.raise_above - decision.lower_below,
             )
             slope = 2.0 / max(width, 1e-3)
-            falling = torch.from_numpy(((middle - z) * slope).clip(-_LARGEST_EXPONENT, _LARGEST_EXPONENT))
-            decided = decision.floor + (1.0 - decision.floor) / (1.0 + exponential(falling, squarings=11).numpy())
+            falling = ((middle - z) * slope).clip(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+            decided = decision.floor + (1.0 - decision.floor) / (1.0 + exponential(falling, squarings=11))
         else:
             decided = np.where(
                 z < decision.lower_below, decision.floor, np.where(z > decision.raise_above, 1.0, self.weight)

@@ -7,13 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from equipoise_server.rules.arrays import Array, gather, rows_of, scatter, there
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, Statistics, TableState
 from equipoise_server.rules.ema import moving_average
 from equipoise_server.rules.projection import ONE, find_threshold
+from equipoise_server.rules.scale import Scale
 from equipoise_server.rules.settings import EmaSettings, number
 from equipoise_server.rules.slices import Slices
 from equipoise_server.rules.sums import table_sums
-from equipoise_server.rules.table import RAW, TableRule, fixed_point, gather, scatter
+from equipoise_server.rules.table import RAW, TableRule
+from equipoise_server.rules.weights import fixed_point
 
 THRESHOLD = "threshold"
 """Scalar: τ of the last step's projection, an integer in units of 2^-32."""
@@ -40,35 +43,34 @@ class ProjectedGradientSettings(EmaSettings):
     """Largest weight."""
 
 
-class ProjectedGradient(TableRule[ProjectedGradientSettings]):
+class ProjectedGradient(TableRule):
     """w ← projection of w + ε·c onto {floor <= w <= cap, mean 1} over the scored examples (arXiv 2402.17759, Eq. 6).
 
     An example enters at weight 1. Weights are int64 in units of 2^-32; the score is the moving average of c. A step
-    changes all rows, each from its own values and τ alone.
+    changes all rows, each from its own values and τ alone. What it does to all N is done in torch, on every core.
     """
 
-    name = "projected_gradient"
-    settings_type = ProjectedGradientSettings
     raw_dtype = torch.int64
     touches_all_rows = True
 
-    @property
-    def raw_range(self) -> tuple[int, int]:
-        """Floor and cap in units of 2^-32."""
-        return fixed_point(self._settings.floor, ONE), fixed_point(self._settings.cap, ONE)
+    def __init__(self, settings: ProjectedGradientSettings) -> None:
+        super().__init__(settings, scale=Scale(rule="projected_gradient", decay=settings.rms_decay))
+        self.raw_range = fixed_point(settings.floor, ONE), fixed_point(settings.cap, ONE)
+        self._step_size = settings.step_size
+        self._advance = moving_average(settings.ema_decay)
 
-    def advance(self, old: torch.Tensor, signal: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    def advance(self, old: Array, signal: Array, first: Array) -> Array:
         """The moving average after a visit."""
-        return moving_average(old, signal, first, decay=self._settings.ema_decay)
+        return self._advance(old, signal, first)
 
     def prepare(self, state: TableState, statistics: Statistics) -> Scalars:
         """The running mean square and τ."""
         scalars = super().prepare(state, statistics)
         start = state.scalars.get(THRESHOLD, 0.0)
-        index, signal = self._located(state, statistics, scalars, None)
+        signal = self._scale.scaled(self._rows(state, statistics), statistics, scalars)
         if len(signal) == 0:
             return {**scalars, THRESHOLD: start}
-        values, scored = self._moved(state.columns[RAW], index, signal)
+        values, scored = self._moved(state.columns[RAW], statistics.ids, signal)
         values = values if bool(scored.all()) else values[scored]
         floor, cap = self.raw_range
         return {**scalars, THRESHOLD: float(find_threshold(values, floor=floor, cap=cap, start=int(start)))}
@@ -79,12 +81,13 @@ class ProjectedGradient(TableRule[ProjectedGradientSettings]):
         """Moves the step's rows, then takes τ off all scored rows."""
         threshold, (floor, cap) = self._threshold(scalars), self.raw_range
         if len(self._rows(state, statistics)):
-            index, signal = self._located(state, statistics, scalars, pages)
-            raw = state.columns[RAW]
-            values, scored = self._moved(raw, index, signal)
+            ids, signal = self._located(state, statistics, scalars, pages)
+            raw, (visited, column) = state.columns[RAW], self._tables(state)
+            values, scored = self._moved(raw, ids, signal)
             new_raw = torch.where(scored, (values - threshold).clamp_(floor, cap), -1)
-            statistic = self._advanced(state, index, signal, gather(raw, index) < 0)
-            scatter(state.columns[self.statistic], index, statistic)
+            index = rows_of(visited, ids)
+            first = gather(visited, index) < 0
+            scatter(column, index, self._advanced(gather(column, index), there(visited, signal), first))
             for rows in page_runs(pages, state.num_examples):
                 raw[rows] = new_raw[rows]
             state.scored, state.raw_sum, state.raw_square_sum = table_sums(raw)
@@ -97,12 +100,12 @@ class ProjectedGradient(TableRule[ProjectedGradientSettings]):
         return (yield from super().restore_slices(state))
 
     def _moved(
-        self, raw: torch.Tensor, index: torch.Tensor | None, signal: NDArray[np.float64]
+        self, raw: torch.Tensor, ids: NDArray[np.int64] | None, signal: NDArray[np.float64]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """w + ε·c of all rows, int64 [N], and which rows are scored, bool [N]."""
-        steps = np.clip(signal * self._settings.step_size, -_MAX_STEP, _MAX_STEP)
-        moves = torch.from_numpy(np.rint(steps * ONE).astype(np.int64)).to(raw.device)
-        scored = raw >= 0
+        steps = np.clip(signal * self._step_size, -_MAX_STEP, _MAX_STEP)
+        moves = there(raw, np.rint(steps * ONE).astype(np.int64))
+        scored, index = raw >= 0, rows_of(raw, ids)
         if index is None:
             return torch.where(scored, raw, ONE) + moves, torch.ones_like(scored)
         rows = gather(raw, index)

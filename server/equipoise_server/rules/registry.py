@@ -1,36 +1,43 @@
 """The rules by name: a new rule is one file and one line here."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from equipoise_server.rules.base import Rule, RuleError, SettingValues
-from equipoise_server.rules.batch import BatchRule
-from equipoise_server.rules.boltzmann import Boltzmann
-from equipoise_server.rules.ema_relu import EmaRelu
-from equipoise_server.rules.ema_sign import EmaSign
-from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradient
-from equipoise_server.rules.loss_linear_upper import LossLinearUpper
-from equipoise_server.rules.projected_gradient import ProjectedGradient
-from equipoise_server.rules.rho import Rho
-from equipoise_server.rules.settings import bind
-from equipoise_server.rules.strata import Strata
-from equipoise_server.rules.table import TableRule
-from equipoise_server.rules.trajectory import Trajectory
-from equipoise_server.rules.uniform import Uniform
+from equipoise_server.rules.base import RuleError, SettingValues
+from equipoise_server.rules.boltzmann import Boltzmann, BoltzmannSettings
+from equipoise_server.rules.ema_relu import EmaReluSettings, ema_relu
+from equipoise_server.rules.ema_sign import EmaSignSettings, ema_sign
+from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradientSettings, exponentiated_gradient
+from equipoise_server.rules.loss_linear_upper import LossLinearUpper, LossLinearUpperSettings
+from equipoise_server.rules.projected_gradient import ProjectedGradient, ProjectedGradientSettings
+from equipoise_server.rules.rho import RhoSettings, rho
+from equipoise_server.rules.rule import Rule
+from equipoise_server.rules.settings import EmaSettings, bind
+from equipoise_server.rules.strata import Strata, StrataSettings
+from equipoise_server.rules.trajectory import Trajectory, TrajectorySettings
+from equipoise_server.rules.uniform import uniform
 
-_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]] | type[Strata] | type[Trajectory]] = {
-    rule.name: rule
-    for rule in (
-        Boltzmann,
-        EmaRelu,
-        EmaSign,
-        ExponentiatedGradient,
-        LossLinearUpper,
-        ProjectedGradient,
-        Rho,
-        Strata,
-        Trajectory,
-        Uniform,
-    )
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A rule's settings, and what makes the rule of them."""
+
+    settings_type: type[Any]
+    make: Callable[[Any], Rule]
+
+
+_RULES = {
+    "boltzmann": _Entry(BoltzmannSettings, Boltzmann),
+    "ema_relu": _Entry(EmaReluSettings, ema_relu),
+    "ema_sign": _Entry(EmaSignSettings, ema_sign),
+    "exponentiated_gradient": _Entry(ExponentiatedGradientSettings, exponentiated_gradient),
+    "loss_linear_upper": _Entry(LossLinearUpperSettings, LossLinearUpper),
+    "projected_gradient": _Entry(ProjectedGradientSettings, ProjectedGradient),
+    "rho": _Entry(RhoSettings, rho),
+    "strata": _Entry(StrataSettings, Strata),
+    "trajectory": _Entry(TrajectorySettings, Trajectory),
+    "uniform": _Entry(EmaSettings, uniform),
 }
 
 
@@ -45,7 +52,7 @@ def build(name: str, settings: SettingValues) -> Rule:
     Raises:
         RuleError: `rule.name` is unknown, or a setting is unknown or out of range (`rule.settings.<key>`).
     """
-    rule_type = _RULES.get(name)
-    if rule_type is None:
+    entry = _RULES.get(name)
+    if entry is None:
         raise RuleError("rule.name", f"rule.name = {name!r} is not a rule; available: {', '.join(names())}")
-    return rule_type(bind(rule_type.settings_type, settings, rule=name))
+    return entry.make(bind(entry.settings_type, settings, rule=name))

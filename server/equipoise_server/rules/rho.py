@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import Statistics
-from equipoise_server.rules.ema import FlooredEmaRule
+from equipoise_server.rules.ema import moving_average
+from equipoise_server.rules.scale import Scale
 from equipoise_server.rules.settings import FlooredEmaSettings, number
+from equipoise_server.rules.visit import VisitRule
+from equipoise_server.rules.weights import ramp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,21 @@ class RhoSettings(FlooredEmaSettings):
     """How far above the threshold the weight reaches its top, in the same units; 0.001: nearly a step."""
 
 
-class Rho(FlooredEmaRule[RhoSettings]):
+class ReducibleLoss(Scale):
+    """loss - reference_loss, nats, in units of its running RMS."""
+
+    signals = ("losses", "reference_losses")
+    signal_name = "losses - reference_losses"
+
+    def read(self, statistics: Statistics) -> NDArray[np.float32] | None:
+        """loss - reference_loss, nats."""
+        if statistics.losses is None or statistics.reference_losses is None:
+            return None
+        with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+            return statistics.losses - statistics.reference_losses
+
+
+def rho(settings: RhoSettings) -> VisitRule:
     """r = floor + (1-floor)·min(relu(EMA - threshold)/saturation, 1), EMA of loss - reference_loss.
 
     After RHO-loss (Mindermann et al. 2022, arXiv 2206.07137): an example is worth training on where its loss is above
@@ -31,22 +47,10 @@ class Rho(FlooredEmaRule[RhoSettings]):
     trains on the highest of a batch; here the memory decides, example by example. Reference losses come with every
     step, so that they may be kept by the trainer or computed as it goes.
     """
-
-    name = "rho"
-    settings_type = RhoSettings
-    sparse_contributions = True
-    signals = ("losses", "reference_losses")
-    signal_name = "losses - reference_losses"
-
-    def signal(self, statistics: Statistics) -> NDArray[np.float32] | None:
-        """loss - reference_loss, nats."""
-        if statistics.losses is None or statistics.reference_losses is None:
-            return None
-        with np.errstate(over="ignore"):  # what becomes infinite is refused as such
-            return statistics.losses - statistics.reference_losses
-
-    def raw_weights(self, statistic: torch.Tensor) -> torch.Tensor:
-        """Linear between the floor at the threshold and the top `saturation` above it."""
-        floor, top = self.raw_range
-        share = ((statistic - self._settings.threshold) * (1.0 / self._settings.saturation)).clamp(0.0, 1.0)
-        return (share * (top - floor)).round().to(torch.int32) + floor
+    return VisitRule(
+        settings,
+        scale=ReducibleLoss(rule="rho", decay=settings.rms_decay),
+        advance=moving_average(settings.ema_decay),
+        raw_weights=ramp(settings.threshold, width=settings.saturation, floor=settings.floor),
+        floor=settings.floor,
+    )

@@ -1,12 +1,14 @@
-"""The running mean square of a signal, which makes a rule independent of the signal's scale."""
+"""The scale: what a rule reads of a step, over its running RMS, so that the signal's unit does not matter."""
 
 import math
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise_server.rules.base import RuleError
+from equipoise_server.rules.base import RuleError, Scalars, Statistics
+from equipoise_server.rules.signals import check_length
 
 MEAN_SQUARE = "mean_square"
 """Scalar: running mean square of the signal, in its own unit squared; 0 or absent before the first non-zero step."""
@@ -14,9 +16,57 @@ MEAN_SQUARE = "mean_square"
 MAX_SCALED = 1e12
 """No value over the running RMS is larger: decays end at 0.9999 and B below 2^40, so √(B/(1-decay)) is below 1.1e8."""
 
-
 PerRow: TypeAlias = float | NDArray[np.float64]
 """One value for all rows, or one for each of them, [B]."""
+
+
+class Scale:
+    """Contributions in units of their running RMS; other scales differ in what they read, or add to it.
+
+    Args:
+        rule: whose scale it is, for errors.
+        decay: per step of the running mean square.
+    """
+
+    signals: tuple[str, ...] = ("contributions",)
+    """Statistics that are read."""
+    signal_name: str = "contributions"
+    """What the signal is called in errors."""
+
+    def __init__(self, *, rule: str, decay: float) -> None:
+        self.rule = rule
+        self.decay = decay
+
+    def read(self, statistics: Statistics) -> NDArray[np.float32] | None:
+        """The signal of a step, float32 [B]; None where the trainer did not send it."""
+        return statistics.contributions
+
+    def rows(self, statistics: Statistics, *, num_examples: int) -> NDArray[np.float32]:
+        """The signal, with one value per row; empty where the step has none. Raises RuleError where it does not fit."""
+        signal = self.read(statistics)
+        if signal is None:
+            return np.zeros(0, np.float32)
+        return check_length(signal, statistics, num_examples=num_examples, name=self.signal_name, rule=self.rule)
+
+    def after(self, before: Scalars, signal: NDArray[np.float32], statistics: Statistics) -> Scalars:
+        """The scalars with a step in them. Raises RuleError when a value is not finite."""
+        previous = before.get(MEAN_SQUARE, 0.0)
+        return {
+            MEAN_SQUARE: next_mean_square(previous, signal, decay=self.decay, name=self.signal_name, rule=self.rule)
+        }
+
+    def scaled(
+        self, signal: NDArray[np.float32], statistics: Statistics, scalars: Mapping[str, PerRow]
+    ) -> NDArray[np.float64]:
+        """The signal in units of its running RMS, float64 [B]: of one step, or of rows of many with scalars of each.
+
+        Row-local: a row's value depends on its own statistics and scalars.
+        """
+        return scaled(signal, scalars.get(MEAN_SQUARE, 0.0), rule=self.rule)
+
+    def check(self, scalars: Scalars) -> None:
+        """Raises RuleError when they are not what `after` gives."""
+        scaled(np.zeros(0), scalars.get(MEAN_SQUARE, 0.0), rule=self.rule)
 
 
 def running(previous: float | None, value: float, *, decay: float) -> float:

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 from equipoise_server.rules.base import RuleError, SettingValues
 
 SettingsT = TypeVar("SettingsT", bound="RuleSettings")
-SignalSettingsT = TypeVar("SignalSettingsT", bound="SignalSettings")
 
 RANGE = "range"
 """Key of a field's metadata under which its `Range` or `Flag` lies."""

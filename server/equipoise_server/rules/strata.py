@@ -3,31 +3,31 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from equipoise_server.rules.arrays import gather, here, rows_of, scatter, table, there
 from equipoise_server.rules.base import (
     PAGE_EXAMPLES,
     RuleError,
     Scalars,
-    SettingValues,
     Statistics,
     StrataReport,
     Stratum,
     TableState,
 )
-from equipoise_server.rules.merits import ONE, Decision, Merits
-from equipoise_server.rules.online import OnlineRule
+from equipoise_server.rules.merits import Decision, Merits
 from equipoise_server.rules.quantiles import POINTS_PER_STRATUM, Quantiles
+from equipoise_server.rules.rule import Rule
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
-from equipoise_server.rules.settings import MAX_DECAY, MIN_FLOOR, SignalSettings, flag, integer, number, resolved
+from equipoise_server.rules.settings import MAX_DECAY, MIN_FLOOR, SignalSettings, flag, integer, number
 from equipoise_server.rules.signals import check_length
 from equipoise_server.rules.slices import SLICE_VALUES, Slices, fill
 from equipoise_server.rules.sums import spans
-from equipoise_server.rules.table import fixed_point, gather, on_device, scatter
+from equipoise_server.rules.weights import ONE, fixed_point
 
 LOSS = "loss"
 """Column of the smoothed loss, nats, float32; 0 where none was reported."""
@@ -83,7 +83,7 @@ class StrataSettings(SignalSettings):
     """Smallest raw weight; 1/floor bounds the ratio of two weights."""
 
 
-class Strata(OnlineRule):
+class Strata(Rule):
     """The weight of an example is that of its stratum: a quantile of the smoothed loss, within its group.
 
     The loss of an example says a lot about it, but not whether that is good or bad; its contribution says just that,
@@ -92,13 +92,13 @@ class Strata(OnlineRule):
     losses of all rows and contributions of some (NaN elsewhere; see `Rule` for what each public method promises).
     """
 
-    name: ClassVar[str] = "strata"
-    settings_type = StrataSettings
-    signals: ClassVar[tuple[str, ...]] = ("losses", "contributions")
-    sparse_contributions: ClassVar[bool] = True
+    name = "strata"
+    signals = ("losses", "contributions")
+    sparse_contributions = True
     kept: ClassVar[tuple[str, ...]] = (LOSS, STRATUM)
 
     def __init__(self, settings: StrataSettings) -> None:
+        super().__init__(settings)
         self._settings = settings
         self._strata, self._groups = int(settings.strata), int(settings.groups)
         self._cells = self._strata * self._groups
@@ -111,11 +111,6 @@ class Strata(OnlineRule):
             floor=fixed_point(settings.floor, ONE) / ONE,
         )
         self._names = _names(self._groups, self._strata)
-
-    @property
-    def settings(self) -> SettingValues:
-        """All settings, resolved."""
-        return resolved(self._settings)
 
     @property
     def columns(self) -> Mapping[str, torch.dtype]:
@@ -191,9 +186,9 @@ class Strata(OnlineRule):
                 ids = np.arange(state.num_examples) if ids is None else ids
                 kept = pages[ids // PAGE_EXAMPLES]
                 ids, losses, before, after = ids[kept], losses[kept], before[kept], after[kept]
-            index = None if ids is None else on_device(state.device, ids)
-            scatter(state.columns[LOSS], index, torch.from_numpy(losses).to(state.device))
-            scatter(state.columns[STRATUM], index, torch.from_numpy(after.astype(np.int32)).to(state.device))
+            for name, values in ((LOSS, losses), (STRATUM, after.astype(np.int32))):
+                column = table(state.columns[name])
+                scatter(column, rows_of(column, ids), there(column, values))
             known = before >= 0
             joined = np.bincount(after, minlength=self._cells)
             state.sizes = state.sizes + joined - np.bincount(before[known], minlength=self._cells)
@@ -210,7 +205,7 @@ class Strata(OnlineRule):
                 raise RuleError(f"state.{name}", f"state.{name}: rule {self.name} needs {dtype} [{state.num_examples}]")
         sizes = np.zeros(self._cells, np.int64)
         for span in spans(state.num_examples, rows=SLICE_VALUES):
-            losses, strata = (state.columns[name][span].cpu().numpy() for name in (LOSS, STRATUM))
+            losses, strata = (here(table(state.columns[name][span])) for name in (LOSS, STRATUM))
             for name, values, good in (
                 (LOSS, losses, np.isfinite(losses)),
                 (STRATUM, strata, (strata >= -1) & (strata < self._cells)),
@@ -226,33 +221,23 @@ class Strata(OnlineRule):
 
     def weights(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """The weight of the stratum, over the mean of all that are in one."""
-        index = None if ids is None else on_device(state.device, ids)
-        strata = gather(state.columns[STRATUM], index).cpu().numpy()
         guard, served = state.guard_strength, np.append(self._served(state), 1.0)  # the last one is of stratum -1
         if guard:
             served = served * (1.0 - guard) + guard
-        return np.asarray(served.astype(np.float32)[strata])
-
-    def answer(
-        self, state: TableState, statistics: Statistics | None, ids: NDArray[np.int64] | None
-    ) -> NDArray[np.float32]:
-        """The table's weights: the step's losses have put its examples into their strata."""
-        return self.weights(state, ids)
+        return np.asarray(served.astype(np.float32)[_read(state, STRATUM, ids)])
 
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """z of the stratum, NaN where no loss was reported."""
-        index = None if ids is None else on_device(state.device, ids)
         z = self.merits(state.scalars).z(self._settings.min_count)
-        return np.asarray(np.append(z, np.nan).astype(np.float32)[gather(state.columns[STRATUM], index).cpu().numpy()])
+        return np.asarray(np.append(z, np.nan).astype(np.float32)[_read(state, STRATUM, ids)])
 
     def above_floor(
         self, state: TableState, ids: NDArray[np.int64] | None, *, trajectory_row: int | None = None
     ) -> NDArray[np.bool_]:
         """Whether the weight of the stratum is above the floor."""
-        index = None if ids is None else on_device(state.device, ids)
         floor = self._decision.floor
         above = np.append((self.merits(state.scalars).weight > floor) | (floor == 1.0), True)
-        return np.asarray(above[gather(state.columns[STRATUM], index).cpu().numpy()])
+        return np.asarray(above[_read(state, STRATUM, ids)])
 
     def effective_examples(self, state: TableState) -> float:
         """(Σw)²/Σw², with w = 1 for examples without a stratum and the guard's mix."""
@@ -265,8 +250,7 @@ class Strata(OnlineRule):
         """The smoothed loss, or the stratum."""
         if name not in self.kept:
             return super().read_kept(state, name, ids)
-        index = None if ids is None else on_device(state.device, ids)
-        values, strata = (gather(state.columns[column], index).cpu().numpy() for column in (name, STRATUM))
+        values, strata = (_read(state, column, ids) for column in (name, STRATUM))
         return np.where(strata < 0, np.float32(np.nan), values.astype(np.float32))
 
     def strata(self, state: TableState) -> StrataReport:
@@ -328,8 +312,7 @@ class Strata(OnlineRule):
 
     def _rows(self, state: TableState, statistics: Statistics) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The step's smoothed losses with this step in them, and the strata before it (-1: none), [B]."""
-        index = None if statistics.ids is None else on_device(state.device, statistics.ids)
-        old, strata = (gather(state.columns[name], index).cpu().numpy() for name in (LOSS, STRATUM))
+        old, strata = (_read(state, name, statistics.ids) for name in (LOSS, STRATUM))
         before = strata.astype(np.int64)
         given = statistics.losses
         if given is None:
@@ -389,6 +372,12 @@ class Strata(OnlineRule):
             raise RuleError(
                 name, f"{name} = {scalars[name]}: points of a group rise; rule {self.name} never writes that"
             )
+
+
+def _read(state: TableState, name: str, ids: NDArray[np.int64] | None) -> NDArray[Any]:
+    """Rows of a column on the host."""
+    column = table(state.columns[name])
+    return here(gather(column, rows_of(column, ids)))
 
 
 _POINT, _MASS, _COUNT, _SUM, _SQUARE, _WEIGHT = "point.", "mass.", "count.", "sum.", "square.", "weight."

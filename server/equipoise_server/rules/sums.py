@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from equipoise_server.rules.arrays import Array, namespace, sums
+
 SPAN = 1 << 18
 """Rows per partial sum: temporaries fit the cache, and sums of products of two 21-bit limbs stay below 2^60."""
 
@@ -30,13 +32,14 @@ def table_sums(raw: torch.Tensor) -> tuple[int, int, int]:
     return count, low + (high << LIMB_BITS), squares
 
 
-def change_sums(old: torch.Tensor, new: torch.Tensor) -> tuple[int, int, int]:
+def change_sums(old: Array, new: Array) -> tuple[int, int, int]:
     """What `new` [B] in place of `old` [B] adds to the three sums; int32 entries, at most 2^30 or -1 in `old`."""
+    xp = namespace(old)
     first = old >> 31  # -1 where never scored, else 0
-    before, after = (old - first).to(torch.int64), new.to(torch.int64)
+    before, after = xp.asarray(old - first, dtype=xp.int64), xp.asarray(new, dtype=xp.int64)
     difference = after - before
     squares = difference * (after + before)  # below 2^61: summed in halves
-    unseen, total, low, high = _sums(first, difference, squares & _HALF_MASK, squares >> _HALF_BITS).tolist()
+    unseen, total, low, high = sums(first, difference, squares & _HALF_MASK, squares >> _HALF_BITS)
     return -unseen, total, low + (high << _HALF_BITS)
 
 

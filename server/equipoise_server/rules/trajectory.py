@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, SettingValues, Statistics, TableState
-from equipoise_server.rules.composed import ComposedRule
-from equipoise_server.rules.settings import RuleSettings, flag, integer, number, resolved
+from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, Statistics, TableState
+from equipoise_server.rules.rule import Rule
+from equipoise_server.rules.settings import RuleSettings, flag, integer, number
 from equipoise_server.rules.signals import check_length, check_signals
 from equipoise_server.rules.simplex import MAX_EXAMPLES, project_simplex
 from equipoise_server.rules.slices import Slices, fill
@@ -48,7 +47,7 @@ class TrajectorySettings(RuleSettings):
     row has had. 0: the step size stays ε₀."""
 
 
-class Trajectory(ComposedRule):
+class Trajectory(Rule):
     """γ_t ← projection of γ_t + ε_t·c onto the simplex, as the contributions c = λ_{t+1}·∇l_n of row t arrive.
 
     arXiv 2402.17759, Eq. 6, with the linear decay of the paper's code. A step moves one row, which its contributions
@@ -57,18 +56,12 @@ class Trajectory(ComposedRule):
     each public method promises).
     """
 
-    name: ClassVar[str] = "trajectory"
-    settings_type = TrajectorySettings
-    signals: ClassVar[tuple[str, ...]] = ("contributions",)
-    touches_all_rows: ClassVar[bool] = False
+    name = "trajectory"
+    signals = ("contributions",)
 
     def __init__(self, settings: TrajectorySettings) -> None:
+        super().__init__(settings)
         self._settings = settings
-
-    @property
-    def settings(self) -> SettingValues:
-        """All settings, resolved."""
-        return resolved(self._settings)
 
     @property
     def columns(self) -> Mapping[str, torch.dtype]:

@@ -3,7 +3,7 @@
 Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
 `target`, `guard` (losses, nats); `scalars` and `evidence` (JSON); `s.NAME` (float64, the scalars `NAME.0`, `NAME.1`,
 ...); `row` (of a trajectory); `ids` (int64, absent: all examples); `n` (int32, rows of each id, absent: one); `g`
-(uint32, groups); `c`, `l` and `ref` (float32 contributions, losses and reference losses, nats); `refused` (the
+(uint32, groups); `won` and `tried` (uint64, successes of attempts); `c`, `l` and `ref` (float32 contributions, losses and reference losses, nats); `refused` (the
 reason). Numbers are text that keeps every bit; arrays are little-endian.
 """
 
@@ -19,6 +19,7 @@ from equipoise_server.rules import Evidence, Scalars, Statistics
 
 _FAMILY = "s."
 _ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref"}
+_COUNTS = {"successes": "won", "attempts": "tried"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,12 +119,16 @@ def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
         fields["n"] = statistics.counts.astype("<i4").tobytes()
     if statistics.groups is not None:
         fields["g"] = statistics.groups.astype("<u4").tobytes()
+    for name, key in _COUNTS.items():
+        if (values := getattr(statistics, name)) is not None:
+            fields[key] = values.astype("<u8").tobytes()
     return fields
 
 
 def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
     arrays = {name: np.frombuffer(fields[key], "<f4") for name, key in _ARRAYS.items() if key in fields}
-    if not arrays:
+    counts = {name: np.frombuffer(fields[key], "<u8").astype(np.int64) for name, key in _COUNTS.items() if key in fields}
+    if not arrays and not counts:
         return None
     return Statistics(
         ids=np.frombuffer(fields["ids"], "<i8") if "ids" in fields else None,
@@ -131,4 +136,5 @@ def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
         groups=np.frombuffer(fields["g"], "<u4").astype(np.int64) if "g" in fields else None,
         trajectory_row=int(fields["row"]) if "row" in fields else None,
         **arrays,
+        **counts,
     )

@@ -8,6 +8,7 @@ from equipoise_server.rules.boltzmann import Boltzmann
 from equipoise_server.rules.ema_relu import EmaRelu
 from equipoise_server.rules.ema_sign import EmaSign
 from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradient
+from equipoise_server.rules.learnability import Learnability
 from equipoise_server.rules.loss_linear_upper import LossLinearUpper
 from equipoise_server.rules.projected_gradient import ProjectedGradient
 from equipoise_server.rules.rho import Rho
@@ -17,13 +18,14 @@ from equipoise_server.rules.table import TableRule
 from equipoise_server.rules.trajectory import Trajectory
 from equipoise_server.rules.uniform import Uniform
 
-_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]] | type[Strata] | type[Trajectory]] = {
+_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]] | type[Learnability] | type[Strata] | type[Trajectory]] = {
     rule.name: rule
     for rule in (
         Boltzmann,
         EmaRelu,
         EmaSign,
         ExponentiatedGradient,
+        Learnability,
         LossLinearUpper,
         ProjectedGradient,
         Rho,

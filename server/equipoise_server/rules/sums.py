@@ -40,6 +40,16 @@ def change_sums(old: torch.Tensor, new: torch.Tensor) -> tuple[int, int, int]:
     return -unseen, total, low + (high << _HALF_BITS)
 
 
+def product_sum(left: torch.Tensor, right: torch.Tensor) -> int:
+    """Σ left·right of int32 entries [B] that are not negative."""
+    total = 0
+    for span in spans(len(left)):
+        products = left[span].to(torch.int64) * right[span].to(torch.int64)  # below 2^62: summed in halves
+        low, high = _sums(products & _HALF_MASK, products >> _HALF_BITS).tolist()
+        total += low + (high << _HALF_BITS)
+    return total
+
+
 def _span_sums(raw: torch.Tensor) -> torch.Tensor:
     values = raw.clamp(min=0)
     low, high = values & _LIMB_MASK, values >> LIMB_BITS

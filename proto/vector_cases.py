@@ -281,7 +281,11 @@ def _stratum_step(trainer: Trainer, *, grouped: bool) -> Request:
 def _outcomes() -> Iterator[Asked]:
     for name, about, settings in (
         ("defaults", "successes of attempts under default settings, every kind of request", {}),
-        ("greedy", "no exploration, a high floor, and nothing remembered", {"exploration": 0.0, "floor": 0.3, "decay": 0.0}),
+        (
+            "greedy",
+            "no exploration, a high floor, no memory",
+            {"exploration": 0.0, "floor": 0.3, "decay": 0.0},
+        ),
         ("patient", "half of the weight by age, and a long memory", {"exploration": 0.5, "decay": 0.95, "prior": 2.0}),
     ):
         trainer = Trainer(60)

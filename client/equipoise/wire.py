@@ -17,6 +17,7 @@ ROW_STATISTICS = ("contributions", "losses", "reference_losses")
 """Fields of a step with one float per row."""
 OUTCOMES = ("successes", "attempts")
 """Fields of a step with one count per row."""
+PER_ROW = (*ROW_STATISTICS, *OUTCOMES, "gradient_sketches")
 STATISTICS = (*ROW_STATISTICS, "successes", "gradient_sketches", "target_loss", "guard_loss")
 """Fields that make a request a step."""
 
@@ -228,10 +229,10 @@ def _rows(message: pb.StepRequest, ids: ArrayLike | None, fields: StepFields, bo
         return rows
     if everything:
         message.all_examples = True
-        count = bounds.num_examples or max(_length(fields.get(name)) for name in (*ROW_STATISTICS, *OUTCOMES, "gradient_sketches"))
+        count = bounds.num_examples or max(_length(fields.get(name)) for name in PER_ROW)
         _check_rows("all_examples", count, bounds)
         return np.arange(count, dtype=np.uint64)
-    for name in (*ROW_STATISTICS, *OUTCOMES, "gradient_sketches", "scored", "measured", "groups"):
+    for name in (*PER_ROW, "scored", "measured", "groups"):
         if fields.get(name) is not None:
             raise InvalidRequestError(field="ids", rule=f"{name} need the ids of their rows, or all_examples=True")
     return np.zeros(0, np.uint64)
@@ -265,13 +266,13 @@ def _counts(field: str, values: ArrayLike, rows: int) -> NDArray[np.uint32]:
 
 
 def _outcomes(message: pb.StepRequest, fields: StepFields, rows: int, scored: NDArray[np.uint8] | None) -> None:
-    given = {name: fields.get(name) for name in OUTCOMES}
-    if all(values is None for values in given.values()):
+    successes, attempts = fields.get("successes"), fields.get("attempts")
+    if successes is None and attempts is None:
         return
-    for name, values in given.items():
-        if values is None:
-            raise InvalidRequestError(field=name, rule="must be given: successes and attempts go together")
-    won, tried = (_counts(name, values, rows) for name, values in given.items() if values is not None)
+    if successes is None or attempts is None:
+        missing = "successes" if successes is None else "attempts"
+        raise InvalidRequestError(field=missing, rule="must be given: successes and attempts go together")
+    won, tried = _counts("successes", successes, rows), _counts("attempts", attempts, rows)
     free = np.zeros(rows, np.bool_) if scored is None else scored == 0
     _check_all("attempts", tried, free | (tried > 0), "must be at least 1 where scored")
     _check_all("successes", won, free | (won <= tried), "must be at most the row's attempts")

@@ -35,7 +35,8 @@ def test_a_step_is_little_endian_bytes() -> None:
     assert message.losses == bytes.fromhex("0000003f0000803e")
     assert (message.scored, message.measured) == (b"\x01\x00", b"\x00\x01")
     assert message.groups == bytes.fromhex("02000000ffffffff")
-    assert (message.successes, message.attempts) == (bytes.fromhex("0300000007000000"), bytes.fromhex("0800000000000000"))
+    assert message.successes == bytes.fromhex("0300000007000000")
+    assert message.attempts == bytes.fromhex("0800000000000000")
     assert (message.target_loss, message.guard_loss, message.step) == (1.5, 2.5, 7)
     assert message.weights_for == (9).to_bytes(8, "little")
     assert request.answer_ids.tolist() == [9]

@@ -3,8 +3,9 @@
 Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
 `target`, `guard` (losses, nats); `scalars` and `evidence` (JSON); `s.NAME` (float64, the scalars `NAME.0`, `NAME.1`,
 ...); `row` (of a trajectory); `ids` (int64, absent: all examples); `n` (int32, rows of each id, absent: one); `g`
-(uint32, groups); `won` and `tried` (uint64, successes of attempts); `c`, `l` and `ref` (float32 contributions, losses and reference losses, nats); `refused` (the
-reason). Numbers are text that keeps every bit; arrays are little-endian.
+(uint32, groups); `won` and `tried` (uint64, successes of attempts); `c`, `l` and `ref` (float32 contributions, losses
+and reference losses, nats); `refused` (the reason). Numbers are text that keeps every bit; arrays
+are little-endian.
 """
 
 import json
@@ -127,7 +128,8 @@ def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
 
 def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
     arrays = {name: np.frombuffer(fields[key], "<f4") for name, key in _ARRAYS.items() if key in fields}
-    counts = {name: np.frombuffer(fields[key], "<u8").astype(np.int64) for name, key in _COUNTS.items() if key in fields}
+    told = {name: fields[key] for name, key in _COUNTS.items() if key in fields}
+    counts = {name: np.frombuffer(data, "<u8").astype(np.int64) for name, data in told.items()}
     if not arrays and not counts:
         return None
     return Statistics(

@@ -38,8 +38,8 @@ class LearnabilitySettings(RuleSettings):
     """What outcomes still count for when new ones of the example come: the model that had them was another one."""
 
     prior: float = number(0.5, low=0.01, high=100.0)
-    """Successes and failures that every example is thought to have had beside its own. The less, the more a few outcomes
-    say, and the more an example without any counts beside those that always succeed or fail."""
+    """Successes and failures that every example is thought to have had beside its own. The less, the more a few
+    outcomes say, and the more an example without any counts beside those that always succeed or fail."""
 
     exploration: float = number(0.1, low=0.0, high=1.0)
     """Share of all weight that goes to examples by how long they were not seen: their outcomes tell of an old model."""
@@ -54,8 +54,9 @@ class Learnability(OnlineRule):
     An example that always succeeds or always fails teaches a policy gradient nothing: its advantages are 0. The
     expected variance, under a Beta posterior of the success rate p whose old counts fade, says how much an example may
     teach now (p(1-p) as in Rutherford et al. 2024, arXiv 2408.15099; Foster and Foerster 2025, arXiv 2502.12272); the
-    share by age is that of Prioritized Level Replay (Jiang et al. 2021, arXiv 2010.03934). Nothing seen, r is that of the
-    prior. All sums are of integers and move by the step's rows alone (see `Rule` for what each public method promises).
+    share by age is that of Prioritized Level Replay (Jiang et al. 2021, arXiv 2010.03934). Nothing seen, r is that of
+    the prior. All sums are of integers and move by the step's rows alone (see `Rule` for what each public method
+    promises).
     """
 
     name: ClassVar[str] = "learnability"
@@ -209,7 +210,7 @@ class Learnability(OnlineRule):
     def _outcomes(
         self, state: TableState, statistics: Statistics, pages: NDArray[np.bool_] | None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Where the step's rows lie (None: everywhere), their successes and failures, float64, restricted to `pages`."""
+        """Where the step's rows lie (None: everywhere), successes and failures, float64, restricted to `pages`."""
         won, tried, ids = statistics.successes, statistics.attempts, statistics.ids
         if won is None or tried is None:
             raise RuleError("attempts", f"attempts is absent: rule {self.name} needs it in every step")
@@ -264,8 +265,6 @@ def _moments(raw: torch.Tensor, seen: torch.Tensor) -> tuple[int, int, int]:
     return product_sum(seen, ones), product_sum(seen, seen), product_sum(raw.clamp(min=0), seen)
 
 
-def _added(
-    moments: tuple[int, ...], new: tuple[int, ...], old: tuple[int, ...] = (0, 0, 0)
-) -> tuple[int, int, int]:
+def _added(moments: tuple[int, ...], new: tuple[int, ...], old: tuple[int, ...] = (0, 0, 0)) -> tuple[int, int, int]:
     first, second, third = (a + b - c for a, b, c in zip(moments, new, old, strict=True))
     return first, second, third

@@ -18,7 +18,7 @@ from equipoise_server.rules.table import TableRule
 from equipoise_server.rules.trajectory import Trajectory
 from equipoise_server.rules.uniform import Uniform
 
-_RULES: dict[str, type[TableRule[Any]] | type[BatchRule[Any]] | type[Learnability] | type[Strata] | type[Trajectory]] = {
+_RULES: dict[str, type[TableRule[Any] | BatchRule[Any] | Learnability | Strata | Trajectory]] = {
     rule.name: rule
     for rule in (
         Boltzmann,

@@ -37,9 +37,9 @@ class LearnabilitySettings(RuleSettings):
     decay: float = number(0.5, low=0.0, high=MAX_DECAY)
     """What outcomes still count for when new ones of the example come: the model that had them was another one."""
 
-    prior: float = number(0.5, low=0.01, high=100.0)
+    prior: float = number(0.1, low=0.01, high=100.0)
     """Successes and failures that every example is thought to have had beside its own. The less, the more a few
-    outcomes say, and the more an example without any counts beside those that always succeed or fail."""
+    outcomes say. What has no outcomes yet weighs more than what always fails or succeeds, and less than the rest."""
 
     exploration: float = number(0.1, low=0.0, high=1.0)
     """Share of all weight that goes to examples by how long they were not seen: their outcomes tell of an old model."""

@@ -4,21 +4,51 @@ Shape legend: N prompts, L steps of the longest answer, S skills, A choices at e
 completions of each.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-SKILLS, CHOICES, LONGEST = 240, 6, 8
-KNOWN = 0.5
-"""Share of the skills that the policy begins with."""
-UNSOLVABLE = 0.15
-"""Share of the training prompts whose key is wrong: no completion ever succeeds."""
+CHOICES = 6
+"""A."""
 HEAD_START = 7.0
-"""How much higher the logit of the right choice is where a skill is known at the start."""
+"""How much higher the logit of the right choice is where a skill is known at the start: a success rate of .99."""
+KNOWN = 0.6
+"""Share of the skills that are known at the start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is learned.
+
+    Attributes:
+        about: in words.
+        prompts: N.
+        skills: S.
+        longest: L; answers have 1 to L steps.
+        solved: share of the prompts that need known skills alone: they nearly always succeed.
+        unsolvable: share of the prompts whose key is wrong: they never succeed.
+        unseen: whether success is measured on prompts that are not trained on; else on the solvable training prompts.
+    """
+
+    about: str
+    prompts: int = 2000
+    skills: int
+    longest: int
+    solved: float = 0.4
+    unsolvable: float
+    unseen: bool
+
+
+JOBS: Final[Mapping[str, Job]] = {
+    "rare": Job(about="each skill in few prompts", skills=1500, longest=4, unsolvable=0.3, unseen=False),
+    "shared": Job(about="skills that many prompts share", skills=400, longest=6, unsolvable=0.4, unseen=True),
+}
+"""By name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +57,7 @@ class Prompts:
 
     Attributes:
         skills: which skill each step needs, int64 [N, L].
-        needed: whether a step is part of the answer, bool [N, L]; answers have 1 to L steps.
+        needed: whether a step is part of the answer, bool [N, L].
         solvable: whether the key is right, bool [N].
     """
 
@@ -36,14 +66,13 @@ class Prompts:
     solvable: Tensor
 
     @classmethod
-    def drawn(cls, count: int, *, unsolvable: float, random: np.random.Generator) -> Self:
-        """Prompts of all lengths; some skills are asked for far more often than others."""
-        rarity = 1.0 / np.arange(1, SKILLS + 1) ** 0.7
-        skills = random.choice(SKILLS, (count, LONGEST), p=rarity / rarity.sum())
-        lengths = random.integers(1, LONGEST + 1, count)
+    def drawn(cls, job: Job, count: int, *, unsolvable: float, random: np.random.Generator) -> Self:
+        """Prompts of all lengths; some skills are asked for more often than others."""
+        often = 1.0 / np.arange(1, job.skills + 1) ** 0.7
+        lengths = random.integers(1, job.longest + 1, count)
         return cls(
-            skills=torch.from_numpy(skills),
-            needed=torch.from_numpy(np.arange(LONGEST) < lengths[:, None]),
+            skills=torch.from_numpy(random.choice(job.skills, (count, job.longest), p=often / often.sum())),
+            needed=torch.from_numpy(np.arange(job.longest) < lengths[:, None]),
             solvable=torch.from_numpy(random.random(count) >= unsolvable),
         )
 
@@ -53,20 +82,23 @@ class Prompts:
 
 
 class Policy(nn.Module):
-    """A softmax over the choices of each skill, [S, A]; choice 0 is right. Prompts share skills, so they help each other.
+    """A softmax over the choices of each skill, [S, A], of which the first is right; prompts share skills.
 
     Args:
-        random: which skills are known at the start.
+        skills: S.
+        random: makes the first logits.
     """
 
-    def __init__(self, random: np.random.Generator) -> None:
+    def __init__(self, skills: int, random: np.random.Generator) -> None:
         super().__init__()
-        logits = torch.from_numpy(random.normal(size=(SKILLS, CHOICES)))
-        logits[torch.from_numpy(random.random(SKILLS) < KNOWN), 0] += HEAD_START
-        self.logits = nn.Parameter(logits)
+        logits = random.normal(size=(skills, CHOICES))
+        self.known: NDArray[np.int64] = np.flatnonzero(random.random(skills) < KNOWN)
+        """Skills that are known at the start."""
+        logits[self.known, 0] += HEAD_START
+        self.logits = nn.Parameter(torch.from_numpy(logits))
 
     def success(self, prompts: Prompts) -> Tensor:
-        """The probability of a right answer to each prompt, exact: [N]."""
+        """The probability of a right answer to each prompt, exact: float64 [N]."""
         right = self.logits.detach().softmax(dim=1)[:, 0][prompts.skills]
         return torch.where(prompts.needed, right, 1.0).prod(dim=1) * prompts.solvable
 
@@ -74,18 +106,18 @@ class Policy(nn.Module):
         """Completions of a batch, choices [B, G, L]."""
         chances = self.logits.detach().softmax(dim=1)[prompts.skills[ids]]
         drawn = torch.multinomial(chances.flatten(0, 1), group, replacement=True, generator=random)
-        return drawn.view(len(ids), LONGEST, group).transpose(1, 2)
+        return drawn.view(*chances.shape[:2], group).transpose(1, 2)
 
     def loss(self, prompts: Prompts, ids: NDArray[np.int64], answers: Tensor, rewards: Tensor) -> Tensor:
-        """GRPO's, on policy: minus the mean over prompts of advantage times log-probability of the answer.
+        """GRPO's, on policy: minus the mean of advantage times log-probability of the answer.
 
-        Advantages are rewards less their group's mean, over its standard deviation (Shao et al. 2024, arXiv 2402.03300).
+        Advantages are rewards less their group's mean, over its standard deviation (Shao et al. 2024, arXiv
+        2402.03300).
         """
         advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
-        chosen = self.logits.log_softmax(dim=1)[prompts.skills[ids]].transpose(1, 2)
-        steps = chosen.gather(1, answers) if False else _picked(chosen, answers)
-        summed = (steps * prompts.needed[ids][:, None, :]).sum(dim=2)
-        return -(advantages * summed).mean()
+        choices = self.logits.log_softmax(dim=1)[prompts.skills[ids]]  # [B, L, A]
+        chosen = choices.gather(2, answers.transpose(1, 2)).transpose(1, 2)
+        return -(advantages * (chosen * prompts.needed[ids][:, None, :]).sum(dim=2)).mean()
 
 
 def rewards_of(prompts: Prompts, ids: NDArray[np.int64], answers: Tensor) -> Tensor:
@@ -94,6 +126,31 @@ def rewards_of(prompts: Prompts, ids: NDArray[np.int64], answers: Tensor) -> Ten
     return (right & prompts.solvable[ids][:, None]).double()
 
 
-def _picked(chosen: Tensor, answers: Tensor) -> Tensor:
-    """Log-probabilities [B, G, L] of choices [B, G, L], from those of all, [B, A, L]."""
-    return chosen.gather(1, answers)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A job with its prompts and the policy at the start, all from one seed.
+
+    Attributes:
+        train: what is trained on.
+        judged: what success is measured on, all of it solvable.
+        policy: at the start; train a copy.
+    """
+
+    train: Prompts
+    judged: Prompts
+    policy: Policy
+
+    @classmethod
+    def of(cls, job: Job, *, seed: int) -> Self:
+        """The task of a seed."""
+        random = np.random.default_rng(seed)
+        policy = Policy(job.skills, random)
+        train = Prompts.drawn(job, job.prompts, unsolvable=job.unsolvable, random=random)
+        solved = np.flatnonzero(random.random(job.prompts) < job.solved)
+        train.skills[solved] = torch.from_numpy(random.choice(policy.known, (len(solved), job.longest)))
+        if job.unseen:
+            judged = Prompts.drawn(job, job.prompts, unsolvable=0.0, random=random)
+        else:
+            kept = train.solvable
+            judged = Prompts(skills=train.skills[kept], needed=train.needed[kept], solvable=kept[kept])
+        return cls(train=train, judged=judged, policy=policy)

@@ -11,6 +11,7 @@ are little-endian.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -127,10 +128,10 @@ def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
 
 
 def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
-    arrays = {name: np.frombuffer(fields[key], "<f4") for name, key in _ARRAYS.items() if key in fields}
+    arrays: dict[str, Any] = {name: np.frombuffer(fields[key], "<f4") for name, key in _ARRAYS.items() if key in fields}
     told = {name: fields[key] for name, key in _COUNTS.items() if key in fields}
-    counts = {name: np.frombuffer(data, "<u8").astype(np.int64) for name, data in told.items()}
-    if not arrays and not counts:
+    arrays |= {name: np.frombuffer(data, "<u8").astype(np.int64) for name, data in told.items()}
+    if not arrays:
         return None
     return Statistics(
         ids=np.frombuffer(fields["ids"], "<i8") if "ids" in fields else None,
@@ -138,5 +139,4 @@ def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
         groups=np.frombuffer(fields["g"], "<u4").astype(np.int64) if "g" in fields else None,
         trajectory_row=int(fields["row"]) if "row" in fields else None,
         **arrays,
-        **counts,
     )

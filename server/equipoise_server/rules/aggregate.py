@@ -65,8 +65,13 @@ def aggregate(
             return _averaged(rows, scored, order, ordered, starts)
     if scored is not None and not scored.all():
         kept = np.flatnonzero(scored) if ids is None else ids[scored]
-        counted = {name: _of_rows(getattr(rows, name), scored) for name in ("groups", "successes", "attempts")}
-        rows = replace(_mapped(rows, lambda values: values[scored]), ids=kept, **counted)
+        rows = replace(
+            _mapped(rows, lambda values: values[scored]),
+            ids=kept,
+            groups=_of_rows(groups, scored),
+            successes=_of_rows(successes, scored),
+            attempts=_of_rows(attempts, scored),
+        )
     return rows
 
 

@@ -232,8 +232,8 @@ class Learnability(OnlineRule):
             ids = np.arange(state.num_examples) if ids is None else ids
             kept = pages[ids // PAGE_EXAMPLES]
             ids, won, lost = ids[kept], won[kept], lost[kept]
-        told = (torch.from_numpy(values.astype(np.float64)).to(state.device) for values in (won, lost))
-        return None if ids is None else on_device(state.device, ids), *told
+        successes, failures = (torch.from_numpy(counts.astype(np.float64)).to(state.device) for counts in (won, lost))
+        return None if ids is None else on_device(state.device, ids), successes, failures
 
     def _check_span(self, part: Mapping[str, torch.Tensor], time: int, offset: int) -> None:
         """Raises RuleError where a table holds what the rule never writes."""

@@ -225,7 +225,8 @@ def _run(method: str, task: Task, config: ExperimentConfig, draw: Draw, *, seed:
                 break
         ids = np.concatenate([one[0] for one in found])[: config.batch]
         if len(ids):
-            answers, rewards = (torch.cat([one[part] for one in found])[: config.batch] for part in (1, 2))
+            answers = torch.cat([one[1] for one in found])[: config.batch]
+            rewards = torch.cat([one[2] for one in found])[: config.batch]
             loss = policy.loss(task.train, ids, answers, rewards)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -59,32 +59,33 @@ def test_what_is_served_is_the_rule_s_own(server: ServerProcess) -> None:
     assert len(set(batch.tolist())) == N // 2
 
 
-def test_it_comes_back_from_the_log_to_the_last_bit(tmp_path: Path) -> None:
-    with serve() as server:
-        with client_of(server, "killed") as client:
-            told = list(steps(60))
-            for step in told[:35]:
-                client.step(**step)
-            assert client.flush(durable=True)
-            server.kill()
-            server.start()
-            for step in told[35:]:
-                client.step(**step)
-            tables = client.read_weights("weight"), client.read_weights("score")
+def test_it_comes_back_from_the_log_to_the_last_bit() -> None:
+    told = list(steps(60))
+    with serve() as server, client_of(server, "killed") as client:
+        for step in told[:35]:
+            client.step(**step)
+        assert client.flush(durable=True)
+        server.kill()
+        server.start()
+        for step in told[35:]:
+            client.step(**step)
+        tables = client.read_weights("weight"), client.read_weights("score")
     rule, state = own(60)
     np.testing.assert_array_equal(tables, [rule.weights(state, None), rule.scores(state, None)])
 
 
 def test_a_fork_and_an_import_go_on_alike(server: ServerProcess, tmp_path: Path) -> None:
+    last = {"ids": [1, 2], "successes": [1, 0], "attempts": [8, 8], "weights_for": np.arange(N)}
     with client_of(server, "forked") as client:
         for step in steps(20):
             client.step(**step)
         client.admin.fork("forked", "fork")
-        tables = client.read_weights("weight"), client.read_weights("score")
-        with client_of(server, "fork") as fork:
-            np.testing.assert_array_equal((fork.read_weights("weight"), fork.read_weights("score")), tables)
-            again = {"ids": [1, 2], "successes": [1, 0], "attempts": [8, 8], "weights_for": np.arange(N)}
-            np.testing.assert_array_equal(fork.step(**again).weights, client.step(**again).weights)
+        client.admin.export_policy("forked", tmp_path / "forked.npz")
+        client.admin.import_policy(tmp_path / "forked.npz", "imported")
+        weights = client.step(**last).weights
+    for name in ("fork", "imported"):
+        with client_of(server, name) as copy:
+            np.testing.assert_array_equal(copy.step(**last).weights, weights)
 
 
 def test_what_the_rule_cannot_use_is_refused(server: ServerProcess) -> None:

@@ -154,6 +154,17 @@ def test_prompts_are_drawn_by_their_weights(server: ServerProcess, tmp_path: Pat
     assert wanted / drawn.total() > 0.5  # uniform: a sixth
 
 
+def test_ids_survive_where_unused_columns_are_removed(server: ServerProcess, tmp_path: Path) -> None:
+    def right(completions: list[str], **columns: Any) -> list[float]:
+        assert "wanted" not in columns
+        return [1.0] * len(completions)
+
+    with client_of(server.address, "removed") as client:
+        sent = recorded(client)
+        trainer_of("grpo", client, tmp_path, right, max_steps=1, remove_unused_columns=True).train()
+    assert [(len(ids), won, tried) for ids, won, tried in sent] == [(2, [4, 4], [4, 4])]
+
+
 def test_a_function_says_what_succeeded(server: ServerProcess, tmp_path: Path) -> None:
     def harder(rewards: Tensor) -> Tensor:
         return rewards[:, 0] < 0.5

@@ -22,11 +22,11 @@ def server() -> Iterator[ServerProcess]:
 
 
 @pytest.mark.parametrize("job", list(JOBS))
-def test_most_prompts_teach_nothing_at_first(job: str) -> None:
+def test_a_job_has_the_shares_that_it_says(job: str) -> None:
     task = Task.of(JOBS[job], seed=3)
     rates = task.policy.success(task.train)
     assert float((rates == 0.0).float().mean()) == pytest.approx(JOBS[job].unsolvable, abs=0.05)
-    assert float((rates > 0.9).float().mean()) > 0.2
+    assert float((rates > 0.9).float().mean()) > 0.9 * JOBS[job].solved * (1.0 - JOBS[job].unsolvable)
     assert bool(task.judged.solvable.all())
     again = Task.of(JOBS[job], seed=3)
     assert again.train.skills.equal(task.train.skills)
@@ -120,7 +120,7 @@ def test_what_did_not_arrive_has_no_speedup() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--job", "easy"], "job: 'easy', must be one of rare, shared"),
+        (["--job", "easy"], "job: 'easy', must be one of rare, live, shared"),
         (["--methods", "served,best"], "methods: 'best', must be among"),
         (["--group", "1"], "group: 1, must be at least 2"),
         (["--batch", "2001"], "batch: 2001, must be from 1 to 2000"),

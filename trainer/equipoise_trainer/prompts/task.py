@@ -46,6 +46,7 @@ class Job:
 
 JOBS: Final[Mapping[str, Job]] = {
     "rare": Job(about="each skill in few prompts", skills=1500, longest=4, unsolvable=0.3, unseen=False),
+    "live": Job(about="none solved, none unsolvable", skills=400, longest=6, solved=0.0, unsolvable=0.0, unseen=True),
     "shared": Job(about="skills that many prompts share", skills=400, longest=6, unsolvable=0.4, unseen=True),
 }
 """By name."""

@@ -11,7 +11,8 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from equipoise.client import PolicyClient
-from equipoise.errors import InvalidRequestError
+from equipoise.errors import InvalidRequestError, UnavailableError
+from equipoise.results import Source
 from equipoise.torch.draws import Draws, Sampling
 from equipoise.torch.processes import rank, same_everywhere
 from equipoise.transformers.data import ID
@@ -25,6 +26,8 @@ Success: TypeAlias = Callable[[Tensor], Tensor]
 """From rewards, float [completions, reward functions], NaN where a function gave None, to which completions succeeded:
 bool [completions]."""
 
+RULES = ("learnability", "uniform")
+"""Rules of policies that take outcomes."""
 FLUSH_S = 5.0
 """How long the end of a training waits for the last outcomes to arrive, seconds."""
 
@@ -173,7 +176,7 @@ class PromptMixin(_Base):
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         arguments: Any = self.args
         if rank() == 0:
-            self._prompts.client.read([0])  # there is nothing to draw from before there is a policy
+            _begin(self._prompts.client)
         self._prompt_sampler = PromptSampler(
             self._prompts.client,
             len(self.train_dataset if dataset is None else dataset),
@@ -228,3 +231,20 @@ class PromptMixin(_Base):
             rule = f"must give a bool tensor [{len(rewards)}], one for each completion"
             raise InvalidRequestError(field="success", value=what, rule=rule)
         return told.cpu()
+
+
+def _begin(client: PolicyClient) -> None:
+    """Makes the policy, for there is nothing to draw from before; without a server it is made by the first outcomes.
+
+    Raises:
+        InvalidRequestError: its rule does not take outcomes.
+    """
+    try:
+        if client.read([0]).source is not Source.SERVED:
+            return
+        rule = client.status().spec.rule
+    except UnavailableError:
+        return
+    if rule not in RULES:
+        said = f"must be {' or '.join(RULES)}, which take how often completions succeed"
+        raise InvalidRequestError(field="rule", value=rule, rule=said)

@@ -14,7 +14,7 @@ from datasets import IterableDataset
 from torch import Tensor
 from trl.trainer.utils import RepeatSampler
 
-from equipoise import PolicyAdmin, PolicyClient
+from equipoise import PolicyAdmin, PolicyClient, Timeout
 from equipoise.errors import InvalidRequestError, UnavailableError
 from equipoise.testing import ServerProcess
 from equipoise.transformers import PromptSampler
@@ -200,6 +200,16 @@ def test_training_goes_on_when_the_server_dies(tmp_path: Path) -> None:
     assert [line["policy/uniform_draws"] for line in trainer.state.log_history if "loss" in line][-1] >= 1
 
 
+def test_training_needs_no_server_at_all(tmp_path: Path) -> None:
+    judge = Judge()
+    address, timeout = f"127.0.0.1:{free_port()}", Timeout(step=0.2, call=0.5)
+    with PolicyClient(address, policy="none", num_examples=PROMPTS, rule="learnability", timeout=timeout) as client:
+        trainer = trainer_of("grpo", client, tmp_path, judge, max_steps=3)
+        trainer.train()
+    assert outcomes(judge.asked).total() == 3 * 8
+    assert [line["policy/uniform_draws"] for line in trainer.state.log_history if "loss" in line][-1] >= 3
+
+
 def test_evaluation_tells_nothing(server: ServerProcess, tmp_path: Path) -> None:
     with client_of(server.address, "evaluated") as client:
         sent = recorded(client)
@@ -233,6 +243,22 @@ def test_a_policy_of_another_size_is_refused(server: ServerProcess, tmp_path: Pa
         pytest.raises(InvalidRequestError, match=r"num_examples.*must be that of the policy, 7"),
     ):
         trainer_of("grpo", client, tmp_path, Judge()).train()
+
+
+def test_a_rule_that_takes_no_outcomes_is_refused(server: ServerProcess, tmp_path: Path) -> None:
+    with (
+        client_of(server.address, "other-rule", rule="ema_sign") as client,
+        pytest.raises(InvalidRequestError, match=r"rule = ema_sign: must be learnability or uniform"),
+    ):
+        trainer_of("grpo", client, tmp_path, Judge()).train()
+
+
+def test_under_uniform_the_same_lines_draw_uniformly(server: ServerProcess, tmp_path: Path) -> None:
+    with client_of(server.address, "as-uniform", rule="uniform") as client:
+        trainer = trainer_of("grpo", client, tmp_path, Judge())
+        trainer.train()
+        assert client.status().version == 4
+    assert trainer.state.log_history[0]["policy/uniform_draws"] == 0.0
 
 
 def test_two_processes_share_each_group_and_tell_once(server: ServerProcess, tmp_path: Path) -> None:

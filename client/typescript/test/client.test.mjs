@@ -74,6 +74,10 @@ describe("a step", () => {
     ["measured without contributions", [1], { losses: [1], measured: [1] }],
     ["groups of another length", [1], { ...ONE, groups: [1, 2] }],
     ["a group that is no uint32", [1], { ...ONE, groups: [-1] }],
+    ["successes without attempts", [1], { successes: [1] }],
+    ["attempts without successes", [1], { attempts: [1] }],
+    ["no attempt", [1], { successes: [0], attempts: [0] }],
+    ["more successes than attempts", [1], { successes: [3], attempts: [2] }],
     ["a step below zero", [1], { ...ONE, step: -1 }],
     ["sketches without a target", [1], { gradientSketches: [1, 2] }],
   ]) {

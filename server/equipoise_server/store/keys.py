@@ -43,7 +43,7 @@ class PolicyKeys:
 
     @property
     def spec(self) -> str:
-        """Hash: uid, create_time, spec, generation."""
+        """Hash: uid, create_time, spec, generation, format."""
         return f"{self._base}:spec"
 
     @property

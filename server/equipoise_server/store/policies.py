@@ -8,7 +8,8 @@ from typing import Any
 from equipoise_server.store import scripts
 from equipoise_server.store.checksums import opened_text, sealed_text
 from equipoise_server.store.commands import Commands
-from equipoise_server.store.errors import Damaged, NotFound, OwnedElsewhere
+from equipoise_server.store.errors import Damaged, NotFound, OwnedElsewhere, TooNew
+from equipoise_server.store.format import FORMAT, number
 from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key, servers_key
 from equipoise_server.store.records import Fence, Owner, Ownership, ServerLoad, StoredPolicy
 
@@ -40,20 +41,20 @@ class PolicyTable:
             scripts.CREATE,
             policy=policy.name,
             keys=[keys.spec, keys.owner, keys.log(policy.uid)],
-            arguments=[policy.uid, repr(policy.create_time), sealed_text(policy.spec), policy.uid],
+            arguments=[policy.uid, repr(policy.create_time), sealed_text(policy.spec), policy.uid, FORMAT],
         )
         # Once more: the deletion of a namesake may have left the index between the two steps.
         await self.enter_index(policy.name)
         return (policy, True) if word == "OK" else (_stored(policy.name, held), False)
 
     async def get(self, name: str) -> StoredPolicy | None:
-        """The policy of that name."""
+        """The policy of that name. Raises Damaged, TooNew."""
         return _stored_or_none(name, await self._commands.run("get", *self._read_spec(name)))
 
     async def select(self, *, after: str, prefix: str, limit: int) -> list[StoredPolicy]:
         """At most `limit` policies in the order of their names: those after `after` that begin with `prefix`.
 
-        One whose specification is damaged is left out.
+        One whose specification is damaged, or too new, is left out.
         """
         found: list[StoredPolicy] = []
         while len(found) < limit:
@@ -63,7 +64,7 @@ class PolicyTable:
                 break
             specs = await self._commands.run_together("list", [self._read_spec(name) for name in names])
             for name, spec in zip(names, specs, strict=True):
-                with suppress(Damaged):
+                with suppress(Damaged, TooNew):
                     if (policy := _stored_or_none(name, spec)) is not None:
                         found.append(policy)
             if len(names) < wanted:
@@ -102,6 +103,7 @@ class PolicyTable:
         Raises:
             NotFound: no such policy.
             OwnedElsewhere: another server owns it, and lives; or none does, and `elsewhere` names where it should be.
+            TooNew: a newer release has stored it, and nothing was changed.
         """
         keys = self._keys(name)
         token = secrets.token_hex(16)
@@ -113,11 +115,11 @@ class PolicyTable:
                 scripts.ACQUIRE,
                 policy=name,
                 keys=[keys.spec, keys.owner, keys.staging],
-                arguments=[token, address, instance, replaced],
+                arguments=[token, address, instance, replaced, FORMAT],
             )
-        uid, epoch, generation = found
+        uid, epoch, generation, found_format = found
         await self.collect(name)
-        return Ownership(
+        owner = Ownership(
             policy=name,
             uid=uid.decode(),
             token=token,
@@ -126,6 +128,9 @@ class PolicyTable:
             address=address,
             instance=instance,
         )
+        if number(found_format) < FORMAT:
+            await self._raise_format(owner)
+        return owner
 
     async def release(self, owner: Ownership) -> None:
         """Give a policy up, for any server to acquire."""
@@ -263,8 +268,21 @@ class PolicyTable:
             raise OwnedElsewhere(name, address=better)
         return int(epoch or 0)
 
+    async def _raise_format(self, owner: Ownership) -> None:
+        """Before anything else is written of a policy that an older release has stored, and would misread then."""
+        keys = self._keys(owner.policy)
+        with suppress(Damaged):  # whoever reads it is told
+            if (stored := await self.get(owner.policy)) is not None:
+                await self._commands.script(
+                    "acquire",
+                    scripts.RAISE_FORMAT,
+                    policy=owner.policy,
+                    keys=[keys.owner, keys.spec],
+                    arguments=[owner.token, owner.epoch, owner.generation, FORMAT, sealed_text(stored.spec)],
+                )
+
     def _read_spec(self, name: str) -> tuple[str, ...]:
-        return ("HMGET", self._keys(name).spec, "uid", "create_time", "spec")
+        return ("HMGET", self._keys(name).spec, "uid", "create_time", "spec", "format")
 
     def _keys(self, name: str) -> PolicyKeys:
         return PolicyKeys(self._prefix, name)
@@ -284,7 +302,9 @@ def _fence(owner: Ownership, held: Sequence[bytes | None], uid: bytes | None) ->
 
 
 def _stored(name: str, held: Any) -> StoredPolicy:
-    uid, create_time, spec = held
+    uid, create_time, spec, found = held
+    if number(found) > FORMAT:
+        raise TooNew(name, found=number(found))
     text = opened_text(name, spec.decode(errors="replace"))
     return StoredPolicy(name=name, uid=uid.decode(), create_time=float(create_time), spec=text)
 

@@ -27,6 +27,7 @@ from equipoise_server.store.connect import (
     close_client,
 )
 from equipoise_server.store.errors import StoreError
+from equipoise_server.store.format import FORMAT
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.locks import Locks
 from equipoise_server.store.log import PolicyLog
@@ -184,6 +185,7 @@ class RedisStore:
         Raises:
             NotFound: no such policy.
             OwnedElsewhere: another server owns it, and lives; or none does, and it should be elsewhere.
+            TooNew: a newer release has stored it; nothing was changed.
         """
         return await self._policies.acquire(name, address=address, instance=instance, elsewhere=elsewhere)
 
@@ -384,13 +386,13 @@ class RedisStore:
 
     async def _end_republication(self, owner: Ownership, policy: StoredPolicy, batch: PageBatch) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)
-        settings = [repr(policy.create_time), sealed_text(policy.spec), owner.generation, batch.id, str(batch.pages)]
+        settings = [repr(policy.create_time), sealed_text(policy.spec), owner.generation]
         await self._commands.script(
             "republish",
             scripts.REPUBLISH_END,
             policy=owner.policy,
             keys=[keys.spec, keys.owner, keys.log(owner.generation)],
-            arguments=[owner.uid, owner.token, owner.epoch, *settings],
+            arguments=[owner.uid, owner.token, owner.epoch, *settings, batch.id, batch.pages, FORMAT],
         )
 
     async def _locate(self, policy: Ownership | str) -> tuple[str, str]:

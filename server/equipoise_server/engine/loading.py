@@ -55,7 +55,7 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 
 
 def store_failed(error: StoreError) -> ServiceError:
-    """What a caller is told: that the store failed, or what it holds of the policy is damaged, or of a newer release."""
+    """What a caller is told: that the store failed, or that what it holds of the policy is damaged, or too new."""
     if isinstance(error, TooNew):
         log.error("a newer release has stored a policy", error=str(error))
         return too_new(str(error), found=error.found, readable=error.readable)

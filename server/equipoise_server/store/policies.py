@@ -10,7 +10,7 @@ from equipoise_server.store.checksums import opened_text, sealed_text
 from equipoise_server.store.commands import Commands
 from equipoise_server.store.errors import Damaged, NotFound, OwnedElsewhere, TooNew
 from equipoise_server.store.format import FORMAT, number
-from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key, servers_key
+from equipoise_server.store.keys import PolicyKeys, address_key, heartbeat_key, index_key, servers_key
 from equipoise_server.store.records import Fence, Owner, Ownership, ServerLoad, StoredPolicy
 
 TOMBSTONE_TTL_S = 30 * 86_400
@@ -31,6 +31,9 @@ class PolicyTable:
     def __init__(self, commands: Commands, *, prefix: str) -> None:
         self._commands = commands
         self._prefix = prefix
+        self._addresses: set[str] = set()
+        self._namesakes: set[str] = set()
+        """Servers that live and say that they are reached where this one is: none of them is a former self."""
 
     async def create(self, policy: StoredPolicy) -> tuple[StoredPolicy, bool]:
         """Store a policy unless its name is taken; the stored one, and whether it is new."""
@@ -161,6 +164,21 @@ class PolicyTable:
         before, *_ = await self._commands.run_together("heartbeat", commands)
         return before is not None
 
+    async def claim_address(self, instance: str, *, address: str, ttl_s: float) -> str:
+        """Say for another `ttl_s` seconds who is reached at an address; empty, or the server that has said so since.
+
+        One that has claimed it before this server did may be a former self; one that does so again behind it lives.
+        """
+        key = address_key(self._prefix, address)
+        claim = ("SET", key, instance, "PX", round(ttl_s * 1000))
+        before, _ = await self._commands.run_together("heartbeat", [("GET", key), claim])
+        is_first = address not in self._addresses
+        self._addresses.add(address)
+        other = "" if before is None or is_first or before.decode() == instance else str(before, "ascii")
+        if other:
+            self._namesakes.add(other)
+        return other
+
     async def leave_servers(self, instance: str) -> None:
         """Take a server off the list of those that take policies; it still owns what it owns."""
         await self._commands.run("heartbeat", "ZREM", servers_key(self._prefix), instance)
@@ -260,7 +278,8 @@ class PolicyTable:
         """Epoch of the owner, which may be replaced: it is gone, or a former self. Raises OwnedElsewhere."""
         held = await self._commands.run("owner", "HMGET", self._keys(name).owner, "epoch", "address", "instance", "uid")
         epoch, owner_address, owner_instance, uid = (value.decode() if value else "" for value in held)
-        is_self = owner_instance != "" and (owner_instance == instance or owner_address == address)
+        is_former = owner_address == address and owner_instance not in self._namesakes
+        is_self = owner_instance != "" and (owner_instance == instance or is_former)
         is_owned = owner_instance and not is_self
         if is_owned and await self._commands.run("heartbeat", "EXISTS", heartbeat_key(self._prefix, owner_instance)):
             raise OwnedElsewhere(name, address=owner_address)

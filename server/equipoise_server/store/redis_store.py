@@ -178,7 +178,8 @@ class RedisStore:
 
         Args:
             name: of the policy.
-            address: where this server can be reached; an owner of the same address is a former self.
+            address: where this server can be reached; an owner of the same address is a former self, unless
+                `claim_address` has found it alive.
             instance: this server, if it sends heartbeats.
             elsewhere: finds the address of the server that should own it, asked if none does; empty: this one.
 
@@ -210,6 +211,13 @@ class RedisStore:
     async def servers(self) -> dict[str, ServerLoad]:
         """What each server says of itself that lives and takes policies, by its address."""
         return await self._policies.servers()
+
+    async def claim_address(self, instance: str, *, address: str, ttl_s: float) -> str:
+        """Say who is reached at an address; empty, or another server that has said so since this one did.
+
+        From then on that one is no former self of this one: what it owns stays with it.
+        """
+        return await self._policies.claim_address(instance, address=address, ttl_s=ttl_s)
 
     async def leave_servers(self, instance: str) -> None:
         """Say that a server takes no more policies; it still owns what it owns, until its heartbeats end."""

@@ -14,7 +14,7 @@ EVERYWHERE = ("", "0.0.0.0", "::")
 POD_IP = "POD_IP"
 """Variable that holds a pod's address, by a `fieldRef` to `status.podIP`."""
 UNEXPANDED = re.compile(r"\$\(\w+\)|\$\{\w+\}|\$\w+|\{\{.*?\}\}")
-"""A variable that nobody has put its value for: Kubernetes leaves `$(NAME)` as it is where NAME comes later, or never."""
+"""A variable in the place of its value: Kubernetes leaves `$(NAME)` as it is where NAME comes later, or never."""
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"

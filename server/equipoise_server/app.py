@@ -308,8 +308,8 @@ class Server:
             self._address_shared_until = now + self._settings.owner_timeout_s
             if not self._overview.address_shared:
                 log.warning(
-                    "another server advertises the same address: trainers that are sent there may meet either, and be sent"
-                    " there again; give each its own (advertise)",
+                    "another server advertises the same address: trainers that are sent there may meet either, and be"
+                    " sent there again; give each its own (advertise)",
                     address=self._engine.address,
                     instance=self._instance,
                     other=other,

@@ -291,7 +291,8 @@ def test_no_spelling_of_a_password_reaches_a_message(
 
 
 @pytest.mark.parametrize(
-    "address", ["pod-0.pods.ml.svc.cluster.local:50051", "pod-0.pods.ml.svc.:1", "10.0.0.1:1", "[fd00::1]:1", "my_host:1"]
+    "address",
+    ["pod-0.pods.ml.svc.cluster.local:50051", "pod-0.pods.ml.svc.:1", "10.0.0.1:1", "[fd00::1]:1", "my_host:1"],
 )
 def test_what_others_may_reach_is_advertised(address: str) -> None:
     assert load(["--advertise", address]).advertise == address

@@ -220,7 +220,8 @@ _OWNERS = Row(
         Panel(
             title="Loads that failed",
             description="In the last ten minutes, by reason. STATE_DAMAGED: something in Redis is not what was"
-            " written. POLICY_TOO_NEW: a newer release has written it. NOT_OWNER: another server serves the policy, as it should be.",
+            " written. POLICY_TOO_NEW: a newer release has written it. NOT_OWNER: another server serves the policy, as"
+            " it should be.",
             empty="No load has failed.",
             unit="short",
             queries=(

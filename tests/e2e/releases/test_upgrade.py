@@ -1,5 +1,6 @@
 """The state that a release has left is read, and goes on to the weights to which that release itself went on."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -61,6 +62,12 @@ def test_it_goes_on_to_the_same_weights(record: Record, server: ServerProcess) -
     server.start()
     with grpc.insecure_channel(server.address) as channel:
         go_on(Trainer(rpc.PolicyServiceStub(channel)), record)
+    loads = {line["policy"]: line for line in map(json.loads, server.log.splitlines()) if line["event"] == "loaded"}
+    assert loads.keys() == record.steps.keys()
+    assert all(load["entries"] for load in loads.values()), "it has replayed that release's log"
+    assert all(loads[policy]["pages"] for policy in ("ema-sign", "projected-gradient", "trajectory")), (
+        "and read its pages"
+    )
 
 
 def test_it_goes_on_when_each_step_is_followed_by_another_start(record: Record, server: ServerProcess) -> None:

@@ -54,7 +54,8 @@ export class Stream {
       const answered = this.session.isOpen;
       const named = this.route.turn(error, { address, answered });
       this.#followed = named && !answered ? this.#followed + 1 : 0;
-      const waitMs = this.session.ended(error, { sentOn: named && this.#followed <= MAX_FOLLOWED });
+      const sentOn = named && error?.reason === "NOT_OWNER" && this.#followed <= MAX_FOLLOWED;
+      const waitMs = this.session.ended(error, { sentOn });
       this.#notify();
       if (this.session.failure) return;
       await new Promise<void>((resolve) => {

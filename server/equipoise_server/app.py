@@ -58,6 +58,8 @@ REDIS_CHECK_S = 1.0
 ACCESS_CHECK_S = 1.0
 USAGE_CHECK_S = 5.0
 FLUSH_TIMEOUT_S = 10.0
+SAY_LEAVING_S = 0.25
+"""How long streams wait to be asked to leave until the other servers can know of it; Redis may be slow."""
 LAST_WORD_S = 2.0
 """How long before the end of the grace streams that do not leave are ended."""
 SWITCH_INTERVAL_S = 0.0005
@@ -92,6 +94,7 @@ class Server:
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._takes_policies = settings.spread_policies
+        self._leaving = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set, then drains: no new work, streams reconnect elsewhere, state is written."""
@@ -242,6 +245,10 @@ class Server:
         await asyncio.sleep(self._settings.drain_delay_s)
         # Whoever watches the health has been told; neither he nor a tool's reflection must be waited for.
         self._calls.end(lambda _, method: None if method.startswith(SERVICE) else draining())
+        self._leaving = True
+        with contextlib.suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(SAY_LEAVING_S):
+                await self._send_heartbeat()
         handing_over = asyncio.ensure_future(self._engine.hand_over(draining(), flush_timeout_s=FLUSH_TIMEOUT_S))
         grace_s = self._settings.drain_grace_s
         ending = asyncio.ensure_future(self._grpc.stop(grace_s))
@@ -265,7 +272,8 @@ class Server:
                 ask = self._store.ping  # what it can do at all it will go on doing
                 takes_writes = await self._send_heartbeat()
                 await self._engine.check_fences()
-                if takes_writes:  # else what leaves memory could not be acquired again
+                # Without writes, what leaves memory could not be acquired again; a server that stops hands all over.
+                if takes_writes and not self._health.draining:
                     await self._engine.balance()
             except StoreError as error:
                 trouble = error.kind if isinstance(error, Unavailable) else str(error)
@@ -290,6 +298,7 @@ class Server:
                 self._instance,
                 address=self._engine.address,
                 load=self._engine.load if self._takes_policies else None,
+                leaving=self._leaving,
                 ttl_s=ttl_s,
             )
             self._note_namesake(

@@ -92,4 +92,4 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         assert process.stderr
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(20) == cli.BROKEN_PIPE
+        assert process.wait(60) == cli.BROKEN_PIPE

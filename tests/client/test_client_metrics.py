@@ -4,6 +4,8 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from equipoise.metrics.opentelemetry import OpenTelemetryMetrics
 from equipoise.metrics.prometheus import PrometheusMetrics
 from equipoise.options import ClientMetrics
 from tests.deploy.prometheus import until
+from tests.patience import PATIENT
 from tests.ports import free_port
 from tests.servers import ServerProcess, serve
 
@@ -62,7 +65,8 @@ def scraped(registry: CollectorRegistry) -> dict[str, float]:
 
 
 def client_of(address: str, metrics: ClientMetrics, **options: Any) -> PolicyClient:
-    return PolicyClient(address, policy="p", num_examples=8, rule="ema_sign", metrics=metrics, **options)
+    given = {"timeout": PATIENT} | options
+    return PolicyClient(address, policy="p", num_examples=8, rule="ema_sign", metrics=metrics, **given)
 
 
 def stepped(client: PolicyClient, steps: int) -> None:
@@ -85,6 +89,7 @@ def test_both_show_the_same_names(shown: tuple[ClientMetrics, Scrape], server: S
 
 def test_a_served_client(shown: tuple[ClientMetrics, Scrape], server: ServerProcess) -> None:
     metrics, scrape = shown
+    began = monotonic()
     with client_of(server.address, metrics, max_staleness=77, limits=Limits(window_steps=9)) as client:
         stepped(client, 3)
         assert client.flush(durable=True)
@@ -95,7 +100,7 @@ def test_a_served_client(shown: tuple[ClientMetrics, Scrape], server: ServerProc
         assert (seen["staleness_steps"], seen["max_staleness_steps"]) == (0, 77)
         assert (seen["unacked_steps"], seen["window_steps"], seen["window_steps_limit"]) == (0, 0, 9)
         assert seen["round_trip_seconds_count"] >= 3  # and what flush reads
-        assert 0 < seen["round_trip_seconds_sum"] < 3 * client.stats.longest_stall + 1
+        assert 0 < seen["round_trip_seconds_sum"] <= monotonic() - began
     seen = scrape()
     assert seen["steps_total"] == 3  # its counts stay
     assert "connected" not in seen
@@ -103,7 +108,9 @@ def test_a_served_client(shown: tuple[ClientMetrics, Scrape], server: ServerProc
 
 def test_a_client_whose_server_is_lost(shown: tuple[ClientMetrics, Scrape], server: ServerProcess) -> None:
     metrics, scrape = shown
-    with client_of(server.address, metrics, timeout=Timeout(close=0.1), limits=Limits(window_steps=4)) as client:
+    with client_of(
+        server.address, metrics, timeout=replace(PATIENT, close=0.1), limits=Limits(window_steps=4)
+    ) as client:
         stepped(client, 2)
         assert client.flush(durable=True)
         server.kill()
@@ -153,7 +160,7 @@ async def test_the_client_for_asyncio_is_shown_alike(
     shown: tuple[ClientMetrics, Scrape], server: ServerProcess
 ) -> None:
     metrics, scrape = shown
-    async with aio.PolicyClient(server.address, policy="p", num_examples=8, metrics=metrics) as client:
+    async with aio.PolicyClient(server.address, policy="p", num_examples=8, metrics=metrics, timeout=PATIENT) as client:
         await client.step(np.arange(8), contributions=np.arange(8) - 2.0)
         seen = scrape()
         assert (seen["steps_total"], seen["connected"], seen["round_trip_seconds_count"]) == (1, 1, 1)

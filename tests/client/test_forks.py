@@ -14,6 +14,7 @@ from equipoise.channel import Channels, Server
 from equipoise.v1 import policy_pb2 as pb
 from tests.client.scripted_server import ScriptedServer
 from tests.client.test_client import until
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 PROOF_EPOCHS = 200
@@ -161,7 +162,7 @@ if child:
 
 
 def test_a_client_has_one_connection_whatever_it_is_asked(server: ScriptedServer) -> None:
-    with PolicyClient(server.address, policy="run-7", num_examples=10) as client:
+    with PolicyClient(server.address, policy="run-7", num_examples=10, timeout=PATIENT) as client:
         client.step([0], losses=[1.0])
         client.status()
         client.read_weights()
@@ -172,7 +173,7 @@ def test_a_client_has_one_connection_whatever_it_is_asked(server: ScriptedServer
 
 
 async def test_an_asyncio_client_has_one_connection_whatever_it_is_asked(server: ScriptedServer) -> None:
-    async with aio.PolicyClient(server.address, policy="run-7", num_examples=10) as client:
+    async with aio.PolicyClient(server.address, policy="run-7", num_examples=10, timeout=PATIENT) as client:
         await client.step([0], losses=[1.0])
         await client.status()
         await client.read_weights()

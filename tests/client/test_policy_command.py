@@ -19,6 +19,7 @@ from equipoise.commands.policy import FAILED, NOT_FOUND, UNREACHABLE, USAGE_ERRO
 from equipoise.keys import ExampleKeys
 from equipoise.policies import PolicySpec
 from tests.client.scripted_server import ScriptedServer
+from tests.patience import PATIENT
 from tests.servers import serve
 
 NUM_EXAMPLES = 50
@@ -46,7 +47,9 @@ def server() -> Iterator[str]:
 def policy(server: str, request: pytest.FixtureRequest) -> str:
     """A policy of this test's own, with a few steps behind it."""
     name = request.node.name.replace("[", "-").replace("]", "")[:100].lower()
-    with PolicyClient(server, policy=name, num_examples=NUM_EXAMPLES, rule="ema_relu", reference_nats=2.0) as client:
+    with PolicyClient(
+        server, policy=name, num_examples=NUM_EXAMPLES, rule="ema_relu", reference_nats=2.0, timeout=PATIENT
+    ) as client:
         for step in range(NUM_STEPS):
             ids = np.arange(step, step + 10)
             client.step(ids, contributions=np.linspace(-1, 1, 10), target_loss=0.5, step=step)
@@ -173,14 +176,14 @@ def test_a_watch_shows_each_change_until_the_policy_is_deleted(server: str, poli
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stdout
         assert json.loads(process.stdout.readline())["version"] == NUM_STEPS
-        with PolicyClient(server, policy=policy, num_examples=NUM_EXAMPLES) as client:
+        with PolicyClient(server, policy=policy, num_examples=NUM_EXAMPLES, timeout=PATIENT) as client:
             client.step([0], contributions=[1.0])
         # The opening of the stream may be shown, too.
         assert NUM_STEPS + 1 in (json.loads(process.stdout.readline())["version"] for _ in range(5))
         with PolicyAdmin(server) as admin:
             admin.delete(policy)
         process.stdout.read()
-        assert process.wait(20) == NOT_FOUND
+        assert process.wait(60) == NOT_FOUND
 
 
 def test_a_server_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +213,9 @@ def trajectory(server: str, request: pytest.FixtureRequest) -> str:
     """A policy of 4 rows over 3 examples, one of them moved."""
     name = "trajectory-" + str(abs(hash(request.node.name)))
     settings = {"rows": 4, "learning_rate": 0.1}
-    with PolicyClient(server, policy=name, num_examples=3, rule="trajectory", settings=settings) as client:
+    with PolicyClient(
+        server, policy=name, num_examples=3, rule="trajectory", settings=settings, timeout=PATIENT
+    ) as client:
         client.step(all_examples=True, contributions=[1.0, 0.0, -1.0], step=2)
     return name
 
@@ -253,7 +258,7 @@ def test_a_limit_reads_the_first_examples(run: Command, policy: str) -> None:
 
 def test_weights_of_a_large_policy_come_in_pieces(run: Command, server: str, tmp_path: Path) -> None:
     many = 300_000  # of which the server sends some at a time
-    with PolicyClient(server, policy="large", num_examples=many, rule="ema_sign") as client:
+    with PolicyClient(server, policy="large", num_examples=many, rule="ema_sign", timeout=PATIENT) as client:
         ids = np.arange(0, many, 3)
         for part in np.array_split(ids, 4):
             client.step(part, contributions=np.cos(part))

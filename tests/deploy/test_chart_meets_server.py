@@ -16,6 +16,7 @@ from tests.deploy.chart_parts import OWN
 from tests.deploy.rendered import CHART, EXAMPLES, Manifest, Objects, rendered
 from tests.e2e.faults.proxy import until
 from tests.e2e.watched import page
+from tests.patience import PATIENT
 from tests.servers import serve
 
 TRIAL = CHART.parent / "examples" / "trial.yaml"
@@ -183,7 +184,7 @@ def test_the_server_starts_beside_services_of_its_name(release: str, monkeypatch
     assert len([name for name in links if name.startswith("EQUIPOISE_")]) >= 8
     for name, value in links.items():
         monkeypatch.setenv(name, value)
-    with testing.serve() as server, PolicyClient(server.address, policy="p", num_examples=4) as client:
+    with testing.serve() as server, PolicyClient(server.address, policy="p", num_examples=4, timeout=PATIENT) as client:
         assert client.step([0, 1], contributions=[1.0, -1.0]).source is Source.SERVED
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from equipoise import PolicyClient
 from tests.deploy.prometheus import programs, running, value
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 def server() -> Iterator[ServerProcess]:
     """A server with a policy `seen` that has taken five steps."""
     with serve() as process:
-        with PolicyClient(process.address, policy="seen", num_examples=10) as client:
+        with PolicyClient(process.address, policy="seen", num_examples=10, timeout=PATIENT) as client:
             for _ in range(5):
                 client.step(np.arange(10), contributions=np.arange(10) - 2.0, target_loss=0.5)
         yield process

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from equipoise import Outcome, PolicyClient, Source
 from equipoise_server.rules import aggregate, build, names
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 NUM_EXAMPLES = 500
@@ -54,7 +55,9 @@ def train(client: PolicyClient, given: Iterator[Batch], *, rule: str = "ema_sign
 def test_served_weights_are_the_rule_s_own(server: ServerProcess, rule_name: str) -> None:
     rule = build(rule_name, {})
     state = rule.init(NUM_EXAMPLES, device=torch.device("cpu"))
-    with PolicyClient(server.address, policy=f"exact-{rule_name}", num_examples=NUM_EXAMPLES, rule=rule_name) as client:
+    with PolicyClient(
+        server.address, policy=f"exact-{rule_name}", num_examples=NUM_EXAMPLES, rule=rule_name, timeout=PATIENT
+    ) as client:
         served = train(client, batches(40), rule=rule_name)
         everything, scores = client.read_weights(), client.read_weights("score")
     for batch, weights in zip(batches(40), served, strict=True):
@@ -120,10 +123,10 @@ def test_two_trainers_sharing_a_policy_equal_one_that_sends_both_halves(server: 
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    with PolicyClient(server.address, policy="shared") as client:
+    with PolicyClient(server.address, policy="shared", timeout=PATIENT) as client:
         shared = [client.read_weights(), client.read_weights("score")]
         assert client.status().version == 60
-    with PolicyClient(server.address, policy="alone", num_examples=NUM_EXAMPLES) as client:
+    with PolicyClient(server.address, policy="alone", num_examples=NUM_EXAMPLES, timeout=PATIENT) as client:
         for batch in batches(30):
             train(client, iter(half_batches(batch)))
         np.testing.assert_array_equal(shared, [client.read_weights(), client.read_weights("score")])

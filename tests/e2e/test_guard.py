@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from equipoise import EquipoiseError, PolicyAdmin, PolicyClient, PolicySpec
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 NUM_EXAMPLES = 64
@@ -35,7 +36,7 @@ class Run:
 
 
 def test_a_policy_that_hurts_goes_back_to_uniform_and_stays_there(server: ServerProcess) -> None:
-    with PolicyClient(server.address, policy="guarded", num_examples=NUM_EXAMPLES) as client:
+    with PolicyClient(server.address, policy="guarded", num_examples=NUM_EXAMPLES, timeout=PATIENT) as client:
         strengths = Run(client).train(200)
     with PolicyAdmin(server.address) as admin:
         status = admin.get("guarded")
@@ -46,19 +47,19 @@ def test_a_policy_that_hurts_goes_back_to_uniform_and_stays_there(server: Server
     assert status.guard_trials_won < status.guard_trials_lost
     assert status.effective_examples == pytest.approx(NUM_EXAMPLES)
     assert status.spec.settings["guard"] is True
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as page:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=60) as page:
         assert 'equipoise_server_guard_strength{policy="guarded"} 1.0' in page.read().decode()
 
 
 def test_without_the_guard_the_weights_are_served(server: ServerProcess) -> None:
     with PolicyClient(
-        server.address, policy="unguarded", num_examples=NUM_EXAMPLES, settings={"guard": False}
+        server.address, policy="unguarded", num_examples=NUM_EXAMPLES, settings={"guard": False}, timeout=PATIENT
     ) as client:
         assert Run(client).train(40) == [0.0] * 40
 
 
 def test_copies_go_on_as_the_original_does(server: ServerProcess, tmp_path: Path) -> None:
-    with PolicyClient(server.address, policy="copied", num_examples=NUM_EXAMPLES) as client:
+    with PolicyClient(server.address, policy="copied", num_examples=NUM_EXAMPLES, timeout=PATIENT) as client:
         run = Run(client)
         run.train(25)
         client.flush(durable=True)
@@ -70,7 +71,7 @@ def test_copies_go_on_as_the_original_does(server: ServerProcess, tmp_path: Path
         expected = run.train(60)
         assert set(expected) == {0.0, 1.0}
         for name in ("imported", "forked"):
-            with PolicyClient(server.address, policy=name, num_examples=NUM_EXAMPLES) as other:
+            with PolicyClient(server.address, policy=name, num_examples=NUM_EXAMPLES, timeout=PATIENT) as other:
                 run = Run(other)
                 run.loss, run.random.bit_generator.state = before, random
                 assert run.train(60) == expected

@@ -13,6 +13,7 @@ from equipoise.errors import InvalidRequestError
 from tests.debian import program
 from tests.e2e.faults.proxy import until
 from tests.e2e.faults.redis_server import free_port
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 PROMPT = Backoff(first=0.01, longest=0.05)
@@ -48,7 +49,7 @@ def behind_nginx(tmp_path: Path) -> Iterator[str]:
         process = subprocess.Popen(command, env=nginx.full_environment)
         yield f"127.0.0.1:{port}"
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def large_step(client: PolicyClient, **more: Any) -> None:
@@ -82,7 +83,7 @@ def assert_goes_on(client: PolicyClient, *, version: int) -> None:
 def test_what_the_server_does_not_take_is_refused_and_named(server: ServerProcess, when_lost: Any) -> None:
     policy = f"p-{when_lost}"
     with PolicyClient(
-        server.address, policy=policy, num_examples=len(LARGE), when_lost=when_lost, backoff=PROMPT
+        server.address, policy=policy, num_examples=len(LARGE), when_lost=when_lost, backoff=PROMPT, timeout=PATIENT
     ) as client:
         client.submit([0], contributions=[1.0])
         client.submit(LARGE, contributions=np.ones(len(LARGE)))  # before the limit is known
@@ -97,7 +98,9 @@ def test_what_the_server_does_not_take_is_refused_and_named(server: ServerProces
 
 @pytest.mark.parametrize("when_lost", ["continue", "wait"])
 def test_what_a_proxy_does_not_take_is_refused_after_some_tries(behind_nginx: str, when_lost: Any) -> None:
-    with PolicyClient(behind_nginx, policy="p", num_examples=len(LARGE), when_lost=when_lost, backoff=PROMPT) as client:
+    with PolicyClient(
+        behind_nginx, policy="p", num_examples=len(LARGE), when_lost=when_lost, backoff=PROMPT, timeout=PATIENT
+    ) as client:
         client.step([0], contributions=[1.0])
         client.submit(LARGE, contributions=np.ones(len(LARGE)))
         for number in range(10):

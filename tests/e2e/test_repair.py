@@ -11,6 +11,7 @@ from equipoise.errors import StateLostError, UnavailableError
 from equipoise_server.commands.repair import main
 from tests.debian import redis_with_tls
 from tests.e2e.faults.redis_server import RedisServer
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 STEPS = 20
@@ -31,8 +32,8 @@ def killed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 def train(server: ServerProcess, steps: int) -> None:
     with (
-        PolicyClient(server.address, policy="p", num_examples=100, trainer_id="tp") as p,
-        PolicyClient(server.address, policy="q", num_examples=100, trainer_id="tq") as q,
+        PolicyClient(server.address, policy="p", num_examples=100, trainer_id="tp", timeout=PATIENT) as p,
+        PolicyClient(server.address, policy="q", num_examples=100, trainer_id="tq", timeout=PATIENT) as q,
     ):
         for _ in range(steps):
             for client in (p, q):

@@ -7,6 +7,7 @@ import pytest
 
 from equipoise import PolicyClient, Source, aio
 from equipoise.errors import InvalidRequestError
+from tests.patience import PATIENT
 from tests.servers import ServerProcess
 
 NUM_EXAMPLES, ROWS, K = 300, 48, 37
@@ -34,8 +35,12 @@ def products(sketches: np.ndarray, target: np.ndarray) -> np.ndarray:
 def test_the_server_s_contributions_equal_the_client_s_float64_product(server: ServerProcess, kind: type) -> None:
     name = f"sketches-{kind.__name__}"
     with (
-        PolicyClient(server.address, policy=name, num_examples=NUM_EXAMPLES, rule="ema_relu") as sketching,
-        PolicyClient(server.address, policy=f"{name}-own", num_examples=NUM_EXAMPLES, rule="ema_relu") as multiplying,
+        PolicyClient(
+            server.address, policy=name, num_examples=NUM_EXAMPLES, rule="ema_relu", timeout=PATIENT
+        ) as sketching,
+        PolicyClient(
+            server.address, policy=f"{name}-own", num_examples=NUM_EXAMPLES, rule="ema_relu", timeout=PATIENT
+        ) as multiplying,
     ):
         for ids, sketches, target in batches(kind):
             served = sketching.step(ids, gradient_sketches=sketches, target_sketch=target)
@@ -49,7 +54,7 @@ def test_the_server_s_contributions_equal_the_client_s_float64_product(server: S
 
 def test_rows_that_are_not_scored_may_hold_nan(server: ServerProcess) -> None:
     sketches = np.array([[1.0, 2.0], [np.nan, 0.0]], np.float32)
-    with PolicyClient(server.address, policy="sketches-nan", num_examples=4) as client:
+    with PolicyClient(server.address, policy="sketches-nan", num_examples=4, timeout=PATIENT) as client:
         client.step([0, 1], gradient_sketches=sketches, target_sketch=np.ones(2, np.float32), scored=[1, 0])
         scores = client.read_weights("score")
     assert np.isnan(scores).tolist() == [False, True, True, True]
@@ -57,7 +62,7 @@ def test_rows_that_are_not_scored_may_hold_nan(server: ServerProcess) -> None:
 
 def test_asyncio_callers_send_sketches_too(server: ServerProcess) -> None:
     async def run() -> np.ndarray:
-        async with aio.PolicyClient(server.address, policy="sketches-aio", num_examples=4) as client:
+        async with aio.PolicyClient(server.address, policy="sketches-aio", num_examples=4, timeout=PATIENT) as client:
             sketches = np.array([[1.0, 2.0], [-1.0, -2.0]], np.float32)
             result = await client.step([2, 3], gradient_sketches=sketches, target_sketch=np.ones(2, np.float32))
             return result.weights
@@ -68,7 +73,7 @@ def test_asyncio_callers_send_sketches_too(server: ServerProcess) -> None:
 
 def test_a_client_refuses_what_the_server_would(server: ServerProcess) -> None:
     sketches, target = np.ones((2, 3), np.float32), np.ones(3, np.float32)
-    with PolicyClient(server.address, policy="sketches-bad", num_examples=4) as client:
+    with PolicyClient(server.address, policy="sketches-bad", num_examples=4, timeout=PATIENT) as client:
         for fields, message in (
             ({"gradient_sketches": sketches}, "target_sketch: must be given with gradient_sketches"),
             ({"gradient_sketches": sketches, "target_sketch": target[:2]}, r"must have the sketches' k values"),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from equipoise import PolicyClient
 from equipoise.errors import UnavailableError
 from equipoise_server.store import EmbeddedRedis
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve, zygote
 
 
@@ -47,7 +48,7 @@ def test_sigterm_under_load_loses_nothing_and_no_step_fails() -> None:
         restarted.set()
         training.join(120)
         assert failures == []
-        with PolicyClient(server.address, policy="p") as client:
+        with PolicyClient(server.address, policy="p", timeout=PATIENT) as client:
             status = client.status()
         assert (status.version, status.durable_version, status.epoch) == (made, made, 2)
 
@@ -96,7 +97,10 @@ def two_servers_one_after_the_other(url: str) -> list[NDArray[np.float32]]:
     """The policy as the first server left it, and as the second, with a data directory of its own, has it."""
     seen = []
     for contributions in ([1.0, -1.0, 0.5], None):
-        with serve(redis_url=url) as server, PolicyClient(server.address, policy="p", num_examples=3) as client:
+        with (
+            serve(redis_url=url) as server,
+            PolicyClient(server.address, policy="p", num_examples=3, timeout=PATIENT) as client,
+        ):
             if contributions:
                 client.step([0, 1, 2], contributions=contributions)
             seen.append(client.read_weights())

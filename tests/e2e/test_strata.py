@@ -13,6 +13,7 @@ from equipoise import PolicyClient
 from equipoise.commands import policy as command
 from equipoise.errors import InvalidRequestError, StepRefusedError
 from equipoise_server.rules import aggregate, build
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 NUM_EXAMPLES, ROWS, GROUPS = 400, 48, 2
@@ -133,7 +134,7 @@ def test_what_does_not_fit_is_refused(server: ServerProcess) -> None:
                 client.step([0, 1], **fields)
         with pytest.raises(StepRefusedError, match="one group an example"):
             client.step([1, 1], losses=[1.0, 2.0], groups=[0, 1])
-    with PolicyClient(server.address, policy="strata-none", num_examples=4) as client:
+    with PolicyClient(server.address, policy="strata-none", num_examples=4, timeout=PATIENT) as client:
         client.step([0], contributions=[1.0])
         with pytest.raises(InvalidRequestError, match="keeps no such values"):
             client.read_weights("stratum")

@@ -16,6 +16,7 @@ from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise_server.rules import aggregate, build
 from tests.e2e.test_contract import answers, exchange, f32, failure, floats, u64
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 NUM_EXAMPLES, ROWS = 300, 8
@@ -208,6 +209,7 @@ def test_a_trajectory_is_created_once_and_forked(server: ServerProcess) -> None:
                 num_examples=NUM_EXAMPLES,
                 rule="trajectory",
                 settings={"rows": 9.0},
+                timeout=PATIENT,
             ) as other,
         ):
             other.admin.create(other._options.spec)
@@ -310,7 +312,10 @@ def test_misuse_of_the_client_is_refused_before_anything_is_sent(server: ServerP
             client.read(step=-1)
         with pytest.raises(StepRefusedError, match=r"8: rule 'trajectory' has rows \[0, 8\)"):
             client.read(step=ROWS)
-    with PolicyClient(server.address, policy="rows-misused") as client, pytest.raises(InvalidRequestError, match="ids"):
+    with (
+        PolicyClient(server.address, policy="rows-misused", timeout=PATIENT) as client,
+        pytest.raises(InvalidRequestError, match="ids"),
+    ):
         client.read(step=0)
 
 

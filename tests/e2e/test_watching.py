@@ -1,6 +1,5 @@
 """Whoever watches a server learns how it is at every moment of its life, also when something is wrong with it."""
 
-import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from tests.e2e.faults.redis_server import RedisServer, running
 from tests.e2e.security.authority import Authority
 from tests.e2e.security.conftest import Tokens
 from tests.e2e.watched import page, series
+from tests.patience import PATIENT
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,6 @@ def watched() -> Iterator[ServerProcess]:
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
     with running(tmp_path / "redis") as server:
         yield server
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def test_a_server_that_loads_lives_and_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +91,8 @@ def test_a_redis_that_cannot_be_reached_is_told_and_kills_nobody() -> None:
 def test_a_stalled_redis_shows_as_the_lag_of_the_policy_that_steps(redis: RedisServer) -> None:
     with (
         serve(redis_url=redis.url, redis_timeout_s=0.3) as server,
-        PolicyClient(server.address, policy="stuck", num_examples=4) as stuck,
-        PolicyClient(server.address, policy="idle", num_examples=4) as idle,
+        PolicyClient(server.address, policy="stuck", num_examples=4, timeout=PATIENT) as stuck,
+        PolicyClient(server.address, policy="idle", num_examples=4, timeout=PATIENT) as idle,
     ):
         for client in (stuck, idle):
             client.step([0, 1], contributions=[1.0, -1.0])
@@ -185,7 +181,8 @@ def test_refusals_are_counted_once_by_reason_in_calls_and_in_streams(watched: Se
 
 def test_connected_trainers_and_their_last_step_are_told(watched: ServerProcess) -> None:
     address = watched.metrics_address
-    with PolicyClient(watched.address, policy="trained", num_examples=4) as client:
+    until(lambda: series(address)["clients"] == 0, what="those of other tests have left")
+    with PolicyClient(watched.address, policy="trained", num_examples=4, timeout=PATIENT) as client:
         client.step([0, 1], contributions=[1.0, -1.0])
         told = series(address)
         assert (told['trainers{policy="trained"}'], told["clients"]) == (1, 1)
@@ -198,7 +195,7 @@ def test_connected_trainers_and_their_last_step_are_told(watched: ServerProcess)
 
 def test_an_unused_policy_stays_on_the_board_until_it_is_deleted() -> None:
     with serve(policy_idle_s=0.5) as server:
-        with PolicyClient(server.address, policy="p", num_examples=4) as client:
+        with PolicyClient(server.address, policy="p", num_examples=4, timeout=PATIENT) as client:
             client.step([0, 1], contributions=[1.0, -1.0])
         until(lambda: series(server.metrics_address)["policies_resting"] == 1, what="it rests")
         told = series(server.metrics_address)
@@ -213,7 +210,7 @@ def test_an_unused_policy_stays_on_the_board_until_it_is_deleted() -> None:
 def test_redirects_and_moves_are_counted_and_no_policy_shows_twice(redis: RedisServer) -> None:
     shared = {"redis_url": redis.url, "spread_policies": False}
     with serve(**shared) as first, serve(**shared) as second:
-        with PolicyClient(first.address, policy="p", num_examples=4) as client:
+        with PolicyClient(first.address, policy="p", num_examples=4, timeout=PATIENT) as client:
             client.step([0, 1], contributions=[1.0, -1.0])
         with PolicyClient(second.address, policy="p", when_lost="wait") as client:
             client.step([0, 1], contributions=[1.0, -1.0])
@@ -235,7 +232,7 @@ def test_tenants_limits_and_reloads_are_told(tmp_path: Path) -> None:
         assert before['tenant_updates_total{tenant="red"}'] == 0
         assert before['reloads_total{file="tokens",result="ok"}'] == 0
         security = Security(token=token)
-        with PolicyClient(server.address, policy="red-1", num_examples=4, security=security) as client:
+        with PolicyClient(server.address, policy="red-1", num_examples=4, security=security, timeout=PATIENT) as client:
             client.step([0, 1], contributions=[1.0, -1.0])
             told = series(address)
             assert told['tenant_streams{tenant="red"}'] == told['tenant_policies{tenant="red"}'] == 1
@@ -252,7 +249,7 @@ def test_tenants_limits_and_reloads_are_told(tmp_path: Path) -> None:
 
 
 def test_the_servers_own_redis_is_told(watched: ServerProcess) -> None:
-    with PolicyClient(watched.address, policy="own", num_examples=4) as client:
+    with PolicyClient(watched.address, policy="own", num_examples=4, timeout=PATIENT) as client:
         client.step([0, 1], contributions=[1.0, -1.0])
         client.flush(30, durable=True)
     until(lambda: series(watched.metrics_address)["own_redis_file_bytes"] > 0, what="its files")

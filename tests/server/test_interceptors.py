@@ -41,7 +41,7 @@ async def test_a_call_that_is_ended_while_it_answers_is_told_why(at: int) -> Non
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            call = channel.stream_stream("/s.S/Echo")(timeout=20)
+            call = channel.stream_stream("/s.S/Echo")(timeout=60)
             for _ in range(at):
                 await call.write(b"x")
                 await call.read()

@@ -8,6 +8,7 @@ import pytest
 from equipoise import PolicyClient
 from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import until
+from tests.patience import PATIENT
 from tests.typescript.node import Trainer, float32s, uint64s
 
 pytestmark = pytest.mark.slow
@@ -33,14 +34,14 @@ def test_a_policy_that_moves_is_followed(house: House, tmp_path: Path) -> None:
     with PolicyClient(other.address, policy="reference", num_examples=100, when_lost="wait") as reference:
         for step in made:
             reference.step(uint64s(step["ids"]), contributions=float32s(step["contributions"]))
-        with PolicyClient(other.address, policy="moves") as moved_policy:
+        with PolicyClient(other.address, policy="moves", timeout=PATIENT) as moved_policy:
             assert moved_policy.status().version == len(made)
             np.testing.assert_array_equal(moved_policy.read_weights(), reference.read_weights())
 
 
 def test_the_owner_is_found_from_any_server(house: House, tmp_path: Path) -> None:
     _, to_other = house.serve()
-    with PolicyClient(house.address, policy="owned", num_examples=100) as client:
+    with PolicyClient(house.address, policy="owned", num_examples=100, timeout=PATIENT) as client:
         client.step([0], contributions=[1.0])
         options = {"policy": "owned", "numExamples": 100, "whenLost": "wait"}
         job = {"address": to_other.address, "options": options, "seed": 1, "pauseMs": 4, "rows": 8}

@@ -10,6 +10,7 @@ import pytest
 from equipoise import PolicyClient
 from tests.e2e.faults.proxy import until
 from tests.e2e.faults.zygote import ForkedServer
+from tests.patience import PATIENT
 from tests.typescript.node import Trainer, float32s, uint64s
 
 NUM_EXAMPLES = 500
@@ -76,7 +77,7 @@ def assert_as_undisturbed(server: ForkedServer, trainer: Trainer) -> None:
             if step.get("outcome") == "applied":
                 assert step["version"] == step["sequence"] == result.version
                 np.testing.assert_array_equal(float32s(step["weights"]), result.weights)
-        with PolicyClient(server.address, policy="killed") as killed:
+        with PolicyClient(server.address, policy="killed", timeout=PATIENT) as killed:
             assert killed.status().version == len(made)
             np.testing.assert_array_equal(killed.read_weights(), client.read_weights())
             np.testing.assert_array_equal(killed.read_weights("score"), client.read_weights("score"))

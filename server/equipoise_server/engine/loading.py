@@ -52,6 +52,8 @@ log = structlog.get_logger("equipoise.policy")
 READ_RETRIES_S = 30.0
 """How long a read of the store is repeated while the store does not answer, seconds."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
+LEAVING_CHECK_S = 0.05
+"""How often the store is asked whether a server that leaves has given the policy up."""
 
 
 def store_failed(error: StoreError) -> ServiceError:
@@ -149,12 +151,7 @@ class Loading:
         Raises ServiceError: POLICY_NOT_FOUND, NOT_OWNER, DEVICE_FULL, STATE_STORE_DOWN, STATE_DAMAGED, POLICY_TOO_NEW.
         """
         try:
-            owner = await self._store.acquire(
-                self.name,
-                address=self._address,
-                instance=self._instance,
-                elsewhere=self._find_place if self._elsewhere else None,
-            )
+            owner = await self._acquire()
         except OwnedElsewhere as error:
             raise not_owner(self.name, error.address) from error
         except NotFound as error:
@@ -173,6 +170,21 @@ class Loading:
         except BaseException:  # such as no room on the device: another server may have some
             await self._release(owner)
             raise
+
+    async def _acquire(self) -> Ownership:
+        """The right to write the policy; an owner that leaves gives it up in a moment, and takes nobody who asks it."""
+        while True:
+            try:
+                return await self._store.acquire(
+                    self.name,
+                    address=self._address,
+                    instance=self._instance,
+                    elsewhere=self._find_place if self._elsewhere else None,
+                )
+            except OwnedElsewhere as error:
+                if not error.leaving:
+                    raise
+            await asyncio.sleep(LEAVING_CHECK_S)
 
     async def _find_place(self) -> str:
         stored = await self._store.get(self.name)

@@ -51,11 +51,13 @@ class OwnedElsewhere(StoreError):
 
     Attributes:
         address: where it can be reached.
+        leaving: whether it takes no callers any more and is about to give the policy up.
     """
 
-    def __init__(self, policy: str, *, address: str) -> None:
+    def __init__(self, policy: str, *, address: str, leaving: bool = False) -> None:
         super().__init__(f"policy {policy!r} belongs to the server at {address}")
         self.address = address
+        self.leaving = leaving
 
 
 class Deleted(Fenced):

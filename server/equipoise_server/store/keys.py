@@ -20,6 +20,11 @@ def heartbeat_key(prefix: str, instance: str) -> str:
     return f"{prefix}:server:{instance}"
 
 
+def leaving_key(prefix: str, instance: str) -> str:
+    """Says that a server takes no callers any more and gives its policies up; expires with its heartbeat."""
+    return f"{prefix}:leaving:{instance}"
+
+
 def servers_key(prefix: str) -> str:
     """The sorted set of the servers that have sent heartbeats, in a slot of its own; some may be gone."""
     return f"{prefix}:servers"

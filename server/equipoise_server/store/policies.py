@@ -10,7 +10,7 @@ from equipoise_server.store.checksums import opened_text, sealed_text
 from equipoise_server.store.commands import Commands
 from equipoise_server.store.errors import Damaged, NotFound, OwnedElsewhere, TooNew
 from equipoise_server.store.format import FORMAT, number
-from equipoise_server.store.keys import PolicyKeys, address_key, heartbeat_key, index_key, servers_key
+from equipoise_server.store.keys import PolicyKeys, address_key, heartbeat_key, index_key, leaving_key, servers_key
 from equipoise_server.store.records import Fence, Owner, Ownership, ServerLoad, StoredPolicy
 
 TOMBSTONE_TTL_S = 30 * 86_400
@@ -151,7 +151,9 @@ class PolicyTable:
         found = await self._commands.run_together("fence_check", commands) if commands else []
         return [_fence(*facts) for facts in zip(owners, found[::2], found[1::2], strict=True)]
 
-    async def heartbeat(self, instance: str, *, address: str, load: ServerLoad | None, ttl_s: float) -> bool:
+    async def heartbeat(
+        self, instance: str, *, address: str, load: ServerLoad | None, leaving: bool, ttl_s: float
+    ) -> bool:
         """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive."""
         key, said = heartbeat_key(self._prefix, instance), address
         if load is not None:
@@ -161,6 +163,8 @@ class PolicyTable:
             commands.append(("ZREM", servers_key(self._prefix), instance))
         else:
             commands.append(("ZADD", servers_key(self._prefix), 0, instance))
+        if leaving:
+            commands.append(("SET", leaving_key(self._prefix, instance), 1, "PX", round(ttl_s * 1000)))
         before, *_ = await self._commands.run_together("heartbeat", commands)
         return before is not None
 
@@ -186,7 +190,8 @@ class PolicyTable:
     async def end_heartbeat(self, instance: str) -> None:
         """Say that a server is gone."""
         await self.leave_servers(instance)
-        await self._commands.run("heartbeat", "UNLINK", heartbeat_key(self._prefix, instance))
+        for key in (heartbeat_key(self._prefix, instance), leaving_key(self._prefix, instance)):
+            await self._commands.run("heartbeat", "UNLINK", key)
 
     async def servers(self) -> dict[str, ServerLoad]:
         """What the servers say that take policies, by address."""
@@ -282,7 +287,8 @@ class PolicyTable:
         is_self = owner_instance != "" and (owner_instance == instance or is_former)
         is_owned = owner_instance and not is_self
         if is_owned and await self._commands.run("heartbeat", "EXISTS", heartbeat_key(self._prefix, owner_instance)):
-            raise OwnedElsewhere(name, address=owner_address)
+            leaving = await self._commands.run("heartbeat", "EXISTS", leaving_key(self._prefix, owner_instance))
+            raise OwnedElsewhere(name, address=owner_address, leaving=bool(leaving))
         if elsewhere is not None and uid and not is_self and (better := await elsewhere()):
             raise OwnedElsewhere(name, address=better)
         return int(epoch or 0)

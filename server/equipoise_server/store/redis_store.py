@@ -198,15 +198,18 @@ class RedisStore:
         """Whether others have acquired or deleted these policies since, or Redis has forgotten them."""
         return await self._policies.check_fences(owners)
 
-    async def heartbeat(self, instance: str, *, address: str, ttl_s: float, load: ServerLoad | None = None) -> bool:
+    async def heartbeat(
+        self, instance: str, *, address: str, ttl_s: float, load: ServerLoad | None = None, leaving: bool = False
+    ) -> bool:
         """Say for another `ttl_s` seconds that a server lives; whether it still counted as alive.
 
-        With `load` it is on the list of those that take policies; without, it is not.
+        With `load` it is on the list of those that take policies; without, it is not. One that is `leaving` takes no
+        callers any more and gives its policies up.
 
         While it does, its policies are its own; afterwards they are whose who acquires them. Nothing safe hangs on it:
         writes are fenced by tokens.
         """
-        return await self._policies.heartbeat(instance, address=address, load=load, ttl_s=ttl_s)
+        return await self._policies.heartbeat(instance, address=address, load=load, leaving=leaving, ttl_s=ttl_s)
 
     async def servers(self) -> dict[str, ServerLoad]:
         """What each server says of itself that lives and takes policies, by its address."""

@@ -24,6 +24,7 @@ from equipoise.torch import (
     WeightedSteps,
 )
 from tests.client.torch.models import reference, relative_error
+from tests.patience import PATIENT
 
 N, BATCH = 40, 8
 NUMBERS = count()
@@ -56,7 +57,12 @@ class Job:
         self.direction = TargetDirection(
             self.model, losses_of, [(target(x.clone()), y)], guard_batches=guards, refresh_every=2
         )
-        fixed: dict[str, Any] = {"num_examples": N, "rule": "ema_sign", "policy": f"loops-{next(NUMBERS)}"}
+        fixed: dict[str, Any] = {
+            "num_examples": N,
+            "rule": "ema_sign",
+            "policy": f"loops-{next(NUMBERS)}",
+            "timeout": PATIENT,
+        }
         self.client = PolicyClient(server.address, **(fixed | options))
         self.steps = WeightedSteps(self.client, method(self.model, self.direction))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate)

@@ -27,6 +27,7 @@ from equipoise.transformers import PolicyTrainer, PolicyTraining
 from tests.client.torch.models import gpt2
 from tests.client.torch.test_lightning import Model, batches, losses_of
 from tests.client.torch.test_transformers import arguments, rows
+from tests.patience import PATIENT
 
 N = 24
 
@@ -78,7 +79,7 @@ def asked_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = monotonic() + 30
+    end = monotonic() + 60
     while not condition():
         assert monotonic() < end
         sleep(0.005)
@@ -268,7 +269,7 @@ def test_the_first_pass_over_the_data_is_told(
 ) -> None:
     """Once, and where it is true."""
     name = "first-" + case.replace(" ", "-")
-    with PolicyClient(server.address, policy=name, num_examples=N, rule="ema_sign") as client:
+    with PolicyClient(server.address, policy=name, num_examples=N, rule="ema_sign", timeout=PATIENT) as client:
         if case == "known":
             client.step(range(N), contributions=np.linspace(-1, 1, N))
             client.preload()
@@ -281,7 +282,7 @@ def test_the_first_pass_over_the_data_is_told(
         if told:
             caplog.clear()
             assert client.flush(30)
-            with PolicyClient(server.address, policy=name) as joined:
+            with PolicyClient(server.address, policy=name, timeout=PATIENT) as joined:
                 joined.preload()  # as the message says
                 _, train = plain(joined)
                 train()
@@ -289,7 +290,7 @@ def test_the_first_pass_over_the_data_is_told(
 
 
 def test_the_end_of_a_guard_trial_is_told(server: ServerProcess, caplog: pytest.LogCaptureFixture) -> None:
-    with PolicyClient(server.address, policy="trials", num_examples=4, rule="ema_sign") as client:
+    with PolicyClient(server.address, policy="trials", num_examples=4, rule="ema_sign", timeout=PATIENT) as client:
         steps, train = plain(client, guard=True)
         for number in range(40):  # a guard loss that falls whatever is served: trials of uniform weights are lost
             client.step(range(4), contributions=[1.0, -1.0, 1.0, 1.0], guard_loss=3.0 * 0.97**number)
@@ -305,7 +306,7 @@ def test_the_end_of_a_guard_trial_is_told(server: ServerProcess, caplog: pytest.
 
 
 def test_a_line_says_whether_the_policy_helps(server: ServerProcess, caplog: pytest.LogCaptureFixture) -> None:
-    with PolicyClient(server.address, policy="line", num_examples=4, rule="ema_sign") as client:
+    with PolicyClient(server.address, policy="line", num_examples=4, rule="ema_sign", timeout=PATIENT) as client:
         steps, train = plain(client)
         train()
         assert "line: step 1, no guard data, so that nobody knows whether the weights help" in steps.progress()

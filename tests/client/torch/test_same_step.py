@@ -27,6 +27,7 @@ from equipoise.torch import (
 )
 from tests.client.torch.models import reference, relative_error
 from tests.client.torch.recording import Recording
+from tests.patience import PATIENT
 from tests.servers import ServerProcess
 
 COUNT, BATCH = 200, 20
@@ -220,7 +221,9 @@ def test_a_rule_without_groups_refuses_them(server: ServerProcess) -> None:
     (x, y), target = data()
     model = network()
     steps_of = GhostContributions(model, TargetDirection(model, losses_of, [target]))
-    with PolicyClient(server.address, policy="same-step-ungrouped", num_examples=COUNT, rule="ema_sign") as client:
+    with PolicyClient(
+        server.address, policy="same-step-ungrouped", num_examples=COUNT, rule="ema_sign", timeout=PATIENT
+    ) as client:
         steps, ids = WeightedSteps(client, steps_of), np.arange(4)
         with steps.capture(ids, groups=y[:4]) as step:
             step.loss((x[:4], y[:4])).backward()
@@ -303,7 +306,7 @@ def test_a_lost_server_does_not_stop_the_training(server: ServerProcess) -> None
                 np.testing.assert_array_equal(step.weights, 1)
         finally:
             server.resume()
-        assert client.flush(20)
+        assert client.flush(60)
         assert (client.stats.applied, client.stats.dropped, client.status().version) == (6, 0, 6)
 
 

@@ -19,6 +19,7 @@ from equipoise.errors import AccessDeniedError, InvalidRequestError, PolicyNotFo
 from equipoise.torch import DistributedWeightedSampler, WeightedSampler
 from tests.client.torch import two_shares
 from tests.client.torch.two_shares import HEAVY, PREPARED, Epochs
+from tests.patience import PATIENT
 from tests.servers import serve
 
 N = 40
@@ -216,9 +217,9 @@ def test_with_a_real_server() -> None:
     """Scored examples come by their weights; a killed server stops nobody."""
     with (
         serve() as server,
-        PolicyClient(server.address, policy="sampled", num_examples=N, rule="ema_sign") as client,
+        PolicyClient(server.address, policy="sampled", num_examples=N, rule="ema_sign", timeout=PATIENT) as client,
     ):
-        sampler = WeightedSampler(client, N, num_samples=40_000, draw=2000, timeout=10)
+        sampler = WeightedSampler(client, N, num_samples=40_000, draw=2000, timeout=60)
         assert set(islice(iter(sampler), 2000)) == set(range(N))  # there is no policy yet
         signs = np.where(np.arange(N) % 2, 1.0, -1.0)
         client.step(np.arange(N), contributions=signs)

@@ -19,6 +19,7 @@ from equipoise.torch import (
     weighted_mean,
 )
 from tests.delay_proxy import delayed
+from tests.patience import PATIENT
 from tests.servers import ServerProcess
 
 COUNT, FLIPPED = 200, 50
@@ -45,7 +46,7 @@ def test_mislabelled_examples_lose_their_weight(server: ServerProcess, method: A
     direction = TargetDirection(model, losses_of, [target], preconditioner=optimizer, guard_batches=[target])
     contributions = method(model, direction)
     name = f"torch-{method.__name__.lower()}"
-    with PolicyClient(server.address, policy=name, num_examples=COUNT, rule="ema_sign") as client:
+    with PolicyClient(server.address, policy=name, num_examples=COUNT, rule="ema_sign", timeout=PATIENT) as client:
         for step in range(60):
             ids = np.random.default_rng(step).choice(COUNT, 40, replace=False)
             with contributions.capture(ids) as capture:
@@ -59,7 +60,7 @@ def test_mislabelled_examples_lose_their_weight(server: ServerProcess, method: A
                     capture.backward(client.step(ids, **capture.fields()).weights)
             optimizer.step()
             optimizer.zero_grad()
-        assert client.flush(10)
+        assert client.flush(60)
         weights = client.read_weights()
         status = client.status()
     assert weights[:FLIPPED].mean() < 0.5 * weights[FLIPPED:].mean()
@@ -79,8 +80,8 @@ def test_looking_ahead_trains_under_the_weights_of_the_step_before(server: Serve
     steps_of = GhostContributions(model, TargetDirection(model, losses_of, [target]))
     with (
         delayed(server.address, one_way_s=0.05) as far,
-        PolicyClient(far, policy="ahead", num_examples=COUNT, rule="ema_sign") as client,
-        PolicyClient(server.address, policy="ahead") as near,
+        PolicyClient(far, policy="ahead", num_examples=COUNT, rule="ema_sign", timeout=PATIENT) as client,
+        PolicyClient(server.address, policy="ahead", timeout=PATIENT) as near,
     ):
         steps = WeightedSteps(client, steps_of)
         served, used = np.ones(COUNT, np.float32), []
@@ -91,7 +92,7 @@ def test_looking_ahead_trains_under_the_weights_of_the_step_before(server: Serve
             np.testing.assert_array_equal(step.weights, served[ids])
             optimizer.step()
             optimizer.zero_grad()
-            assert client.flush(10)
+            assert client.flush(60)
             served = near.read_weights()
         assert len({float(weight) for weights in used for weight in weights}) > 4
         assert client.stats.fallbacks == 0
@@ -101,7 +102,9 @@ def test_weights_are_used_no_longer_than_they_may(server: ServerProcess) -> None
     """A server that falls silent costs no time; after `max_staleness` steps training is uniform, and then as before."""
     model, (x, y), target = problem()
     steps_of = GhostContributions(model, TargetDirection(model, losses_of, [target]))
-    with PolicyClient(server.address, policy="stale", num_examples=COUNT, rule="ema_sign", max_staleness=3) as client:
+    with PolicyClient(
+        server.address, policy="stale", num_examples=COUNT, rule="ema_sign", max_staleness=3, timeout=PATIENT
+    ) as client:
         steps, ids = WeightedSteps(client, steps_of), np.arange(COUNT)
 
         def weights() -> Any:
@@ -110,7 +113,7 @@ def test_weights_are_used_no_longer_than_they_may(server: ServerProcess) -> None
             return step.weights
 
         weights()
-        assert client.flush(10)
+        assert client.flush(60)
         learnt = client.weights(ids)
         assert learnt.min() < 1 < learnt.max()
         server.pause()
@@ -122,6 +125,6 @@ def test_weights_are_used_no_longer_than_they_may(server: ServerProcess) -> None
             np.testing.assert_array_equal(known, learnt)
         for unknown in seen[4:]:
             np.testing.assert_array_equal(unknown, 1.0)
-        assert client.flush(20)
+        assert client.flush(60)
         assert (client.stats.applied, client.stats.dropped) == (7, 0)
         assert weights().min() < 1

@@ -20,6 +20,7 @@ from equipoise.torch import (
     weighted_mean,
 )
 from tests.client.torch.models import gpt2, llama, lm_losses, relative_error, square_losses, tokens
+from tests.patience import PATIENT
 from tests.servers import serve
 
 COUNT = 24
@@ -162,8 +163,10 @@ def test_a_server_s_contributions_are_the_trainer_s() -> None:
     products = (capture.sketches.double() @ capture.target_sketch.double()).float().numpy()
     with (
         serve() as server,
-        PolicyClient(server.address, policy="sketched", num_examples=COUNT, rule="ema_relu") as sketched,
-        PolicyClient(server.address, policy="own", num_examples=COUNT, rule="ema_relu") as own,
+        PolicyClient(
+            server.address, policy="sketched", num_examples=COUNT, rule="ema_relu", timeout=PATIENT
+        ) as sketched,
+        PolicyClient(server.address, policy="own", num_examples=COUNT, rule="ema_relu", timeout=PATIENT) as own,
     ):
         sketched.step(capture.ids, **capture.fields())
         own.step(capture.ids, contributions=products)

@@ -1,6 +1,7 @@
 """What Redis's append-only file says about a policy's log: every entry that ever reached it, in order."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,16 +42,21 @@ class Log:
 
 def read_log(file: Path, *, policy: str) -> Log:
     """The log of a policy that was neither flushed nor rolled back."""
-    tag = f"{{{policy}}}".encode()
-    log = Log()
+    return read_logs(file)[policy]
+
+
+def read_logs(file: Path) -> Mapping[str, Log]:
+    """The logs of all policies, by name; see `read_log`."""
+    logs: dict[str, Log] = defaultdict(Log)
     for command in commands(file.read_bytes()):
         word, key = command[0].upper(), command[1] if len(command) > 1 else b""
-        if tag not in key:
+        if not (word == b"XADD" and key.endswith(b":log")) and not (word == b"HINCRBY" and key.endswith(b":owner")):
             continue
+        log = logs[key[key.index(b"{") + 1 : key.index(b"}")].decode()]
         last = log.entries[-1].version if log.entries else 0
-        if word == b"HINCRBY" and key.endswith(b":owner") and command[2] == b"epoch":
+        if word == b"HINCRBY" and command[2] == b"epoch":
             log.taken_over_at[len(log.taken_over_at) + 1] = last
-        if word == b"XADD" and key.endswith(b":log"):
+        if word == b"XADD":
             fields = dict(zip(command[3::2], command[4::2], strict=True))
             if b"at" not in fields:  # the entry that starts a log
                 continue
@@ -61,7 +67,7 @@ def read_log(file: Path, *, policy: str) -> Log:
                 refused=b"refused" in fields,
             )
             log.entries.append(entry)
-    return log
+    return logs
 
 
 def commands(data: bytes) -> Iterator[list[bytes]]:

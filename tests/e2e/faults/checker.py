@@ -5,6 +5,7 @@ a durable step that is missing, applied twice or out of order; an answer that an
 version) that went back; a weight that is not finite, negative, or not the model's.
 """
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -70,19 +71,37 @@ class Findings:
 
 
 def check(
-    history: History, log: Log, *, rule: Rule, num_examples: int, orderly: Collection[int] = frozenset()
+    history: History,
+    log: Log,
+    *,
+    rule: Rule,
+    num_examples: int,
+    orderly: Collection[int] = frozenset(),
+    begun: Model | None = None,
 ) -> Findings:
-    """Replays the log on a model; see the module. `orderly`: epochs that ended with an orderly stop of their owner."""
-    findings = Findings(Model.of(rule, num_examples))
+    """Replays the log on a model; see the module.
+
+    Args:
+        history: what was sent and answered.
+        log: what Redis took.
+        rule: the reference.
+        num_examples: N.
+        orderly: epochs that ended with an orderly stop of their owner.
+        begun: a model that has taken the first steps of the log already, of which no answer shows weights.
+    """
+    findings = Findings(copy.deepcopy(begun) if begun else Model.of(rule, num_examples))
+    known = findings.model.version
     findings.violations += _order(log.entries)
     findings.violations += _missing(history, log.entries)
     findings.violations += _going_back(history)
     due = _due(findings, history, log, orderly)
     _compare(findings, history, due.pop(0, ()))
-    for entry in log.entries:
+    for position, entry in enumerate(log.entries, start=1):
         sent = history.sent[entry.trainer_id]
         if not 0 < entry.sequence <= len(sent):
             findings.violations.append(f"version {entry.version}: {entry} was never sent")
+            continue
+        if position <= known:
             continue
         taken = findings.model.take(sent[entry.sequence - 1])
         if taken is entry.refused:

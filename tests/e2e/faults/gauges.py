@@ -22,7 +22,7 @@ class Measured(Protocol):
         ...
 
 
-def gauges(server: Measured, *, timeout_s: float = 10.0) -> dict[str, float]:
+def gauges(server: Measured, *, timeout_s: float = 60.0) -> dict[str, float]:
     """The metrics without labels, by name without the common prefix."""
     found = re.findall(rf"^{PREFIX}(\w+) (\S+)$", _page(server, timeout_s), re.MULTILINE)
     return {name: float(value) for name, value in found}
@@ -51,7 +51,7 @@ def refusals(server: Measured, reason: str) -> int:
 def not_ready(server: Measured) -> str:
     """Why the server is not ready; empty when it is."""
     try:
-        urllib.request.urlopen(f"http://{server.metrics_address}/healthz", timeout=10).close()
+        urllib.request.urlopen(f"http://{server.metrics_address}/healthz", timeout=60).close()
     except urllib.error.HTTPError as error:
         with error:
             return error.read().decode().lower()
@@ -59,7 +59,7 @@ def not_ready(server: Measured) -> str:
 
 
 def _count(server: Measured, series: str) -> int:
-    found = re.search(rf"^{series} (\S+)$", _page(server, 10.0), re.MULTILINE)
+    found = re.search(rf"^{series} (\S+)$", _page(server, 60.0), re.MULTILINE)
     return int(float(found[1])) if found else 0
 
 

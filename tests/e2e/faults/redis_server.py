@@ -125,7 +125,7 @@ class RedisServer:
         while self.append_only_file.exists():
             before = self.append_only_file.stat().st_size
             self._run({**self._settings, "port": "0", "unixsocket": socket})
-            with redis.Redis(unix_socket_path=str(self.directory / socket), socket_timeout=10) as client:
+            with redis.Redis(unix_socket_path=str(self.directory / socket), socket_timeout=60) as client:
                 until(lambda client=client: self._answers(client), what="redis has loaded its file")  # type: ignore[misc]
             self.kill()
             if self.append_only_file.stat().st_size >= before:
@@ -147,7 +147,7 @@ class RedisServer:
         """Ends it at once (SIGKILL)."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
     @contextmanager
@@ -162,7 +162,7 @@ class RedisServer:
     def client(self, **options: Any) -> "redis.Redis[bytes]":
         """A connection past every proxy."""
         options = (self.guard.options if self.guard else {}) | options
-        return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=10, **options)
+        return redis.Redis(host="127.0.0.1", port=self.port, socket_timeout=60, **options)
 
     def command(self, *words: str | int) -> Any:
         """Runs one command."""

@@ -163,3 +163,21 @@ def test_the_last_command_of_a_file_may_be_cut(tmp_path: Path) -> None:
     file.write_bytes(owner + entry + owner + whole)
     log = read_log(file, policy="p")
     assert ([entry.version for entry in log.entries], log.taken_over_at) == ([1], {1: 0, 2: 1})
+
+
+def test_a_model_that_has_taken_the_first_steps_goes_on_from_there(run: tuple[History, Log]) -> None:
+    history, log = run
+    rule = build("ema_sign", {})
+    begun = Model.of(rule, NUM_EXAMPLES)
+    for entry in log.entries[:8]:
+        begun.take(history.sent[entry.trainer_id][entry.sequence - 1])
+    for answers in history.answered.values():
+        answers[:] = [answer for answer in answers if answer.version > 8]
+
+    def found() -> list[str]:
+        return check(history, log, rule=rule, num_examples=NUM_EXAMPLES, begun=begun).violations
+
+    assert not found()
+    assert begun.version == 8
+    del log.entries[3]
+    assert any("missing" in violation for violation in found())

@@ -16,6 +16,7 @@ from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.gauges import own_bytes
 from tests.e2e.faults.house import House
 from tests.e2e.faults.training import Training
+from tests.patience import PATIENT
 
 MIB = 1 << 20
 SERVICE = "/equipoise.v1.PolicyService/"
@@ -57,7 +58,7 @@ def test_oversize_bombs_and_long_headers_are_refused_and_the_connection_lives(
     assert code_of(bomb, zeros, compression=grpc.Compression.Gzip) is grpc.StatusCode.RESOURCE_EXHAUSTED
     header = (("x-long", "x" * 40_000),)
     assert code_of(stub.GetServerInfo, pb.GetServerInfoRequest(), metadata=header) is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert stub.GetPolicy(pb.GetPolicyRequest(policy="p"), timeout=10).status.version == 0
+    assert stub.GetPolicy(pb.GetPolicyRequest(policy="p"), timeout=60).status.version == 0
     assert own_bytes(house.server.pid) - before < 64 * MIB
     record(
         "messages of 24 and 48 MiB, a gzip bomb of 64 MiB, 40 kB of headers",
@@ -67,7 +68,7 @@ def test_oversize_bombs_and_long_headers_are_refused_and_the_connection_lives(
 
 
 def test_a_message_with_fields_of_a_later_version_is_taken(house: House, channel: grpc.Channel) -> None:
-    with PolicyClient(house.server.address, policy="p", num_examples=4) as client:
+    with PolicyClient(house.server.address, policy="p", num_examples=4, timeout=PATIENT) as client:
         client.read([0])
     call = channel.unary_unary(
         SERVICE + "GetPolicy",
@@ -75,7 +76,7 @@ def test_a_message_with_fields_of_a_later_version_is_taken(house: House, channel
         response_deserializer=pb.GetPolicyResponse.FromString,
     )
     later = pb.GetPolicyRequest(policy="p").SerializeToString() + b"\xfa\x3f\x05later"  # field 1023, bytes
-    assert call(later, timeout=10).status.spec.num_examples == 4
+    assert call(later, timeout=60).status.spec.num_examples == 4
 
 
 @pytest.mark.slow

@@ -1,14 +1,19 @@
 """SIGTERM where no stream holds the server up: everything that was answered is kept, and nobody is left waiting."""
 
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 import grpc
 import numpy as np
+import pytest
 
 from equipoise import PolicyAdmin, PolicySpec
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
+from tests.e2e.faults.calls import connected, reason
 from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.flow import Flow, steps_of
 from tests.e2e.faults.gauges import calls_begun
@@ -22,12 +27,12 @@ FAR_S = 0.010
 """One way: a Redis 20 ms away."""
 ROUNDS = 3
 """Whether a stop comes before the last append is a race: it is run more than once."""
-CALLS = 150
+CALLS = 80
 SLOW = PolicySpec(name="slow", num_examples=1_000_000, rule="projected_gradient")
 """A policy whose steps cost the server some 40 ms."""
 GRACE_S = 35.0
 STOPPED_WITHIN_S = 25.0
-"""The calls take some 6 s where nothing else runs."""
+"""The calls take some 3 s where nothing else runs."""
 
 
 def stop_right_after_the_answers(server: ForkedServer, policy: str) -> None:
@@ -51,6 +56,26 @@ def test_a_stop_right_after_the_last_stream_has_ended_keeps_every_answered_step(
 def test_it_keeps_them_where_redis_is_far_away(house: House) -> None:
     house.to_redis.delay_s = FAR_S
     stop_right_after_the_answers(house.server, "p")
+
+
+def test_a_server_that_hands_over_is_named_to_nobody(house: House) -> None:
+    """Who asks another server meanwhile is told to wait: the address of one that is about to end would be of no use."""
+    (server, _), (other, _) = house.serve(drain_grace_s=GRACE_S), house.serve()
+    with PolicyAdmin(server.address) as admin:
+        admin.create(PolicySpec(name="p", num_examples=4))
+    with stubborn_stream(server.address), connected(other.address) as stub:
+        server.terminate()
+
+        def why() -> str:
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.GetPolicy(pb.GetPolicyRequest(policy="p"), timeout=4)
+            return reason(refused.value)
+
+        until(lambda: why() != "NOT_OWNER", what="the other server knows")
+        assert why() == "LOADING"
+    assert server.join() == 0
+    with PolicyAdmin(other.address) as admin:
+        until(lambda: admin.get("p").epoch == 2)
 
 
 def test_a_stop_under_unary_calls_answers_each_and_does_not_wait_out_its_grace(house: House) -> None:
@@ -80,6 +105,25 @@ def test_a_stop_under_unary_calls_answers_each_and_does_not_wait_out_its_grace(h
         recovered=f"ended after {seconds(took)}",
         trainer=", ".join(f"{count} {code.name}" for code, count in ended.items()),
     )
+
+
+@contextmanager
+def stubborn_stream(address: str) -> Iterator[None]:
+    """A stream that stays though it is asked to leave."""
+    leaving = threading.Event()
+
+    def messages() -> Iterator[pb.ExchangeRequest]:
+        yield pb.ExchangeRequest(open=pb.OpenRequest(policy="p", trainer_id="stubborn"))
+        leaving.wait()
+
+    with connected(address) as stub:
+        call = stub.Exchange(messages())
+        assert next(call).HasField("opened")
+        try:
+            yield
+        finally:
+            leaving.set()
+            call.cancel()
 
 
 def a_step() -> pb.UpdateWeightsRequest:

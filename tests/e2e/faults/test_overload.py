@@ -97,7 +97,7 @@ def test_callers_beyond_the_queue_are_shed_and_each_step_counts_once(house: Hous
     assert health.status == health_pb2.HealthCheckResponse.SERVING
     training.assert_kept()
     assert training.stats.fallbacks == 0
-    with PolicyClient(server.address, policy="p") as client:
+    with PolicyClient(server.address, policy="p", timeout=PATIENT) as client:
         assert client.status().version == training.sent + ended["OK"]
 
 
@@ -119,7 +119,7 @@ def test_overload_tenfold(house: House) -> None:
     assert set(ended) == {"OK", "QUEUE_FULL"}
     assert grown < 300 * MIB
     training.assert_kept()
-    with PolicyClient(server.address, policy="p") as client:
+    with PolicyClient(server.address, policy="p", timeout=PATIENT) as client:
         assert client.status().version == training.sent + ended["OK"]
     record(
         "overload: 64 unary callers, steps that cost O(N) for a million examples, a queue of 6",
@@ -132,7 +132,7 @@ def test_overload_tenfold(house: House) -> None:
 @pytest.mark.parametrize("limit", [{"max_streams": 2}, {"max_concurrent_rpcs": 2}])
 def test_trainers_beyond_the_streams_wait_their_turn_and_lose_nothing(house: House, limit: dict[str, int]) -> None:
     server, _ = house.serve(**limit)
-    with PolicyClient(server.address, policy="p", num_examples=4) as client:
+    with PolicyClient(server.address, policy="p", num_examples=4, timeout=PATIENT) as client:
         client.read([0])
     together = threading.Barrier(6)
 

@@ -16,6 +16,7 @@ from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import FaultProxy, until
 from tests.e2e.faults.training import Training
 from tests.e2e.faults.zygote import ForkedServer
+from tests.patience import PATIENT
 
 OWNER_TIMEOUT_S = 5.0
 """The server's default."""
@@ -78,7 +79,8 @@ def test_an_owner_address_that_leads_nowhere_is_no_worse_than_asking_again(
     with Balancer(itertools.repeat(("127.0.0.1", 1))) as nowhere:
         if hangs:
             nowhere.hold()
-        owner, _ = house.serve(advertise=nowhere.address)
+        # A busy machine that holds its heartbeat up must not make the other server the owner.
+        owner, _ = house.serve(advertise=nowhere.address, owner_timeout_s=10 * MOVED_WITHIN_S)
         with PolicyClient(owner.address, policy="p", num_examples=4, when_lost="wait") as client:
             client.step([0, 1], contributions=[1.0, -1.0])
         wrong, right = (int(server.address.rpartition(":")[2]) for server in (house.server, owner))
@@ -161,7 +163,7 @@ def test_a_paused_owner_that_wakes_up_cannot_write_and_its_trainers_move_on(
         assert epoch_at(faithful) > 1
     for each in (training, faithful):
         each.assert_kept()
-    with PolicyClient(second[1].address, policy="p") as client:
+    with PolicyClient(second[1].address, policy="p", timeout=PATIENT) as client:
         # Every step of both is there exactly once.
         assert client.status().version == training.sent + faithful.sent
     assert "another server owns the policy now" in house.server.log

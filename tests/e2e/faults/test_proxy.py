@@ -36,7 +36,7 @@ def proxy() -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def client(proxy: FaultProxy) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as connected:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=60) as connected:
         yield connected
 
 
@@ -47,7 +47,7 @@ def is_silent(client: socket.socket) -> bool:
     except TimeoutError:
         return True
     finally:
-        client.settimeout(10)
+        client.settimeout(60)
     return False
 
 
@@ -104,7 +104,7 @@ def test_a_trap_holds_the_request_before_the_server_has_it(proxy: FaultProxy, cl
         client.sendall(b"..sec")
         assert client.recv(10) == b"..sec"
         client.sendall(b"ret..")
-        assert trap.caught.wait(10)
+        assert trap.caught.wait(60)
         assert is_silent(client)
         assert proxy.passed[Way.UP] == 13
     assert client.recv(10) == b"ret.."
@@ -113,7 +113,7 @@ def test_a_trap_holds_the_request_before_the_server_has_it(proxy: FaultProxy, cl
 def test_a_trap_holds_the_reply_and_may_drop_it(proxy: FaultProxy, client: socket.socket) -> None:
     with proxy.trap(b"secret", At.REPLY) as trap:
         client.sendall(b"secret")
-        assert trap.caught.wait(10)
+        assert trap.caught.wait(60)
         assert (proxy.passed[Way.UP], proxy.passed[Way.DOWN]) == (6, 0)
         proxy.free(trap, drop=True)
         with pytest.raises(ConnectionResetError):
@@ -130,8 +130,8 @@ def test_delay_and_bandwidth(proxy: FaultProxy, client: socket.socket) -> None:
 
 
 def test_delay_is_no_bandwidth(proxy: FaultProxy, client: socket.socket) -> None:
-    """What is on its way does not keep others from setting out: one piece after another would take four seconds."""
-    proxy.delay_s = 0.1
+    """What is on its way does not keep others from setting out: one piece after another would take twenty seconds."""
+    proxy.delay_s = 0.5
     sending = threading.Thread(target=client.sendall, args=(b"x" * (40 << 16),))
     started = monotonic()
     sending.start()
@@ -139,4 +139,4 @@ def test_delay_is_no_bandwidth(proxy: FaultProxy, client: socket.socket) -> None
     while got < 40 << 16:
         got += len(client.recv(1 << 20))
     sending.join()
-    assert 0.2 <= monotonic() - started < 4.0
+    assert 1.0 <= monotonic() - started < 18.0

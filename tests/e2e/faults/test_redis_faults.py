@@ -89,7 +89,7 @@ def test_training_goes_on_without_redis(house: House, tmp_path: Path, fault: str
         noticed = training.first_not_durable(began)
     assert seen.unserved == 0
     assert seen.longest_step_s < LASTS_S / 2 + calm.longest_step_s
-    assert_waits_seldom(training, began, ended)
+    assert_waits_seldom(training, calm_from, began, ended)
     assert_all_is_well(training, house.address, tmp_path)
     assert_redis_has_it_all(house, training.client.policy)
     record(
@@ -101,10 +101,14 @@ def test_training_goes_on_without_redis(house: House, tmp_path: Path, fault: str
     )
 
 
-def assert_waits_seldom(training: Training, began: float, ended: float) -> None:
+def assert_waits_seldom(training: Training, calm_from: float, began: float, ended: float) -> None:
     """One step waits for the log in vain, and those after it do not: all but those that a busy machine holds up."""
-    during = [made.seconds for made in training.made if began < made.at + made.seconds and made.at < ended]
-    assert sum(waited > 0.2 for waited in during) <= max(2, len(during) // 20)
+
+    def waited(since: float, until: float) -> list[bool]:
+        return [made.seconds > 0.2 for made in training.made if since < made.at + made.seconds and made.at < until]
+
+    calm, during = waited(calm_from, began), waited(began, ended)
+    assert sum(during) <= max(2, len(during) * (0.05 + 2 * np.mean(calm)))
 
 
 def assert_redis_has_it_all(house: House, policy: str) -> None:
@@ -157,7 +161,7 @@ def lag_during(house: House, wait: Callable[[], None]) -> Lag:
 
 
 def lag_buckets(house: House) -> dict[float, float]:
-    with urllib.request.urlopen(f"http://{house.server.metrics_address}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"http://{house.server.metrics_address}/metrics", timeout=60) as page:
         text = page.read().decode()
     found = re.findall(r'event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)', text)
     return {float(bound): float(count) for bound, count in found}

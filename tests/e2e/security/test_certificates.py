@@ -15,6 +15,7 @@ import pytest
 from equipoise import PolicyAdmin, PolicyClient, Security, Source, Timeout, aio
 from equipoise.errors import AccessDeniedError, UnavailableError
 from tests.e2e.security.authority import Authority, Files
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 EXPIRY = "equipoise_server_certificate_expiry_timestamp_seconds"
@@ -67,7 +68,7 @@ def test_a_new_certificate_is_shown_without_restart_and_a_broken_one_is_not(
     server: ServerProcess, live: Files, authority: Authority
 ) -> None:
     security = Security(root_certificates=authority.file)
-    with PolicyClient(server.address, policy="p", num_examples=3, security=security) as client:
+    with PolicyClient(server.address, policy="p", num_examples=3, security=security, timeout=PATIENT) as client:
         assert client.step([0], contributions=[1.0]).source is Source.SERVED
         assert shown_certificate(server, authority) == "first"
         put(authority.issue("second", ends=timedelta(days=10)), over=live)
@@ -107,7 +108,7 @@ def test_clients_of_both_kinds_show_the_certificate_that_is_there_when_they_reco
     security = Security(root_certificates=authority.file, client_certificate=mine.certificate, client_key=mine.key)
 
     async def reconnect(server: ServerProcess) -> None:
-        async with aio.PolicyClient(server.address, policy="p", security=security) as client:
+        async with aio.PolicyClient(server.address, policy="p", security=security, timeout=PATIENT) as client:
             await client.step([0], contributions=[1.0])
             put(authority.issue("expired", ends=timedelta(hours=-1)), over=mine)
             await asyncio.to_thread(server.restart)

@@ -7,6 +7,7 @@ import pytest
 from equipoise import PolicyAdmin, PolicyClient, Source, aio, cli
 from equipoise_trainer.commands import train
 from tests.e2e.security.conftest import Guarded
+from tests.patience import PATIENT
 
 
 @pytest.fixture
@@ -21,11 +22,11 @@ def environment(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("environment")
 async def test_clients_in_code_need_no_change(guarded: Guarded, tmp_path: Path) -> None:
-    with PolicyClient(guarded.process.address, policy="red-c", num_examples=3) as client:
+    with PolicyClient(guarded.process.address, policy="red-c", num_examples=3, timeout=PATIENT) as client:
         assert client.step([0], contributions=[1.0]).source is Source.SERVED
         assert client.status().version == 1
         client.admin.export_policy("red-c", tmp_path / "c.npz")
-    async with aio.PolicyClient(guarded.process.address, policy="red-c") as asynchronous:
+    async with aio.PolicyClient(guarded.process.address, policy="red-c", timeout=PATIENT) as asynchronous:
         assert (await asynchronous.step([0], contributions=[1.0])).source is Source.SERVED
         assert (await asynchronous.status()).version == 2
         await asynchronous.admin.import_policy(tmp_path / "c.npz", "red-imported")

@@ -50,7 +50,9 @@ def test_short_steps_do_not_wait_for_steps_on_all_rows(server: ServerProcess) ->
         stub = PolicyServiceStub(channel)
         spec = pb.PolicySpec(name=name, num_examples=num_examples, rule=pb.RuleSpec(name="projected_gradient"))
         stub.CreatePolicy(pb.CreatePolicyRequest(policy=spec))
-        with PolicyClient(server.address, policy="short", num_examples=100, when_lost="wait") as client:
+        with PolicyClient(
+            server.address, policy="short", num_examples=100, when_lost="wait", durability="behind"
+        ) as client:
             client.step([0], contributions=[1.0])
             greedy = Greedy(stub, name, num_examples=num_examples, rows=rows)
             until(lambda: greedy.answers >= 1, what="the long steps are under way")

@@ -61,7 +61,7 @@ def call(server: Server, method: str, policy: str, *, header: str | None = None)
     """All that the method answers."""
     metadata = (*server.security.headers(), *((("x-equipoise-policy", header),) if header else ()))
     with server.channel() as channel:
-        answer = getattr(PolicyServiceStub(channel), method)(REQUESTS[method](policy), timeout=20, metadata=metadata)
+        answer = getattr(PolicyServiceStub(channel), method)(REQUESTS[method](policy), timeout=60, metadata=metadata)
         return next(iter(answer)) if hasattr(answer, "__next__") else answer
 
 

@@ -14,6 +14,7 @@ from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 from equipoise_server.security import Scope
 from tests.e2e.security.conftest import TENANTS, Tokens
+from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 
@@ -70,7 +71,9 @@ def test_a_trainer_whose_token_is_replaced_goes_on(server: ServerProcess, tokens
     held = tmp_path / "token"
     before = tokens.file.read_text()
     held.write_text(tokens.add("red"))
-    with PolicyClient(server.address, policy="red-r", num_examples=4, security=Security(token_file=held)) as client:
+    with PolicyClient(
+        server.address, policy="red-r", num_examples=4, security=Security(token_file=held), timeout=PATIENT
+    ) as client:
         with PolicyAdmin(server.address, security=Security(token_file=held)) as admin:
             eventually(admin.server_info)
         assert client.step([0], contributions=[1.0]).source is Source.SERVED
@@ -132,7 +135,9 @@ def test_a_trainer_over_quota_is_told_at_once(server: ServerProcess, tokens: Tok
     with PolicyAdmin(server.address, security=Security(token=token)) as admin:
         eventually(admin.server_info)
     with (
-        PolicyClient(server.address, policy="small-9", num_examples=1000, security=Security(token=token)) as client,
+        PolicyClient(
+            server.address, policy="small-9", num_examples=1000, security=Security(token=token), timeout=PATIENT
+        ) as client,
         pytest.raises(QuotaError),
     ):
         client.step([0], contributions=[1.0])

@@ -14,6 +14,7 @@ from time import monotonic, sleep
 import pytest
 
 from equipoise import PolicyClient, Source
+from tests.patience import PATIENT
 
 NOBODY = 65534
 SEALED = """
@@ -60,7 +61,7 @@ def unprivileged(folder: Path) -> Iterator[tuple[str, int]]:
         yield json.loads(ready.read_text())["address"], process.pid
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def folder() -> Iterator[Path]:
 
 def test_it_serves_without_a_home_and_without_a_folder_to_write_in_but_its_own(folder: Path) -> None:
     with unprivileged(folder) as (address, pid):
-        with PolicyClient(address, policy="p", num_examples=10) as client:
+        with PolicyClient(address, policy="p", num_examples=10, timeout=PATIENT) as client:
             assert client.step([1], contributions=[1.0]).source is Source.SERVED
             assert client.flush(durable=True)
         assert "\nUid:\t0\t" not in Path(f"/proc/{pid}/status").read_text()

@@ -31,7 +31,7 @@ async def stored(servers: Servers) -> None:
     await runner._persistence.sweep()
     for _ in range(3):
         await send(runner, next(given))
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
 
 
 async def refusal_of(servers: Servers, address: str, *, create: bool = False) -> tuple[Code, str, str]:

@@ -60,7 +60,7 @@ async def test_a_second_server_takes_over_bit_for_bit_and_the_first_is_fenced(se
     with pytest.raises(ServiceError) as caught:
         await send_until_refused(before, late)
     assert caught.value.reason == "FENCED"
-    assert (await asyncio.wait_for(session.ended, 20)).reason == "FENCED"
+    assert (await asyncio.wait_for(session.ended, 60)).reason == "FENCED"
     assert_same(await everything(after), expected)
 
 
@@ -123,9 +123,9 @@ async def test_a_flushed_redis_gets_everything_back_from_memory(
     await store._commands.run("flush", "FLUSHALL")
     assert await store.get("policy") is None
     await feed(runner, 10, first=11)
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     await feed(runner, 3, first=21)
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     expected = await everything(runner)
     after = await (await servers.make()).runner("policy")
     assert_same(await everything(after), expected)
@@ -152,25 +152,26 @@ async def test_a_redis_that_lost_a_sweep_loses_nothing_at_the_next(
     appended.write_bytes(before)
     await redis.restart()
     await send(runner, next(steps(100, first=16)))  # ids below 100: page 0 only
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     await runner.sweep()
     expected = await everything(runner)
     assert_same(await everything(await (await servers.make()).runner("policy")), expected)
 
 
 async def test_a_stalled_redis_holds_back_durability_but_not_the_steps(servers: Servers, redis: EmbeddedRedis) -> None:
-    engine = await servers.make()
+    engine = await servers.make(log_timeout_s=0.25)
     runner = await runner_of(engine)
     await feed(runner, 3)
+    assert await runner.log.flush(timeout_s=60)
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
-        await asyncio.wait_for(feed(runner, 40, first=4), 20)
+        await asyncio.wait_for(feed(runner, 40, first=4), 60)
         assert runner.durable_sequence("trainer") == 3
         assert runner.log.backlog == 40
     finally:
         os.kill(redis.pid, signal.SIGCONT)
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     assert runner.durable_sequence("trainer") == 43
     expected = await everything(runner)
     assert_same(await everything(await (await servers.make()).runner("policy")), expected)
@@ -179,19 +180,20 @@ async def test_a_stalled_redis_holds_back_durability_but_not_the_steps(servers: 
 async def test_a_redis_that_comes_back_after_a_long_outage_gets_the_tables_instead_of_the_log(
     servers: Servers, redis: EmbeddedRedis
 ) -> None:
-    engine = await servers.make()
+    engine = await servers.make(log_timeout_s=0.25)
     runner = await runner_of(engine)
     await feed(runner, 3)
+    assert await runner.log.flush(timeout_s=60)
     runner.log.backlogs = Backlogs(max_bytes=1, max_policy_bytes=1)  # the memory kept for the log is used up at once
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
-        await asyncio.wait_for(feed(runner, 10, first=4), 20)
+        await asyncio.wait_for(feed(runner, 10, first=4), 60)
         while runner.log.tail.size:
             await asyncio.sleep(0.01)
     finally:
         os.kill(redis.pid, signal.SIGCONT)
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     expected = await everything(runner)
     assert_same(await everything(await (await servers.make()).runner("policy")), expected)
 
@@ -199,22 +201,23 @@ async def test_a_redis_that_comes_back_after_a_long_outage_gets_the_tables_inste
 async def test_a_short_outage_does_not_write_the_tables_again_for_what_redis_has(
     servers: Servers, redis: EmbeddedRedis
 ) -> None:
-    engine = await servers.make()
+    engine = await servers.make(log_timeout_s=0.25)
     runner = await runner_of(engine)
     await feed(runner, 20)
+    assert await runner.log.flush(timeout_s=60)
     used = runner.log.tail.size
     runner.log.backlogs = Backlogs(max_bytes=used, max_policy_bytes=used)  # the log since the last sweep has used it up
     generation = runner.owner.generation
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
-        await asyncio.wait_for(feed(runner, 5, first=21), 20)
+        await asyncio.wait_for(feed(runner, 5, first=21), 60)
         while runner.log.tail.base < 20:
             await asyncio.sleep(0.01)
         assert runner.log.backlog == 5
     finally:
         os.kill(redis.pid, signal.SIGCONT)
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     assert runner.owner.generation == generation
     expected = await everything(runner)
     assert_same(await everything(await (await servers.make()).runner("policy")), expected)
@@ -226,11 +229,11 @@ async def test_behind_answers_before_the_log_has_the_step(servers: Servers, redi
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
-        answer = await asyncio.wait_for(send(runner, next(steps(1000))), 20)
+        answer = await asyncio.wait_for(send(runner, next(steps(1000))), 60)
         assert (answer.outcome, runner.durable_sequence("trainer")) == (Outcome.APPLIED, 0)
     finally:
         os.kill(redis.pid, signal.SIGCONT)
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     assert runner.durable_sequence("trainer") == 1
 
 
@@ -261,7 +264,7 @@ async def test_deletion_ends_streams_and_a_namesake_starts_afresh_under_a_higher
     session, _ = await runner.open("trainer")
     await feed(runner, 3)
     await engine.delete("policy")
-    assert (await asyncio.wait_for(session.ended, 20)).reason == "POLICY_DELETED"
+    assert (await asyncio.wait_for(session.ended, 60)).reason == "POLICY_DELETED"
     for asked in (engine, other):
         with pytest.raises(ServiceError) as caught:
             await asked.runner("policy")
@@ -295,7 +298,7 @@ async def test_a_full_queue_stops_streams_and_turns_unary_callers_away(servers: 
     await asyncio.sleep(0)
     assert not waiting.done()
     release.set()
-    futures.append(await asyncio.wait_for(waiting, 20))
+    futures.append(await asyncio.wait_for(waiting, 60))
     answers = await asyncio.gather(*futures)
     assert [answer.version for answer in answers] == list(range(1, 67))
     await holding
@@ -335,8 +338,8 @@ async def test_time_in_which_nobody_serves_the_policy_makes_no_trainer_idle(serv
     now += 80_000
     for step in islice(steps(1000), 3):
         await send(runner, step)
-    assert await runner.log.flush(timeout_s=20)
-    await first.close(draining(), flush_timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
+    await first.close(draining(), flush_timeout_s=60)
     now += 10 * 86_400  # ten days without a server
     second = await servers.make(wall_clock=lambda: now)
     runner = await second.runner("policy")
@@ -379,7 +382,7 @@ async def test_a_clock_that_jumps_changes_nothing(servers: Servers) -> None:
             await feed(runner, 5, first=first)
             _, opening = await runner.open("trainer")
             assert opening.last_sequence == first + 4  # never forgotten, never twice
-        assert await runner.log.flush(timeout_s=20)
+        assert await runner.log.flush(timeout_s=60)
         ends.append((await everything(runner)).columns)
     assert ends[0] == ends[1]
     assert (await everything(await (await servers.make()).runner("jumping"))).columns == ends[1]

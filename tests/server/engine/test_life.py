@@ -60,7 +60,7 @@ async def calm(servers: Servers, count: int) -> Whole:
 
 async def answer_or_error(waiting: Awaitable[Any]) -> Any:
     try:
-        return await asyncio.wait_for(asyncio.ensure_future(waiting), 20)
+        return await asyncio.wait_for(asyncio.ensure_future(waiting), 60)
     except ServiceError as error:
         return error
 
@@ -106,26 +106,26 @@ async def test_a_bug_at_any_await_ends_the_policy_with_an_id_and_it_comes_back_w
         session: Session | None = None
         answers: list[Any] = []
         try:
-            session, _ = await asyncio.wait_for(runner.open("trainer"), 20)
+            session, _ = await asyncio.wait_for(runner.open("trainer"), 60)
         except ServiceError as error:
             answers.append(error)
         given = list(islice(steps(NUM_EXAMPLES), 12))
         for start in range(0, 12, 4):
             try:
-                futures = [await asyncio.wait_for(runner.submit(step), 20) for step in given[start : start + 4]]
+                futures = [await asyncio.wait_for(runner.submit(step), 60) for step in given[start : start + 4]]
             except ServiceError as error:
                 answers.append(error)
                 break
             answers += [await answer_or_error(future) for future in futures]
-        async with asyncio.timeout(20):  # a sweep may still be under way
+        async with asyncio.timeout(60):  # a sweep may still be under way
             while not injected[0].thrown and (runner.log.is_behind or runner.log.long.is_set()):
                 await asyncio.sleep(0.01)
         for _ in range(50):
-            await asyncio.sleep(0.002 if injected[0].thrown and runner.closed is None else 0)
+            await asyncio.sleep(0.01 if injected[0].thrown and runner.closed is None else 0)
         if runner.closed is not None:
             ended_by_bug += 1
             ends = [answer for answer in answers if isinstance(answer, ServiceError)]
-            ends += [await asyncio.wait_for(session.ended, 20)] if session else []
+            ends += [await asyncio.wait_for(session.ended, 60)] if session else []
             assert {(end.code, end.reason) for end in ends} == {(Code.INTERNAL, "BUG")}
             (error_id,) = {end.metadata["error_id"] for end in ends}
             assert error_id in capsys.readouterr().out
@@ -136,7 +136,7 @@ async def test_a_bug_at_any_await_ends_the_policy_with_an_id_and_it_comes_back_w
         for step in given[opening.last_sequence :]:
             assert (await send(again, step)).outcome is Outcome.APPLIED
         assert (await everything(again)).columns == expected.columns
-        await engine.close(draining(), flush_timeout_s=20)
+        await engine.close(draining(), flush_timeout_s=60)
         if not injected[0].thrown:
             break
     assert ended_by_bug >= 2
@@ -184,7 +184,7 @@ async def test_loading_outlives_its_callers_who_are_told_how_far_it_is(servers: 
     expected = await swept(servers)
     engine = await slow_engine(servers, redis, delay_s=0.5, load_wait_s=0.0)
     entries = "0"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while entries == "0":  # how many there are is what it asks first
             await asyncio.sleep(0.01)
             with pytest.raises(ServiceError) as caught:
@@ -227,7 +227,7 @@ async def test_a_server_that_stops_ends_its_loadings_and_leaves_the_policy_to_ot
     waiting = asyncio.create_task(engine.runner("policy"))
     while not engine.loadings:
         await asyncio.sleep(0)
-    await engine.close(draining(), flush_timeout_s=20)
+    await engine.close(draining(), flush_timeout_s=60)
     with pytest.raises(ServiceError) as caught:
         await waiting
     assert caught.value.reason == "DRAINING"
@@ -281,11 +281,11 @@ async def test_whoever_stops_a_policy_second_waits_for_the_first(servers: Server
     store.append = slow_append  # type: ignore[method-assign]
     for step in islice(steps(NUM_EXAMPLES), 30):
         await send(runner, step)
-    handing_over = asyncio.create_task(engine.hand_over(draining(), flush_timeout_s=20))
+    handing_over = asyncio.create_task(engine.hand_over(draining(), flush_timeout_s=60))
     await asyncio.sleep(0.02)
     handing_over.cancel()
     await asyncio.wait([handing_over])
-    await engine.close(draining(), flush_timeout_s=20)
+    await engine.close(draining(), flush_timeout_s=60)
     assert (await (await servers.make()).runner("policy")).policy.version == 30
 
 
@@ -296,7 +296,7 @@ async def test_a_policy_that_stops_in_order_leaves_no_long_log(servers: Servers,
     for step in islice(steps(NUM_EXAMPLES), 5):
         await send(runner, step)
     runner.log.record.log_replay_s = 10.0  # as after many more
-    await engine.close(draining(), flush_timeout_s=20)
+    await engine.close(draining(), flush_timeout_s=60)
     store = RedisStore.connect(redis.url)
     assert (await store.log_state("policy")).entries == 0
     await store.close()
@@ -308,7 +308,7 @@ async def test_a_log_whose_replay_would_take_long_is_swept(servers: Servers, red
     await engine.create(spec())
     runner = await engine.runner("policy")
     given = steps(NUM_EXAMPLES, batch=10)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not runner.log.record.base:
             await send(runner, next(given))
     expected = await everything(runner)
@@ -339,7 +339,7 @@ async def test_a_policy_deleted_and_created_again_elsewhere_is_known_for_dead_he
     await there.delete("policy")
     await there.create(spec(num_examples=5))
     await here.check_fences()
-    assert (await asyncio.wait_for(session.ended, 20)).reason == "POLICY_DELETED"
+    assert (await asyncio.wait_for(session.ended, 60)).reason == "POLICY_DELETED"
     assert (await here.find("policy")).uid != runner.policy.uid
     assert (await here.runner("policy")).policy.spec.num_examples == 5
 
@@ -373,7 +373,7 @@ async def test_looking_after_policies_keeps_none_of_them_in_use(servers: Servers
     engine = await servers.make()
     await engine.create(spec())
     runner = await engine.runner("policy")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while engine.runners:
             await engine.check_fences()
             await engine.unload_idle(idle_s=0.2)
@@ -423,7 +423,7 @@ async def test_waiting_for_a_policy_that_takes_long_to_load_ends_in_time(
     began = loop.time()
     with pytest.raises(ServiceError):
         await engine.runner("policy", wait_s=0.2)
-    assert loop.time() - began < 20
+    assert loop.time() - began < 40
 
 
 async def test_what_ends_a_policy_is_an_error_of_its_own_for_each_caller(servers: Servers) -> None:
@@ -454,7 +454,7 @@ async def test_a_policy_whose_end_goes_wrong_in_one_part_ends_all_the_same(
 
         with monkeypatch.context() as bug:
             bug.setattr(Persistence, part, fail)
-            await asyncio.wait_for(runner.stop(draining(), flush_timeout_s=20), 20)
+            await asyncio.wait_for(runner.stop(draining(), flush_timeout_s=60), 60)
         assert runner.state is State.CLOSED
-        assert (await asyncio.wait_for(session.ended, 20)).reason == "DRAINING"
+        assert (await asyncio.wait_for(session.ended, 60)).reason == "DRAINING"
         assert engine.runners == []

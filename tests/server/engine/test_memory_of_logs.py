@@ -37,7 +37,7 @@ async def test_what_was_loaded_counts(servers: Servers) -> None:
         runner = await engine.runner(f"policy-{number}")
         for step in islice(steps(100_000, batch=2000), 15):
             await send(runner, step)
-    await engine.close(draining(), flush_timeout_s=20)
+    await engine.close(draining(), flush_timeout_s=60)
     other = await servers.make("127.0.0.1:2", max_backlogs_bytes=bound)
     kept = [(await other.runner(f"policy-{number}")).log.tail.size for number in range(3)]
     assert sum(kept) < bound
@@ -59,5 +59,5 @@ async def test_many_policies_together_keep_no_more_than_there_is_room_for(server
     assert sent > bound + len(runners) * one_step  # what would be there without a bound
     expected = [await everything(runner) for runner in runners]
     other = await servers.make("127.0.0.1:2")
-    await engine.close(draining(), flush_timeout_s=20)
+    await engine.close(draining(), flush_timeout_s=60)
     assert [await everything(await other.runner(f"policy-{number}")) for number in range(6)] == expected

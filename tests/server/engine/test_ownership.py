@@ -57,7 +57,7 @@ async def test_a_dead_server_s_policies_move_once_its_time_is_up(
 ) -> None:
     await store.heartbeat("first", address=FIRST, ttl_s=0.3)
     assert (await refusal(second)).reason == "NOT_OWNER"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             try:
                 runner = await second.runner("policy")
@@ -71,7 +71,7 @@ async def test_a_dead_server_s_policies_move_once_its_time_is_up(
 async def test_a_server_that_has_no_room_leaves_the_policy_to_one_that_has(
     first: Engine, second: Engine, servers: Servers, store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await first.close(draining(), flush_timeout_s=20)
+    await first.close(draining(), flush_timeout_s=60)
     await store.heartbeat("second", address=SECOND, ttl_s=60)
     with monkeypatch.context() as full:
         full.setattr(memory, "ALWAYS_FITS", 0)
@@ -93,16 +93,38 @@ async def test_a_stopping_server_hands_over_when_its_last_stream_has_ended(first
     asked = asyncio.Event()
     session, _ = await runner.open("trainer")
     session.when_draining(asked.set)
-    handing_over = asyncio.create_task(first.hand_over(draining(), flush_timeout_s=20))
-    await asyncio.wait_for(asked.wait(), 20)
+    handing_over = asyncio.create_task(first.hand_over(draining(), flush_timeout_s=60))
+    await asyncio.wait_for(asked.wait(), 60)
     last = await send(runner, next(steps(1000, first=6)))
     assert (last.outcome, last.version) == (Outcome.APPLIED, 6)
     assert (await refusal(second)).reason == "NOT_OWNER"
     runner.close_session(session)
-    await asyncio.wait_for(handing_over, 20)
+    await asyncio.wait_for(handing_over, 60)
     taken = await second.runner("policy")
     assert (taken.policy.version, taken.epoch) == (6, 2)
     assert (await refusal(first)).reason == "DRAINING"
+
+
+async def test_who_asks_for_what_a_leaving_server_still_has_waits_until_it_is_given_up(
+    first: Engine, second: Engine, store: RedisStore
+) -> None:
+    """Its address would be of no use: it takes nobody any more, and is soon gone."""
+    await store.heartbeat("first", address=FIRST, ttl_s=60, leaving=True)
+    asking = asyncio.create_task(second.runner("policy", wait_s=60))
+    with pytest.raises(ServiceError) as caught:
+        await second.runner("policy", wait_s=0.2)
+    assert caught.value.reason == "LOADING"
+    assert not asking.done()
+    await first.hand_over(draining(), flush_timeout_s=20)
+    taken = await asyncio.wait_for(asking, 20)
+    assert (taken.policy.version, taken.epoch) == (5, 2)
+
+
+async def test_a_leaving_server_that_dies_is_replaced_once_its_time_is_up(
+    first: Engine, second: Engine, store: RedisStore
+) -> None:
+    await store.heartbeat("first", address=FIRST, ttl_s=0.3, leaving=True)
+    assert (await second.runner("policy", wait_s=60)).epoch == 2
 
 
 async def test_a_policy_that_left_memory_is_free_for_all(first: Engine, second: Engine) -> None:
@@ -121,7 +143,7 @@ async def test_a_server_that_was_taken_for_dead_turns_trainers_away_at_their_nex
     with pytest.raises(ServiceError) as caught:
         await before.open("other")
     assert caught.value.reason == "FENCED"
-    assert (await asyncio.wait_for(session.ended, 20)).reason == "FENCED"  # and nobody reads old weights from it
+    assert (await asyncio.wait_for(session.ended, 60)).reason == "FENCED"  # and nobody reads old weights from it
     await store.heartbeat("second", address=SECOND, ttl_s=60)
     assert (await refusal(first)).metadata == {"owner": SECOND}
 
@@ -147,7 +169,7 @@ async def test_openings_do_not_wait_for_a_redis_that_is_stalled(first: Engine, r
     assert redis.pid is not None
     os.kill(redis.pid, signal.SIGSTOP)
     try:
-        _, answer = await asyncio.wait_for(runner.open("trainer"), 10)
+        _, answer = await asyncio.wait_for(runner.open("trainer"), 60)
     finally:
         os.kill(redis.pid, signal.SIGCONT)
     assert answer.last_sequence == 5

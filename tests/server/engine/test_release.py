@@ -88,7 +88,7 @@ async def test_tables_of_one_that_cannot_be_loaded(
     servers: Servers, redis: EmbeddedRedis, tables: Callable[[], int]
 ) -> None:
     engine, _ = await in_service(servers)
-    await engine.close(draining(), flush_timeout_s=10.0)
+    await engine.close(draining(), flush_timeout_s=60.0)
     client: Redis[bytes] = Redis(unix_socket_path=str(redis.socket))
     (page,) = [key for key in await client.keys() if key.endswith(b":page:1")]
     await client.delete(page)
@@ -111,7 +111,7 @@ async def test_tables_of_one_that_is_deleted_while_it_is_loaded(
     servers: Servers, redis: EmbeddedRedis, tables: Callable[[], int]
 ) -> None:
     engine, _ = await in_service(servers)
-    await engine.close(draining(), flush_timeout_s=10.0)
+    await engine.close(draining(), flush_timeout_s=60.0)
     assert tables() == 0
     other = await servers.make("127.0.0.1:2", store=StalledStore.connect(redis.url), load_wait_s=0.0)
     while not tables():

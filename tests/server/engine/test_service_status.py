@@ -69,7 +69,7 @@ def gate(redis: EmbeddedRedis) -> Gate:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -152,7 +152,7 @@ async def test_what_is_served_is_told(servers: Servers) -> None:
     await runner.sweep()
     assert (runner.service.trainers, runner.service.log_entries, runner.service.log_bytes) == (0, 0, 0)
     now = 2000.0
-    await engine.close(draining(), flush_timeout_s=20)
+    await engine.close(draining(), flush_timeout_s=60)
     again = await (await servers.make("127.0.0.1:2")).runner("policy")
     assert again.service.stepped_at == 1000.0  # a restart is no step
 
@@ -205,7 +205,7 @@ async def test_a_policy_that_is_lost_or_handed_over_does_not_rest(servers: Serve
     await there.runner("taken")
     await here.check_fences()
     await until(lambda: of(here, "taken") is None)
-    await here.close(draining(), flush_timeout_s=20)
+    await here.close(draining(), flush_timeout_s=60)
     assert here.services == []
     assert heard.reasons == {"left FENCED": 1, "left DRAINING": 1}
 
@@ -230,7 +230,7 @@ async def test_loading_tells_how_far_it_is(servers: Servers, redis: EmbeddedRedi
     await runner.sweep()
     for step in islice(steps(NUM_EXAMPLES, batch=10, first=3), 4):
         await send(runner, step)
-    await first.close(draining(), flush_timeout_s=20)
+    await first.close(draining(), flush_timeout_s=60)
     store = gate(redis)
     store.may_read.clear()
     second = await servers.make("127.0.0.1:2", store=store)

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from contextlib import AsyncExitStack, suppress
 from itertools import islice
 
@@ -121,26 +120,31 @@ def test_weights_of_zero_are_never_drawn_and_too_few_of_others_is_an_error() -> 
         drawn(policy, PAGE + 1, with_replacement=False, seed=7)
 
 
-async def test_long_work_lets_other_calls_have_the_device_between_its_slices() -> None:
+async def test_long_work_lets_other_calls_have_the_device_between_its_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("equipoise_server.engine.device.perf_counter", lambda: now)
     device = Device(torch.device("cpu"))
-    order: list[str] = []
+    go, order = threading.Event(), list[str]()
 
     def long(slices: int) -> Slices[str]:
+        nonlocal now
         for _ in range(slices):
             order.append("slice")
-            time.sleep(0.006)  # longer than one piece may be
+            now += 0.006  # longer than one piece may be
             yield
         return "done"
 
+    holding = asyncio.create_task(device.queue("third").run(go.wait))
+    await asyncio.sleep(0)
     working = asyncio.create_task(device.queue("one").run_slices(long(20)))
-    calls = 0
-    while not working.done():
-        await device.queue("other").run(lambda: order.append("call"))
-        calls += 1
+    calls = [asyncio.create_task(device.queue("other").run(lambda: order.append("call"))) for _ in range(5)]
+    await asyncio.sleep(0)
+    go.set()
     assert await working == "done"
-    assert calls >= 5
-    first, last = order.index("slice"), len(order) - 1 - order[::-1].index("slice")
-    assert order[first:last].count("call") >= 5
+    await asyncio.gather(holding, *calls)
+    last = len(order) - 1 - order[::-1].index("call")
+    assert order.count("slice") == 20
+    assert 1 <= order[:last].count("slice") <= 6
     device.close()
 
 
@@ -159,7 +163,7 @@ async def test_a_caller_that_leaves_ends_its_long_work() -> None:
     working = asyncio.create_task(device.queue("one").run_slices(endless()))
     await asyncio.sleep(0.02)
     working.cancel()
-    await asyncio.wait_for(closed.wait(), 20)
+    await asyncio.wait_for(closed.wait(), 60)
     device.close()
 
 

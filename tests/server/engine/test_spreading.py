@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from equipoise_server.engine import Engine, Wish, memory
+from equipoise_server.engine import Durability, Engine, Wish, memory
 from equipoise_server.errors import ServiceError
 from equipoise_server.store import EmbeddedRedis, RedisStore, ServerLoad
 from tests.server.engine.conftest import Servers
@@ -133,8 +133,8 @@ async def test_a_policy_that_is_being_exported_stays_until_that_is_done(engine: 
 async def test_a_policy_stays_while_the_store_does_not_take_its_steps(
     engine: Engine, store: RedisStore, redis: EmbeddedRedis
 ) -> None:
-    await engine.create(spec())
-    await engine.create(replace(spec(), name="another"))
+    for name in ("policy", "another"):
+        await engine.create(spec(name, durability=Durability.BEHIND))
     some = [await engine.runner(name) for name in ("policy", "another")]
     await join(store, OTHERS[0])
     client = RedisStore.connect(redis.url)
@@ -142,7 +142,9 @@ async def test_a_policy_stays_while_the_store_does_not_take_its_steps(
         await client._commands.run("probe", "CONFIG", "SET", "maxmemory", "1")
         for runner in some:
             await send(runner, next(steps(1000)))
-        assert all(runner.log.failing for runner in some)
+        async with asyncio.timeout(60):
+            while not all(runner.log.failing for runner in some):
+                await asyncio.sleep(0.01)
         await engine.balance()
         await settle(engine)
         assert len(engine.runners) == 2

@@ -165,8 +165,7 @@ async def test_the_log_never_holds_more_than_a_policy_epoch(servers: Servers, re
     """Two and a half policy epochs, faster than pages may be written; no setting asks for the sweeps but the rule."""
     of = spec(rows=512, num_examples=4096)
     slow = float(1 << 23)
-    # a busy machine is no stuck one
-    runner = await runner_of(await servers.make(sweep_bytes_per_s=slow, log_timeout_s=20.0), of)
+    runner = await runner_of(await servers.make(sweep_bytes_per_s=slow), of)
     store = RedisStore.connect(redis.url)
     longest, given = 0, steps(of)
     for _ in range(40):
@@ -174,7 +173,7 @@ async def test_the_log_never_holds_more_than_a_policy_epoch(servers: Servers, re
         await asyncio.gather(*answers)
         longest = max(longest, (await store.log_state("policy")).entries)
     assert 64 <= longest <= 512
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     await store.close()
     await assert_taken_over(servers, runner)
 
@@ -182,11 +181,11 @@ async def test_the_log_never_holds_more_than_a_policy_epoch(servers: Servers, re
 async def test_a_sweep_that_does_not_get_on_stops_no_step(servers: Servers) -> None:
     of = spec(rows=300, num_examples=4096)
     stuck = 1.0  # after its first page it waits for days
-    runner = await runner_of(await servers.make(sweep_bytes_per_s=stuck), of)
+    runner = await runner_of(await servers.make(sweep_bytes_per_s=stuck, log_timeout_s=0.25), of)
     given = steps(of)
     while runner.log.tail.size <= 4 << 20:  # four times what the rule wants it to have
-        await asyncio.wait_for(asyncio.gather(*[await runner.submit(step) for step in islice(given, 32)]), 20)
-    assert await runner.log.flush(timeout_s=20)
+        await asyncio.wait_for(asyncio.gather(*[await runner.submit(step) for step in islice(given, 32)]), 60)
+    assert await runner.log.flush(timeout_s=60)
     await assert_taken_over(servers, runner)
 
 
@@ -197,9 +196,9 @@ async def test_a_flushed_redis_gets_every_row_back_from_memory(servers: Servers,
     store = RedisStore.connect(redis.url)
     await store._commands.run("flush", "FLUSHALL")
     await feed(runner, 8, first=10)
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     await feed(runner, 3, first=18)
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     await store.close()
     await assert_taken_over(servers, runner)
 

@@ -38,7 +38,7 @@ async def sent(address: str, request: bytes) -> tuple[int, str, str]:
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(request)
     writer.write_eof()
-    answer = (await asyncio.wait_for(reader.read(), 10)).decode()
+    answer = (await asyncio.wait_for(reader.read(), 60)).decode()
     writer.close()
     await writer.wait_closed()
     head, _, body = answer.partition("\r\n\r\n")

@@ -52,7 +52,7 @@ async def history(
         await send(runner, next(given))
         after.append(await everything(runner))
         if version == sweep_at:
-            assert await runner.log.flush(timeout_s=20)
+            assert await runner.log.flush(timeout_s=60)
             if without:
                 setattr(engine._store, without, fails)
                 with pytest.raises(Unavailable):
@@ -60,7 +60,7 @@ async def history(
                 delattr(engine._store, without)
             else:
                 await runner.sweep()
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
     await engine.close(draining(), flush_timeout_s=0.0)
     return after
 
@@ -263,7 +263,7 @@ async def test_without_its_log_a_policy_is_as_it_was_swept(
     runner = await assert_is(servers, after[3])
     answer = await send(runner, next(steps(NUM_EXAMPLES, first=4)))
     assert answer.version == 4
-    assert await runner.log.flush(timeout_s=20)
+    assert await runner.log.flush(timeout_s=60)
 
 
 @pytest.mark.parametrize("kind", ["spec", "progress"])

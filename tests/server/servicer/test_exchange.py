@@ -50,7 +50,7 @@ class Wire:
         self.requests.put_nowait(Received(request.SerializeToString(), KIND, Pace(), ""))
 
     async def receive(self) -> pb.StepResponse:
-        return (await asyncio.wait_for(self.responses.get(), 20)).step
+        return (await asyncio.wait_for(self.responses.get(), 60)).step
 
 
 @asynccontextmanager
@@ -69,7 +69,7 @@ async def stream(
         exchange = Exchange(Lookups(engine), wire, limits=limits, in_flight=in_flight, telemetry=NoTelemetry())
         serving = asyncio.create_task(exchange.serve(header_policy=None))
     try:
-        opened = await asyncio.wait_for(wire.responses.get(), 20)
+        opened = await asyncio.wait_for(wire.responses.get(), 60)
         assert opened.WhichOneof("message") == "opened"
         yield wire, serving
     finally:
@@ -105,7 +105,7 @@ async def test_a_device_that_fails_refuses_no_step(engine: Engine, monkeypatch: 
         async with stream(engine) as (wire, serving):
             wire.send(sketched(1))
             with pytest.raises(ServiceError) as caught:
-                await asyncio.wait_for(serving, 20)
+                await asyncio.wait_for(serving, 60)
     assert (caught.value.code, caught.value.reason) == (Code.UNAVAILABLE, "DEVICE_LOST")
     async with stream(engine) as (wire, _):
         wire.send(sketched(1))
@@ -124,7 +124,7 @@ async def test_a_bug_in_reading_a_request_ends_its_stream_and_nothing_else(
             async with stream(engine) as (wire, serving):
                 wire.send(step(1))
                 with pytest.raises(ValueError, match="injected"):
-                    await asyncio.wait_for(serving, 20)
+                    await asyncio.wait_for(serving, 60)
         other.send(step(1))
         assert (await other.receive()).outcome == pb.OUTCOME_APPLIED
 
@@ -136,9 +136,9 @@ async def test_answers_that_are_ready_are_sent_before_the_stream_ends(engine: En
             wire.send(step(sequence))
         while runner.policy.version < 5:
             await asyncio.sleep(0)
-        await engine.close(draining(), flush_timeout_s=20)
+        await engine.close(draining(), flush_timeout_s=60)
         with pytest.raises(ServiceError) as caught:
-            await asyncio.wait_for(serving, 20)
+            await asyncio.wait_for(serving, 60)
         assert caught.value.reason == "DRAINING"
         answered = [wire.responses.get_nowait().step for _ in range(wire.responses.qsize())]
     assert [(answer.sequence, answer.durable_sequence) for answer in answered][-1] == (5, 5)
@@ -148,8 +148,8 @@ async def test_answers_that_are_ready_are_sent_before_the_stream_ends(engine: En
 async def test_no_stream_opens_at_a_policy_that_is_being_handed_over(engine: Engine) -> None:
     runner = await engine.runner("policy")
     async with stream(engine) as (wire, serving):
-        handing_over = asyncio.create_task(engine.hand_over(draining(), flush_timeout_s=20))
-        asked = await asyncio.wait_for(wire.responses.get(), 20)
+        handing_over = asyncio.create_task(engine.hand_over(draining(), flush_timeout_s=60))
+        asked = await asyncio.wait_for(wire.responses.get(), 60)
         assert asked.WhichOneof("message") == "reconnect"
         with pytest.raises(ServiceError) as caught:
             await runner.open("late")
@@ -157,8 +157,8 @@ async def test_no_stream_opens_at_a_policy_that_is_being_handed_over(engine: Eng
         wire.send(step(1))  # those that are open are served until they leave
         assert (await wire.receive()).outcome == pb.OUTCOME_APPLIED
         wire.requests.put_nowait(grpc.aio.EOF)
-        await asyncio.wait_for(serving, 20)
-    await asyncio.wait_for(handing_over, 20)
+        await asyncio.wait_for(serving, 60)
+    await asyncio.wait_for(handing_over, 60)
 
 
 async def test_a_step_that_its_rule_refuses_is_refused_again_also_after_a_restart(
@@ -202,7 +202,7 @@ async def test_who_does_not_read_keeps_nobody_of_his_share_waiting_and_his_strea
                 wire.send(wide_step(sequence, rows))
                 assert (await wire.receive()).outcome == pb.OUTCOME_APPLIED
         with pytest.raises(ServiceError, match="no answer was read for 1 s") as caught:
-            await asyncio.wait_for(serving, 20)
+            await asyncio.wait_for(serving, 60)
         assert caught.value.reason == "NOT_READ"
 
 

@@ -61,7 +61,7 @@ class CountingObserver:
 
 
 def wait_until_answering(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         assert process.poll() is None, "redis-server ended"
         assert time.monotonic() < deadline, "redis-server does not answer"
@@ -148,7 +148,7 @@ async def logged(store: RedisStore, name: str = "lm", *, after: int = 0) -> list
     return [entry async for entry in store.read_log(name, after=after)]
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 20) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], *, timeout_s: float = 60) -> None:
     """Wait for something that announces itself to nobody."""
     async with asyncio.timeout(timeout_s):
         while not await condition():

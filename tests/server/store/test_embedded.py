@@ -112,7 +112,7 @@ async def test_a_killed_redis_is_started_again_with_everything_acknowledged(embe
     assert statuses == [-signal.SIGKILL]
     assert await last_version(embedded) == 201
     await embedded.stop()
-    await asyncio.wait_for(supervision, 5)
+    await asyncio.wait_for(supervision, 60)
 
 
 def cut_inside(data_dir: Path, content: bytes, *, whole_commands: bool) -> None:
@@ -198,7 +198,7 @@ async def test_a_second_server_is_told_who_holds_the_directory(embedded: Embedde
 
 async def test_a_start_waits_for_the_last_user_of_the_directory(embedded: EmbeddedRedis, tmp_path: Path) -> None:
     await fill(embedded, last=2)
-    second = EmbeddedRedis(tmp_path / "data dir", lock_timeout_s=20)
+    second = EmbeddedRedis(tmp_path / "data dir", lock_timeout_s=60)
     starting = asyncio.create_task(second.start())
     await asyncio.sleep(0)
     await embedded.stop()
@@ -238,7 +238,7 @@ async def test_redis_dies_with_a_killed_server_and_nothing_acknowledged_is_lost(
     server.kill()
     rest = (await server.communicate())[0].split()
     acknowledged = int(rest[-1]) if rest else acknowledged
-    again = EmbeddedRedis(tmp_path, lock_timeout_s=20)
+    again = EmbeddedRedis(tmp_path, lock_timeout_s=60)
     await again.start()
     assert not is_running(int(pid))
     assert await last_version(again) in (acknowledged, acknowledged + 1)

@@ -16,7 +16,8 @@ from tests.server.store.conftest import (
     write_page,
 )
 
-TIMEOUT_S = 0.3
+TIMEOUT_S = 2.0
+"""Far more than an answer takes, on a busy machine too."""
 
 
 async def kind_of_failure(store: RedisStore) -> str:
@@ -99,7 +100,7 @@ async def test_unable_to_persist(store: RedisStore, admin: Redis, short_dir: Pat
     try:
         await admin.bgsave()
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (await admin.info("persistence"))["rdb_last_bgsave_status"] == "ok":
                 await asyncio.sleep(0.01)
         assert await kind_of_failure(store) == "misconf"
@@ -139,7 +140,7 @@ async def test_killed_between_question_and_answer(short_dir: Path) -> None:
     directory = short_dir / "killed"
     directory.mkdir()
     with running_redis(directory) as process:
-        store = RedisStore.connect(process.url, command_timeout_s=20)
+        store = RedisStore.connect(process.url, command_timeout_s=60)
         await store.ping()
         with process.paused():
             asking = asyncio.create_task(store.get("lm"))

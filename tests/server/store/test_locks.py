@@ -37,7 +37,7 @@ async def test_turns_of_other_names_are_not_waited_for_and_none_is_left_behind(s
 
 
 async def test_a_turn_that_is_not_given_back_ends_by_itself(store: RedisStore) -> None:
-    dead = store.lock("a", lease_s=1.0, wait_s=0)
+    dead = store.lock("a", lease_s=4.0, wait_s=0)  # time enough to find it taken
     await dead.__aenter__()
     with pytest.raises(Unavailable, match="'a': other servers were busy with it for 0 s") as caught:
         async with store.lock("a", lease_s=60, wait_s=0):

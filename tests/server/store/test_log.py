@@ -58,7 +58,7 @@ async def test_a_gap_is_refused_with_the_last_version(store: RedisStore, owner: 
 async def test_an_append_that_timed_out_but_was_applied_can_be_repeated(
     store: RedisStore, owner: Ownership, shared_redis: RedisProcess
 ) -> None:
-    hasty = RedisStore.connect(shared_redis.url, command_timeout_s=0.2)
+    hasty = RedisStore.connect(shared_redis.url, command_timeout_s=2.0)
     await hasty.append(owner, entries(1, 1))
     with shared_redis.paused():
         with pytest.raises(Unavailable) as caught:

@@ -142,7 +142,7 @@ async def test_an_owner_fenced_half_way_does_not_swap_its_page_in(
 async def test_a_late_command_of_an_abandoned_attempt_does_not_mix_pages(
     store: RedisStore, owner: Ownership, shared_redis: RedisProcess
 ) -> None:
-    hasty = RedisStore.connect(shared_redis.url, command_timeout_s=0.2)
+    hasty = RedisStore.connect(shared_redis.url, command_timeout_s=2.0)
     await hasty.ping()
     with shared_redis.paused(), pytest.raises(Unavailable):
         await write_page(hasty, owner, 0, page(1))

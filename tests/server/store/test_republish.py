@@ -190,7 +190,7 @@ async def test_a_publication_that_is_given_up_leaves_nothing(store: RedisStore, 
         yield 1, page(0)
 
     publishing = asyncio.create_task(store.publish(policy("fork"), address="a:1", pages=endless(), header={}))
-    await asyncio.wait_for(reached.wait(), 20)
+    await asyncio.wait_for(reached.wait(), 60)
     assert await admin.keys("equipoise:{fork}:*:page:*")
     publishing.cancel()
     await asyncio.wait([publishing])

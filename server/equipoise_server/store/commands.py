@@ -10,7 +10,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import PipelineCommand
 from redis.exceptions import NoScriptError, ResponseError
 
-from equipoise_server.store.errors import Damaged, Deleted, Fenced, Interrupted, LogLost, NotFound, Unavailable
+from equipoise_server.store.errors import Damaged, Deleted, Fenced, Interrupted, LogLost, NotFound, TooNew, Unavailable
 from equipoise_server.store.faults import REDIS_FAULTS, as_unavailable, was_unsent
 from equipoise_server.store.observer import NoObserver, Observer
 from equipoise_server.store.scripts import Script
@@ -156,6 +156,8 @@ class Commands:
         if word == "GONE":
             self._observer.error("lost")
             return Damaged(policy, what=str(details[0], "ascii"), why="Redis does not have it any more")
+        if word == "NEWER":
+            return TooNew(policy, found=int(details[0]))
         return Interrupted(f"policy {policy!r}: another write of a page took over")
 
     async def _timed(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:

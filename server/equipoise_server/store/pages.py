@@ -107,7 +107,7 @@ class PageTable:
         """
         target = PolicyKeys(self._prefix, owner.policy).header(owner.generation)
         arguments: list[Argument] = [version, batch.id, batch.pages, owner.generation, 0]
-        fixed = {"format": b"1", _CHECKSUM: of_columns(0, fields)}
+        fixed = {_CHECKSUM: of_columns(0, fields)}
         await self._write(owner, target, fixed, fields, arguments=arguments, published=published)
 
     async def read_header(self, policy: str, generation: str) -> dict[str, bytes]:

@@ -27,6 +27,7 @@ from equipoise_server.store.connect import (
     close_client,
 )
 from equipoise_server.store.errors import StoreError
+from equipoise_server.store.format import FORMAT
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.locks import Locks
 from equipoise_server.store.log import PolicyLog
@@ -177,13 +178,15 @@ class RedisStore:
 
         Args:
             name: of the policy.
-            address: where this server can be reached; an owner of the same address is a former self.
+            address: where this server can be reached; an owner of the same address is a former self, unless
+                `claim_address` has found it alive.
             instance: this server, if it sends heartbeats.
             elsewhere: finds the address of the server that should own it, asked if none does; empty: this one.
 
         Raises:
             NotFound: no such policy.
             OwnedElsewhere: another server owns it, and lives; or none does, and it should be elsewhere.
+            TooNew: a newer release has stored it; nothing was changed.
         """
         return await self._policies.acquire(name, address=address, instance=instance, elsewhere=elsewhere)
 
@@ -211,6 +214,13 @@ class RedisStore:
     async def servers(self) -> dict[str, ServerLoad]:
         """What each server says of itself that lives and takes policies, by its address."""
         return await self._policies.servers()
+
+    async def claim_address(self, instance: str, *, address: str, ttl_s: float) -> str:
+        """Say who is reached at an address; empty, or another server that has said so since this one did.
+
+        From then on that one is no former self of this one: what it owns stays with it.
+        """
+        return await self._policies.claim_address(instance, address=address, ttl_s=ttl_s)
 
     async def leave_servers(self, instance: str) -> None:
         """Say that a server takes no more policies; it still owns what it owns, until its heartbeats end."""
@@ -387,13 +397,13 @@ class RedisStore:
 
     async def _end_republication(self, owner: Ownership, policy: StoredPolicy, batch: PageBatch) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)
-        settings = [repr(policy.create_time), sealed_text(policy.spec), owner.generation, batch.id, str(batch.pages)]
+        settings = [repr(policy.create_time), sealed_text(policy.spec), owner.generation]
         await self._commands.script(
             "republish",
             scripts.REPUBLISH_END,
             policy=owner.policy,
             keys=[keys.spec, keys.owner, keys.log(owner.generation)],
-            arguments=[owner.uid, owner.token, owner.epoch, *settings],
+            arguments=[owner.uid, owner.token, owner.epoch, *settings, batch.id, batch.pages, FORMAT],
         )
 
     async def _locate(self, policy: Ownership | str) -> tuple[str, str]:

@@ -42,7 +42,7 @@ def requests(rows: int) -> list[pb.ExchangeRequest]:
     """Steps of random ids and contributions."""
     case = Case(rows=rows, trainers=1, pipelined=False, num_examples=NUM_EXAMPLES, rule="ema_sign")
     made = make_rows(case)
-    return [made[place % len(made)].request(1 + place) for place in range(STEPS)]
+    return [made[place % len(made)].request(1 + place) for place in range(max(ONE_BY_ONE, TOGETHER))]
 
 
 async def round_trips(call: Any, given: list[pb.ExchangeRequest]) -> list[float]:

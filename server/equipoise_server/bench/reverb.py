@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import subprocess
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -85,8 +84,9 @@ class ReverbClients:
 
 
 async def _start(python: str, *arguments: str) -> Process:
+    # Isolated: this folder, which has a `reverb` of its own, is not on its path, nor are packages of ours.
     return await asyncio.create_subprocess_exec(
-        python, str(PEER), *arguments, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL, limit=ANSWER_LIMIT_BYTES
+        python, "-I", str(PEER), *arguments, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=ANSWER_LIMIT_BYTES
     )
 
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from equipoise_server.store import scripts
 from equipoise_server.store.checksums import check, checksum
-from equipoise_server.store.commands import Argument, Commands
+from equipoise_server.store.commands import Commands
+from equipoise_server.store.direct import Argument
 from equipoise_server.store.errors import LogLost
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.limits import MAX_APPEND_BYTES, READ_CHUNK_BYTES, READ_CHUNK_ENTRIES
@@ -90,6 +91,10 @@ class PolicyLog:
             yield
         finally:
             self._large.release()
+
+    async def ping(self) -> None:
+        """Return once Redis answers behind all appends that have returned. Raises Unavailable."""
+        await self._appending.run("confirm", "PING")
 
     async def confirm(self, owner: Ownership) -> None:
         """Return once as many replicas as an append needs have all that there is of a policy. Raises Unavailable."""

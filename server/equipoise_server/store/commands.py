@@ -42,7 +42,7 @@ class Commands:
             timeout_s: about half of the longest time that one may take.
             observer: told of each, and of errors.
             at_once: surrounds each command, for instance a semaphore: waiting for it is not timed.
-            direct: a shorter way for single commands and scripts.
+            direct: a shorter way for single commands and scripts; it bounds their time itself.
         """
         self._client = client
         self._direct = direct
@@ -185,15 +185,11 @@ class Commands:
     async def _run_timed(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
         started = time.perf_counter()
         try:
+            if self._direct is not None:
+                return await _with_second_try(call)
             # The client's own timeouts are per connection, write and read: this one bounds their sum.
             async with asyncio.timeout(2 * self._timeout_s):
-                try:
-                    return await _heeding_cancellation(call())
-                except REDIS_FAULTS as fault:
-                    if not was_unsent(fault):
-                        raise
-                    # Redis has restarted since the connection was used: it is opened anew, as any idle one is.
-                    return await _heeding_cancellation(call())
+                return await _with_second_try(lambda: _heeding_cancellation(call()))
         except Unavailable as lacking:
             self._observer.error(lacking.kind)
             raise
@@ -203,6 +199,16 @@ class Commands:
             raise error from fault
         finally:
             self._observer.command(name, time.perf_counter() - started)
+
+
+async def _with_second_try(call: Callable[[], Awaitable[Any]]) -> Any:
+    try:
+        return await call()
+    except REDIS_FAULTS as fault:
+        if not was_unsent(fault):
+            raise
+    # Redis has restarted since the connection was used: it is opened anew, as any idle one is.
+    return await call()
 
 
 async def _heeding_cancellation(call: Awaitable[Any]) -> Any:

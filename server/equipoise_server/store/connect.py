@@ -78,11 +78,11 @@ def client_for(
             return RedisCluster(startup_nodes=nodes, max_connections=8 * CONNECTIONS, **options, **entering, **secure)
 
 
-def direct_connections(client: Client) -> DirectConnections | None:
+def direct_connections(client: Client, *, timeout_s: float) -> DirectConnections | None:
     """Connections for what steps wait for, from an untimed client; None: a cluster's, which alone knows its nodes."""
     if isinstance(client, RedisCluster):
         return None
-    return DirectConnections(client.connection_pool, at_most=CONNECTIONS)
+    return DirectConnections(client.connection_pool, at_most=CONNECTIONS, timeout_s=timeout_s)
 
 
 async def close_client(client: Client) -> None:

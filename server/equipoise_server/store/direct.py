@@ -13,23 +13,27 @@ import hiredis
 from redis.asyncio import Connection, ConnectionPool
 from redis.exceptions import NoScriptError, ResponseError
 
+from equipoise_server.patience import Patience
+
 Argument: TypeAlias = str | bytes | int | float
 
 
 class DirectConnections:
     """Runs commands on connections of its own, one command or run of commands at a time on each.
 
-    Nothing here is bounded in time: the caller does it, and a call that is cancelled closes its connection. So does any
-    other failure; the next command opens it anew, at the master of then.
+    A failure closes its connection, and so does a call that is cancelled or takes too long; the next command opens it
+    anew, at the master of then.
 
     Args:
         pool: makes the connections, whose `socket_timeout` is None; it keeps none of them.
         at_most: connections at once; further commands wait.
+        timeout_s: longest wait for a connection, and for it to be opened and to answer.
     """
 
-    def __init__(self, pool: ConnectionPool, *, at_most: int) -> None:
+    def __init__(self, pool: ConnectionPool, *, at_most: int, timeout_s: float) -> None:
         self._pool = pool
-        self._free: list[Connection] = []
+        self._timeout_s = timeout_s
+        self._free: list[tuple[Connection, Patience]] = []
         self._turns = asyncio.Semaphore(at_most)
 
     async def execute(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
@@ -37,22 +41,31 @@ class DirectConnections:
 
         Raises what redis-py raises where a connection fails.
         """
-        async with self._turns:
-            connection = self._free.pop() if self._free else self._new()
-            answers: list[Any] = []
-            try:
+        await self._take_turn()
+        connection, patience = self._free.pop() if self._free else (self._new(), Patience(self._timeout_s))
+        answers: list[Any] = []
+        try:
+            with patience:
                 await self._pool.ensure_connection(connection)
                 await connection.send_packed_command(_packed(commands), check_health=False)
                 for _ in commands:
                     answers.append(await _answer(connection))
-            except BaseException:
+            if any(_is_of_the_place(each) for each in answers):
                 await connection.disconnect(nowait=True)
-                raise
-            finally:
-                self._free.append(connection)
-            if any(_says_more(each) for each in answers):
-                await connection.disconnect(nowait=True)
-            return answers
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            self._free.append((connection, patience))
+            self._turns.release()
+        return answers
+
+    async def _take_turn(self) -> None:
+        if not self._turns.locked():
+            await self._turns.acquire()
+            return
+        async with asyncio.timeout(self._timeout_s):
+            await self._turns.acquire()
 
     def _new(self) -> Connection:
         connection: Connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
@@ -61,7 +74,8 @@ class DirectConnections:
     async def close(self) -> None:
         """Closes the connections."""
         while self._free:
-            await self._free.pop().disconnect()
+            connection, _ = self._free.pop()
+            await connection.disconnect()
 
 
 def _packed(commands: Sequence[tuple[Argument, ...]]) -> list[bytes]:
@@ -76,6 +90,6 @@ async def _answer(connection: Connection) -> Any:
         return error
 
 
-def _says_more(answer: object) -> bool:
+def _is_of_the_place(answer: object) -> bool:
     """Whether an error may be one of the place: a master of before refuses to write, and another is found anew."""
     return isinstance(answer, ResponseError) and not isinstance(answer, NoScriptError)

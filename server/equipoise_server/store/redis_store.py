@@ -69,7 +69,7 @@ class RedisStore:
         appending: Client | None = None,
     ) -> None:
         self._clients = (client, appending) if appending else (client,)
-        self._direct = direct_connections(appending) if appending else None
+        self._direct = direct_connections(appending, timeout_s=command_timeout_s) if appending else None
         self._wait_replicas = wait_replicas
         self._confirms_writes = confirms_writes
         self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)

@@ -47,8 +47,8 @@ class Block:
 
     @property
     def p50_s(self) -> float:
-        """Median of the latencies, or else the time per step."""
-        return statistics.median(self.latencies_s) if self.latencies_s else self.wall_s / self.steps
+        """Median of the latencies."""
+        return statistics.median(self.latencies_s)
 
 
 @dataclass(slots=True)
@@ -102,7 +102,8 @@ class Result:
         p99_ms: the same.
         steps_per_s: over all trainers.
         examples_per_s: rows that were applied.
-        latency_ratio: median over the turns of p50 over the echo's; None where clients do not tell.
+        latency_ratio: median over the turns of p50 over the echo's; None where steps are pipelined and p50 tells how
+            long the queue is.
         rate_ratio: median over the turns of steps per second over the echo's.
         server_us: processor time of the server per step, microseconds; of Redis and of who sends the same.
         redis_us: see above.
@@ -212,7 +213,7 @@ def _result(case: Case, contender: Contender, echo: Contender) -> Result:
         p99_ms=1e3 * float(np.quantile(latencies, 0.99)) if latencies else None,
         steps_per_s=steps / wall,
         examples_per_s=steps * case.rows / wall,
-        latency_ratio=statistics.median(mine.p50_s / other.p50_s for mine, other in pairs) if latencies else None,
+        latency_ratio=None if case.pipelined else statistics.median(mine.p50_s / other.p50_s for mine, other in pairs),
         rate_ratio=statistics.median(
             (mine.steps / mine.wall_s) / (other.steps / other.wall_s) for mine, other in pairs
         ),

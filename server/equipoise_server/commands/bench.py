@@ -146,15 +146,17 @@ async def _run(options: argparse.Namespace, cases: "Sequence[Case]") -> int:
                 turns=options.turns,
                 seconds=options.seconds,
             )
+            facts["load_after"] = os.getloadavg()[0]
+            found = {"facts": facts, "reverb_did_not_run": without, "results": [each.as_json() for each in results]}
+            options.output.write_text(
+                json.dumps(found, indent=1) + "\n"
+            )  # after each: a run that is stopped keeps them
             sent = "pipelined" if case.pipelined else "one in flight"
             print(f"measured: {case.rows} rows, {case.trainers} trainers, {sent}", file=sys.stderr, flush=True)
-    facts["load_after"] = os.getloadavg()[0]
     print(table(HEADS, map(_row, results)))
     if without:
         print(f"Reverb did not run: {without}")
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
-    found = {"facts": facts, "reverb_did_not_run": without, "results": [each.as_json() for each in results]}
-    options.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {options.output}")
     return 0
 

@@ -66,9 +66,8 @@ class PolicyLog:
             if entry.version != before.version + 1:
                 raise ValueError(f"entries: version {entry.version} follows {before.version}; versions have no gaps")
         keys = PolicyKeys(self._prefix, owner.policy)
-        for batch in _batches(entries):
-            large = len(batch) == 1 and entry_bytes(batch[0]) > LARGE_APPEND_BYTES
-            async with self._turn() if large else nullcontext():
+        for batch, size in _batches(entries):
+            async with self._turn() if size > LARGE_APPEND_BYTES else nullcontext():
                 await self._appending.script(
                     "append",
                     scripts.APPEND,
@@ -180,16 +179,17 @@ def entry_bytes(entry: LogEntry) -> int:
     return _ENTRY_OVERHEAD_BYTES + sum(map(len, entry.fields)) + sum(map(len, entry.fields.values()))
 
 
-def _batches(entries: Sequence[LogEntry]) -> Iterator[Sequence[LogEntry]]:
+def _batches(entries: Sequence[LogEntry]) -> Iterator[tuple[Sequence[LogEntry], int]]:
+    """Runs of entries that go out together, and their bytes: more than MAX_APPEND_BYTES only of a single one."""
     start = size = 0
     for position, entry in enumerate(entries):
         added = entry_bytes(entry)
         if position > start and size + added > MAX_APPEND_BYTES:
-            yield entries[start:position]
+            yield entries[start:position], size
             start, size = position, 0
         size += added
     if entries:
-        yield entries[start:]
+        yield entries[start:], size
 
 
 def _flat(entries: Sequence[LogEntry]) -> Iterator[Argument]:

@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 
 from equipoise_server.store import scripts
 from equipoise_server.store.checksums import of_columns
-from equipoise_server.store.commands import Argument, Commands
+from equipoise_server.store.commands import Commands
+from equipoise_server.store.direct import Argument
 from equipoise_server.store.errors import Damaged
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.limits import MAX_COMMAND_BYTES

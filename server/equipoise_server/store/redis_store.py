@@ -25,6 +25,7 @@ from equipoise_server.store.connect import (
     RESERVED_CONNECTIONS,
     client_for,
     close_client,
+    direct_connections,
 )
 from equipoise_server.store.errors import StoreError
 from equipoise_server.store.format import FORMAT
@@ -69,6 +70,7 @@ class RedisStore:
         appending: Client | None = None,
     ) -> None:
         self._clients = (client, appending) if appending else (client,)
+        self._direct = direct_connections(appending, timeout_s=command_timeout_s) if appending else None
         self._wait_replicas = wait_replicas
         self._confirms_writes = confirms_writes
         self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)
@@ -81,7 +83,9 @@ class RedisStore:
             self._commands,
             prefix=prefix,
             reading=patient,
-            appending=Commands(appending or client, timeout_s=command_timeout_s, observer=observer),
+            appending=Commands(
+                appending or client, timeout_s=command_timeout_s, observer=observer, direct=self._direct
+            ),
             replicas=wait_replicas,
         )
         self._pages = PageTable(patient, prefix=prefix)
@@ -110,24 +114,22 @@ class RedisStore:
             confirms_writes: for a Redis with `appendfsync no` on whose file durability rests. It answers an append in
                 the turn of its loop in which it writes its file, also when that write fails (a full disk); it refuses
                 a PING from then on. So an append is only done once a PING behind it is answered.
-            wait_replicas: how many replicas of Redis must have an append before it is done. What waits for them has
-                connections of its own.
+            wait_replicas: how many replicas of Redis must have an append before it is done.
 
         Raises:
             InvalidStoreUrl: not such a URL.
         """
 
-        def client() -> Client:
-            return client_for(url, access=access, command_timeout_s=command_timeout_s)
-
+        client = client_for(url, access=access, command_timeout_s=command_timeout_s)
+        appending = client_for(url, access=access, command_timeout_s=command_timeout_s, untimed=True)
         return cls(
-            client(),
+            client,
             prefix=prefix,
             command_timeout_s=command_timeout_s,
             observer=observer,
             confirms_writes=confirms_writes,
             wait_replicas=wait_replicas,
-            appending=client() if wait_replicas else None,
+            appending=appending,
         )
 
     async def ping(self) -> None:
@@ -144,6 +146,8 @@ class RedisStore:
 
     async def close(self) -> None:
         """Close all connections; the store cannot be used afterwards."""
+        if self._direct is not None:
+            await self._direct.close()
         for client in self._clients:
             await close_client(client)
 
@@ -244,7 +248,7 @@ class RedisStore:
         """
         await self._log.append(owner, entries)
         if self._confirms_writes:
-            await self._commands.run("confirm", "PING")
+            await self._log.ping()
 
     async def confirm(self, owner: Ownership) -> None:
         """Return once all that there is of a policy is as safe as after an append; see `wait_replicas`."""

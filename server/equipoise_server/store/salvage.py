@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from equipoise_server.store.checksums import check, checksum, opened_text
-from equipoise_server.store.commands import Argument, Commands
+from equipoise_server.store.commands import Commands
+from equipoise_server.store.direct import Argument
 from equipoise_server.store.errors import Damaged, LogLost, TooNew
 from equipoise_server.store.format import FORMAT, number
 from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key

@@ -11,8 +11,8 @@ from tests.servers import ServerProcess, serve
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    """A server that the tests of a file share; each uses policies of its own."""
-    with serve(metrics_max_policies=1000) as process:
+    """A server that the tests of a file share; each uses policies of its own. LOGGED is LOGGED on a busy machine, too."""
+    with serve(metrics_max_policies=1000, log_timeout_s=60.0) as process:
         yield process
 
 

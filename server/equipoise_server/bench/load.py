@@ -50,16 +50,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a step: their ids, int64 [B], and statistics by name, float32 or uint32 [B] each."""
+    """The rows of a step: their ids, int64 [B], and statistics by name, little-endian float32 or uint32 [B]."""
 
     ids: NDArray[np.int64]
     statistics: Mapping[str, NDArray[np.generic]]
 
     def request(self, sequence: int) -> pb.ExchangeRequest:
         """A step as it goes out."""
-        arrays = {
-            name: values.astype(values.dtype.newbyteorder("<")).tobytes() for name, values in self.statistics.items()
-        }
+        arrays = {name: values.tobytes() for name, values in self.statistics.items()}
         step = pb.StepRequest(sequence=sequence, example_ids=self.ids.astype("<u8").tobytes(), **arrays)  # type: ignore[arg-type]
         return pb.ExchangeRequest(step=step)
 
@@ -80,7 +78,7 @@ def make_rows(case: Case) -> list[Rows]:
 
 def _values(name: str, rows: int, random: np.random.Generator) -> NDArray[np.generic]:
     if name == "attempts":
-        return np.full(rows, ATTEMPTS, np.uint32)
+        return np.full(rows, ATTEMPTS, "<u4")
     if name == "successes":
-        return random.integers(0, ATTEMPTS + 1, rows, dtype=np.uint32)
-    return random.standard_normal(rows).astype(np.float32)
+        return random.integers(0, ATTEMPTS + 1, rows).astype("<u4")
+    return random.standard_normal(rows).astype("<f4")

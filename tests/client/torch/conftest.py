@@ -1,4 +1,4 @@
-"""A server for the tests of each file, which have policies of their own; small models on one thread, of which several would only wait for each other."""
+"""A server for the tests of each file; small models on one thread, of which several would only wait for each other."""
 
 from collections.abc import Iterator
 

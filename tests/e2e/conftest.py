@@ -11,7 +11,7 @@ from tests.servers import ServerProcess, serve
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    """A server that the tests of a file share; each uses policies of its own. LOGGED is LOGGED on a busy machine, too."""
+    """A server that the tests of a file share; each uses policies of its own, and waits for Redis on a busy machine."""
     with serve(metrics_max_policies=1000, log_timeout_s=60.0) as process:
         yield process
 

@@ -22,6 +22,7 @@ from equipoise.aio_stream import Stream
 from equipoise.archive import ArchiveReader, PolicyArchive
 from equipoise.calls import Attempts, Call, Field, ValuesChunk
 from equipoise.channel import AioChannels
+from equipoise.errors import PolicyNotFoundError
 from equipoise.policies import ListedPolicy, PolicySpec, PolicyStatus, ServerInfo
 from equipoise.results import StepResult
 from equipoise.route import Route
@@ -87,6 +88,12 @@ class PolicyClient(Trainer):
         self, count: int, *, with_replacement: bool = True, seed: int | None = None
     ) -> NDArray[np.uint64]:
         """Draws example ids with probability proportional to their weights."""
+        try:
+            return await self.admin.sample_examples(self.policy, count, with_replacement=with_replacement, seed=seed)
+        except PolicyNotFoundError:
+            if (spec := self._session.missing) is None:
+                raise
+        await self.admin.create(spec)
         return await self.admin.sample_examples(self.policy, count, with_replacement=with_replacement, seed=seed)
 
     async def status(self) -> PolicyStatus:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from equipoise.admin import PolicyAdmin
 from equipoise.calls import Field
 from equipoise.channel import Channels
+from equipoise.errors import PolicyNotFoundError
 from equipoise.policies import PolicyStatus, ServerInfo
 from equipoise.results import StepResult
 from equipoise.session import PROBE_SECONDS
@@ -69,8 +70,9 @@ class PolicyClient(Trainer):
     def step(self, ids: ArrayLike | None = None, **fields: Unpack[StepFields]) -> StepResult:
         """Sends the statistics of one training step, and waits for the weights of its examples.
 
-        A step needs at least one of `contributions`, `losses`, `reference_losses`, `gradient_sketches`, `target_loss`
-        and `guard_loss`; `rules.md` in the folder that `equipoise contract` shows tells which of them a rule needs.
+        A step needs at least one of `contributions`, `losses`, `reference_losses`, `gradient_sketches`, `successes`,
+        `target_loss` and `guard_loss`; `rules.md` in the folder that `equipoise contract` shows tells which of them a
+        rule needs.
 
         Args:
             ids: integers [B] in [0, N), the example of each row. An id may repeat: its rows count as one example with
@@ -193,6 +195,8 @@ class PolicyClient(Trainer):
     ) -> NDArray[np.uint64]:
         """Draws example ids with probability proportional to their weights; see `PolicyAdmin.sample_examples`.
 
+        A policy that does not exist yet is created first, as by a first step.
+
         Args:
             count: number of ids to draw, in [1, 2^32).
             with_replacement: whether an id may be drawn more than once.
@@ -204,6 +208,12 @@ class PolicyClient(Trainer):
         Raises:
             EquipoiseError: the call failed.
         """
+        try:
+            return self.admin.sample_examples(self.policy, count, with_replacement=with_replacement, seed=seed)
+        except PolicyNotFoundError:
+            if (spec := self._session.missing) is None:
+                raise
+        self.admin.create(spec)
         return self.admin.sample_examples(self.policy, count, with_replacement=with_replacement, seed=seed)
 
     def status(self) -> PolicyStatus:

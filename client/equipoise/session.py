@@ -24,6 +24,7 @@ from equipoise.errors import EquipoiseError
 from equipoise.link import Link, LinkState, Opening, Outage, is_final
 from equipoise.memory import Checkpoint, Memory
 from equipoise.options import SessionOptions
+from equipoise.policies import PolicySpec
 from equipoise.results import OUTCOMES, Outcome, Stats, StepResult
 from equipoise.tickets import SUSPECT_BYTES, Callers, Suspect, Ticket, Window
 from equipoise.v1 import policy_pb2 as pb
@@ -106,6 +107,11 @@ class Session:
         if self._outage.active and self._continues:
             self._callers.fall_back(ticket, now)
         return ticket
+
+    @property
+    def missing(self) -> PolicySpec | None:
+        """The policy to make where it is not found: it was given, and no opening or answer has told of it yet."""
+        return self.options.spec if self._create and not (self._view.uid or self._lost_policy) else None
 
     def read(self, ids: ArrayLike | None, *, step: int | None = None, now: float) -> Ticket:
         """Makes a read.

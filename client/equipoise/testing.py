@@ -67,8 +67,11 @@ class ServerProcess:
         """
         self._ready.unlink(missing_ok=True)
         with self._log.open("ab") as log:
-            # Nothing is written to the pipe: that it is open tells the server that this process lives.
-            self._process = subprocess.Popen(self._command(), stdin=subprocess.PIPE, stdout=log, stderr=log)
+            # Nothing is written to the pipe: that it is open tells the server that this process lives. A Ctrl-C is for
+            # this process, which then stops the server: two signals would end it at once, with its files left.
+            self._process = subprocess.Popen(
+                self._command(), stdin=subprocess.PIPE, stdout=log, stderr=log, process_group=0
+            )
         end = monotonic() + START_SECONDS
         while not self._ready.exists():
             if self._process.poll() is not None:

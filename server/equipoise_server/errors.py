@@ -125,6 +125,13 @@ def policy_exists(name: str, field: str, stored: object, asked: object) -> Servi
     )
 
 
+def name_taken(name: str) -> ServiceError:
+    """ALREADY_EXISTS: a fork or an import would have to replace the policy of this name."""
+    violation = Violation("policy.name", f"{name!r} is the name of a policy that exists; use another name")
+    message = f"{violation.field}: {violation.description}"
+    return ServiceError(Code.ALREADY_EXISTS, "POLICY_EXISTS", message, violations=(violation,))
+
+
 def uid_mismatch(name: str, stored: str, asked: str) -> ServiceError:
     """FAILED_PRECONDITION: the policy was deleted and created again since the caller knew it."""
     message = f"policy {name!r} is now incarnation {stored}, not {asked}: it was created again since"

@@ -195,11 +195,13 @@ def test_a_data_directory_is_backed_up_while_trainers_go_on_and_comes_back_exact
         with Training(server) as training:
             training.wait(BEFORE)
             before = dict(training.durable)
-            said = run("cp --archive", folder=tmp_path, DATA_DIR=data_dir)
+            said = run("BACKUP=", folder=tmp_path, DATA_DIR=data_dir)
             training.wait(DURING)
         assert all(named(rule) in said for rule in RULES)
     assert (data_dir / "appendonlydir").exists() == (redis_release == "7")
-    run("rm -rf", folder=tmp_path, DATA_DIR=data_dir)
+    (copy,) = tmp_path.glob("equipoise-*")
+    run("mv ", folder=tmp_path, DATA_DIR=data_dir, BACKUP=copy)
+    assert (tmp_path / "data.before").exists()
     if of_a_redis:  # from a server's own to one of yours, and back
         shutil.copytree(data_dir, moved)
         with running(moved) as redis:
@@ -208,6 +210,8 @@ def test_a_data_directory_is_backed_up_while_trainers_go_on_and_comes_back_exact
         data_dir.mkdir(mode=0o700)
         run('cp "$BACKUP"', folder=tmp_path, BACKUP=backup, REDIS_DIR=data_dir)
     with serving(tmp_path / "again", data_dir=data_dir) as server:
+        listed = run("equipoise policy list", folder=tmp_path, SERVER=server.address)
+        assert all(named(rule) in listed for rule in RULES)
         assert_goes_on(server, training, at_least=before)
 
 
@@ -215,7 +219,7 @@ def test_one_policy_is_exported_and_imported(tmp_path: Path) -> None:
     with serving(tmp_path / "server") as server:
         with Training(server) as training:
             training.wait(BEFORE)
-        run("equipoise policy", folder=tmp_path, SERVER=server.address, POLICY=named(RULES[0]))
+        run("equipoise policy export", folder=tmp_path, SERVER=server.address, POLICY=named(RULES[0]))
         with grpc.insecure_channel(server.address) as channel:
             trainer = Trainer(rpc.PolicyServiceStub(channel))
             assert trainer.weights(f"{named(RULES[0])}-again") == trainer.weights(named(RULES[0]))
@@ -223,4 +227,16 @@ def test_one_policy_is_exported_and_imported(tmp_path: Path) -> None:
 
 
 def test_every_command_of_the_page_is_run_here() -> None:
-    assert [block.split()[0] for block in blocks()] == ["redis-cli", "cp", "equipoise", "cp", "rm"]
+    begins = ["redis-cli ", "BACKUP=", "equipoise policy export ", 'cp "$BACKUP" ', "mv ", "equipoise policy list "]
+    assert [block.startswith(begin) for begin, block in zip(begins, blocks(), strict=True)] == [True] * len(begins)
+
+
+def test_a_backup_never_lands_inside_an_older_one(tmp_path: Path) -> None:
+    for folder in ("data", "data.before", "backup"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "appendonly.aof").write_text(folder)
+    with pytest.raises(AssertionError, match="not empty"):
+        run("mv ", folder=tmp_path, DATA_DIR=tmp_path / "data", BACKUP="backup")
+    assert {path.parent.name: path.read_text() for path in tmp_path.glob("*/*")} == {
+        folder: folder for folder in ("data", "data.before", "backup")
+    }

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise import PolicyClient
-from equipoise.errors import StepRefusedError
+from equipoise import PolicyClient, aio
+from equipoise.errors import PolicyNotFoundError, StepRefusedError
 from equipoise_server.rules import Rule, TableState, aggregate, build
 from tests.servers import ServerProcess, serve
 
@@ -40,6 +40,26 @@ def own(count: int) -> tuple[Rule, TableState]:
     for step in steps(count):
         state = rule.update(state, aggregate(**step))
     return rule, state
+
+
+def test_the_first_call_may_be_a_draw(server: ServerProcess) -> None:
+    with client_of(server, "drawn-first") as client:
+        ids = client.sample_examples(8, with_replacement=False)
+        assert len(set(ids.tolist())) == 8
+        client.submit(ids, successes=[1] * 8, attempts=[8] * 8, omit_weights=True)
+        assert client.flush(60)
+        client.delete()
+        with pytest.raises(PolicyNotFoundError):  # what was deleted does not come back empty
+            client.sample_examples(8)
+    with PolicyClient(server.address, policy="drawn-never") as nameless, pytest.raises(PolicyNotFoundError):
+        nameless.sample_examples(8)
+
+
+async def test_the_first_call_of_an_asyncio_client_may_be_a_draw(server: ServerProcess) -> None:
+    settings: dict[str, Any] = {"policy": "drawn-first-aio", "num_examples": N, "rule": "learnability"}
+    async with aio.PolicyClient(server.address, **settings) as client:
+        assert len(await client.sample_examples(8, with_replacement=False)) == 8
+        assert (await client.status()).spec.rule == "learnability"
 
 
 def test_what_is_served_is_the_rule_s_own(server: ServerProcess) -> None:

@@ -159,6 +159,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_all(value: Any) -> list[Any]:
+    """What each process says, in all of them, by rank: for small picklable values."""
+    if num_processes() == 1:
+        return [value]
+    values = [None] * num_processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def same_everywhere(value: Any) -> Any:
     """What the first process says, in all of them: for small picklable values."""
     if num_processes() == 1:

@@ -18,7 +18,9 @@ from equipoise_server.bench.load import Case, Rows
 IN_FLIGHT = 64
 """Steps of a trainer that pipelines."""
 SUBMITTED = 256
-"""Steps that a client submits before it waits for their answers."""
+"""Most steps that a client submits before it waits for their answers."""
+SUBMITTED_BYTES = 32 << 20
+"""Most bytes of them: half of what a client keeps, since those before may not be durable yet."""
 MESSAGE_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
@@ -110,6 +112,7 @@ class AioClients:
 
     def __init__(self, case: Case, rows: Sequence[Rows], clients: Sequence[aio.PolicyClient]) -> None:
         self._pipelined = case.pipelined
+        self._at_once = _at_once(rows)
         self._trainers = list(zip(clients, _places(rows), strict=False))
 
     @classmethod
@@ -144,11 +147,10 @@ class AioClients:
             taken.append(now - started)
         return taken
 
-    @staticmethod
-    async def _submit(client: aio.PolicyClient, rows: Iterator[Rows], end: float) -> int:
+    async def _submit(self, client: aio.PolicyClient, rows: Iterator[Rows], end: float) -> int:
         sent = 0
         while time.perf_counter() < end or not sent:
-            for given in islice(rows, SUBMITTED):
+            for given in islice(rows, self._at_once):
                 client.submit(given.ids, **given.statistics)  # type: ignore[arg-type]
                 sent += 1
                 if time.perf_counter() >= end:
@@ -164,6 +166,7 @@ class SyncClients:
         self, case: Case, rows: Sequence[Rows], clients: Sequence[PolicyClient], threads: ThreadPoolExecutor
     ) -> None:
         self._pipelined = case.pipelined
+        self._at_once = _at_once(rows)
         self._trainers = list(zip(clients, _places(rows), strict=False))
         self._threads = threads
 
@@ -200,11 +203,10 @@ class SyncClients:
             taken.append(now - started)
         return len(taken), taken
 
-    @staticmethod
-    def _submit(client: PolicyClient, rows: Iterator[Rows], end: float) -> tuple[int, list[float]]:
+    def _submit(self, client: PolicyClient, rows: Iterator[Rows], end: float) -> tuple[int, list[float]]:
         sent = 0
         while time.perf_counter() < end or not sent:
-            for given in islice(rows, SUBMITTED):
+            for given in islice(rows, self._at_once):
                 client.submit(given.ids, **given.statistics)  # type: ignore[arg-type]
                 sent += 1
                 if time.perf_counter() >= end:
@@ -225,6 +227,11 @@ def _places(rows: Sequence[Rows]) -> Iterator[Iterator[Rows]]:
     """For each trainer the rows over and over, from another place."""
     for place in count():
         yield (rows[(place + step) % len(rows)] for step in count())
+
+
+def _at_once(rows: Sequence[Rows]) -> int:
+    """How many steps a client submits before it waits."""
+    return max(1, min(SUBMITTED, SUBMITTED_BYTES // rows[0].request(1).ByteSize()))
 
 
 def _check(answer: Any) -> None:

@@ -16,7 +16,7 @@ from equipoise.v1 import policy_pb2 as pb
 async def exchange(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     """Parses each step and answers it with the bytes of one statistic, of which there are as many as of weights."""
     while (request := await context.read()) is not grpc.aio.EOF:
-        weights = request.step.contributions or request.step.losses
+        weights = request.step.contributions or request.step.losses or request.step.successes
         await context.write(pb.ExchangeResponse(step=pb.StepResponse(weights=weights)))
 
 
@@ -39,7 +39,8 @@ async def _serve() -> None:
 @contextmanager
 def echo() -> Iterator[tuple[str, int]]:
     """Address and process id of an echo in a process of its own, which ends with this one."""
-    process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", __name__]  # in a group of its own: a Ctrl-C is for this process
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
     assert process.stdin is not None
     assert process.stdout is not None
     try:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import sys
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 FAILED = 1
+LONGEST_BLOCK_S = 3600
 
 ROWS = (1, 64, 256, 1024, 4096, 16384, 65536)
 MODES = ("one", "pipelined")
@@ -37,12 +39,20 @@ A server with a Redis of its own, and an echo of the same bytes on bare grpc.aio
 short blocks. Ratios to the echo are medians over the turns: they can be compared between machines, times cannot. Each
 combination of --rows, --trainers and --modes is a case.
 
-  sent        one step in flight for each trainer, or pipelined: stubs keep 64 in flight, clients submit 256 and flush
+  sent        one step in flight for each trainer, or pipelined: stubs keep 64 in flight, clients submit 256 (or 32 MiB)
+              and wait for their answers
+  server      the echo, or the policy server with steps that are answered once logged (`logged`) or at once (`behind`)
   via         bare stubs (as the echo is asked), equipoise.aio.PolicyClient, or equipoise.PolicyClient in threads
+  p50, p99    of a step, from its sending to its answer; of pipelined stubs it tells how long the queue is
+  p50/echo    median over the turns of p50 over the echo's; rate/echo the same of steps per second
   server µs   processor time of the server for each step; of its Redis, and of the process that sends, the same
   CPU s/M     processor time of the server for a million examples, seconds
+  RSS MB      memory of the server at the end, 10^6 bytes
   most time   whose processor time is most of the wall time; above 100 %: more than one core. `waiting`: nobody's, for
               a core, a wake-up or the disk
+
+The JSON file has the same in `results`, unrounded, with the unit in each name (`p50_ms`, `server_us`); it is written
+anew after each case. A run takes about (turns + 2) x seconds for each line of the table.
 
 --reverb PYTHON compares with DeepMind Reverb, whose step is a mutate_priorities of as many items: an interpreter that
 has dm-reverb 0.14 and tensorflow-cpu 2.14.
@@ -76,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"equipoise bench: {error}", file=sys.stderr)
         return USAGE_ERROR
     try:
+        with options.output.open("a"):  # before a long run, not after it
+            pass
         return asyncio.run(_run(options, cases))
     except (EquipoiseError, RuntimeError, OSError) as error:
         print(f"equipoise bench: {error}", file=sys.stderr)
@@ -109,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rule", default="ema_sign", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--setting", action="append", default=[], metavar="KEY=VALUE", help="of the rule; repeatable")
     parser.add_argument("--turns", type=_number, default=12, help="blocks of each that count; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.25, help="length of a block; default: %(default)s")
+    parser.add_argument("--seconds", type=_seconds, default=0.25, help="length of a block; default: %(default)s")
     parser.add_argument("--reverb", metavar="PYTHON", help="an interpreter that has dm-reverb")
     parser.add_argument("--output", type=Path, default=Path("bench.json"), help="JSON file; default: %(default)s")
     return parser
@@ -189,9 +201,22 @@ def _digits(value: float | None) -> str | None:
 
 
 def _number(text: str) -> int:
-    value = int(float(text))  # also 1e9
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    try:
+        value = float(text)  # also 1e9
+    except ValueError:
+        value = math.nan
+    if not (value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1")
+    return int(value)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= LONGEST_BLOCK_S:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most {LONGEST_BLOCK_S}")
     return value
 
 

@@ -30,9 +30,9 @@ from equipoise_server.errors import (
     draining,
     internal,
     invalid,
+    name_taken,
     not_owner,
     policy_deleted,
-    policy_exists,
     policy_not_found,
     uid_mismatch,
     unloaded,
@@ -158,11 +158,11 @@ class Engine:
         fresh = self._fresh(spec)
         header = replace(header, progress=replace(header.progress, version=0), trainers="{}")
         try:
-            if existing := await self._store.get(spec.name):
-                raise policy_exists(spec.name, "policy.name", existing.name, spec.name)
+            if await self._store.get(spec.name):
+                raise name_taken(spec.name)
             await self._store.publish(fresh, address=self.address, pages=pages, header=header.to_fields())
         except Fenced as error:  # somebody was faster
-            raise policy_exists(spec.name, "policy.name", spec.name, spec.name) from error
+            raise name_taken(spec.name) from error
         except StoreError as error:
             raise store_failed(error) from error
         return fresh

@@ -1,6 +1,9 @@
 """`equipoise bench`: whatever is compared is measured, with every rule, and what cannot be is told."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -8,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from equipoise.options import Limits
+from equipoise_server.bench.callers import _at_once
 from equipoise_server.bench.load import Case, make_rows
 from equipoise_server.commands.bench import main
 from equipoise_server.rules import aggregate, build, names
+from tests.e2e.faults.proxy import until
 
 TINY = ("--rows", "8", "--examples", "64", "--turns", "1", "--seconds", "0.01")
 
@@ -78,10 +84,71 @@ def test_without_reverb_it_says_so(
         (("--setting", "floor=7"), "floor"),
         (("--setting", "floor"), "--setting floor: must be KEY=VALUE"),
         (("--rows", "65"), "--rows 65: more than --examples 64"),
+        (("--rows", "1,x"), "--rows: x: must be an integer of at least 1"),
+        (("--trainers", "1.5"), "--trainers: 1.5: must be an integer of at least 1"),
+        (("--turns", "inf"), "--turns: inf: must be an integer of at least 1"),
+        (("--seconds", "nan"), "--seconds: nan: must be above 0"),
+        (("--seconds", "0"), "--seconds: 0: must be above 0"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_runs(
     capsys: pytest.CaptureFixture[str], options: tuple[str, ...], told: str
 ) -> None:
-    assert main([*TINY, *options]) == 2
+    try:
+        status: object = main([*TINY, *options])
+    except SystemExit as ended:  # of the parser
+        status = ended.code
+    assert status == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("equipoise_server.commands.bench._run", lambda *_: pytest.fail("it ran"))
+    assert main([*TINY, "--output", str(tmp_path / "none" / "found.json")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_clients_submit_no_more_than_they_keep() -> None:
+    for rows in (1, 65536):
+        case = Case(rows=rows, trainers=1, pipelined=True, num_examples=65536, rule="ema_sign")
+        step = make_rows(case)[0]
+        at_once = _at_once([step])
+        assert 1 <= at_once <= 256
+        assert at_once * len(step.request(1).SerializeToString()) <= Limits().window_bytes // 2
+
+
+def test_a_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As a terminal sends it: to all processes of the group at once."""
+    told = tmp_path / "told"
+    command = [sys.executable, "-m", "equipoise", "bench", *TINY, "--trainers", "1,2", "--turns", "100000"]
+    with told.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, "--via", "stubs", "--output", str(tmp_path / "found.json")],
+            stdout=out,
+            stderr=out,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    try:
+        # A server that is ready and the echo beside it are in the middle of a case that never ends.
+        until(
+            lambda: any(tmp_path.glob("equipoise-*/ready.json")) and b"bench.echo" in _children(process.pid),
+            within_s=120,
+            what="the server and the echo run",
+        )
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert not list(tmp_path.glob("equipoise-*"))
+    assert told.read_text() == ""
+
+
+def _children(pid: int) -> bytes:
+    """Command lines of a process's children."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return b"\n".join(Path(f"/proc/{child}/cmdline").read_bytes() for child in found)

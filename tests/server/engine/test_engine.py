@@ -253,7 +253,8 @@ async def test_a_fork_starts_with_the_same_bits_and_goes_its_own_way(servers: Se
     assert_same(await everything(source), snapshot)
     expected = await everything(forked)
     assert_same(await everything(await (await servers.make()).runner("fork")), expected)
-    with pytest.raises(ServiceError, match="use another name") as caught:
+    told = r"^policy\.name: 'fork' is the name of a policy that exists; use another name$"
+    with pytest.raises(ServiceError, match=told) as caught:
         await fork(engine, source, spec("fork", rule=rule))
     assert caught.value.reason == "POLICY_EXISTS"
 

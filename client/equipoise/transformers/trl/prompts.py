@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf, isfinite
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -11,10 +14,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from equipoise.client import PolicyClient
-from equipoise.errors import InvalidRequestError, UnavailableError
+from equipoise.errors import InvalidRequestError, UnavailableError, require
 from equipoise.results import Source
 from equipoise.torch.draws import Draws, Sampling
-from equipoise.torch.processes import rank, same_everywhere
+from equipoise.torch.processes import from_all, rank, same_everywhere
 from equipoise.transformers.data import ID
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ bool [completions]."""
 
 RULES = ("learnability", "uniform")
 """Rules of policies that take outcomes."""
+PROBES = 64
+"""Most prompts by which processes find out whether their datasets are the same."""
 FLUSH_S = 5.0
 """How long the end of a training waits for the last outcomes to arrive, seconds."""
 
@@ -44,11 +49,22 @@ class PromptTraining:
             functions gave None was no attempt.
         timeout: longest wait for a draw, seconds; then it is uniform, and so are the next ones, without a wait, until
             the server answers. Draws are asked for one batch ahead.
+
+    Raises:
+        InvalidRequestError: one of them is of another kind, or out of its range.
     """
 
     client: PolicyClient
     success: float | Success = 0.5
     timeout: float = 1.0
+
+    def __post_init__(self) -> None:
+        kind = type(self.client).__name__
+        require(hasattr(self.client, "sample_examples"), field="client", value=kind, rule="must be a PolicyClient")
+        fits = callable(self.success) or (_is_real(self.success) and isfinite(self.success))
+        require(fits, field="success", value=self.success, rule="must be a finite reward, or a function of the rewards")
+        fits = _is_real(self.timeout) and 0 < self.timeout < inf
+        require(fits, field="timeout", value=self.timeout, rule="must be finite and positive, seconds")
 
 
 class PromptSampler(Sampler[int]):
@@ -123,8 +139,8 @@ class PromptMixin(_Base):
     Each batch of prompts is drawn by weight, and of each prompt the policy is told how many completions succeeded. What
     is generated and how it is learned from stays TRL's own, so do not weigh anything again. Nothing waits for the
     network: outcomes are sent in the background, prompts asked for one batch ahead, and without a server prompts are
-    drawn uniformly. A prompt's id is its place in the training dataset, which must have a length. Evaluation is as
-    ever.
+    drawn uniformly. A prompt's id is its place in the training dataset, which must have a length and be the same in
+    all processes; a prompt that is there twice is two examples. Evaluation is as ever.
 
     `frac_reward_zero_std`, which TRL logs, says what share of the groups taught nothing; `policy/uniform_draws` is how
     many batches had to be drawn without the server. A training that is resumed goes on with the policy as it stands.
@@ -136,6 +152,10 @@ class PromptMixin(_Base):
 
     Args:
         policy: the policy, and what a success is.
+
+    Raises:
+        InvalidRequestError: the dataset has no length, other prompts than in other processes, or another number of
+            them than the policy has examples.
     """
 
     train_dataset: Any
@@ -147,10 +167,13 @@ class PromptMixin(_Base):
         self._prompts = policy
         self._prompt_sampler: PromptSampler | None = None
         self._prompt_ids: list[int] = []
+        fits = isinstance(policy, PromptTraining)
+        require(fits, field="policy", value=type(policy).__name__, rule="must be PromptTraining")
         super().__init__(*args, **kwargs)
         if not (hasattr(self.train_dataset, "__len__") and hasattr(self.train_dataset, "add_column")):
             rule = "must be a Dataset with a length: its prompts are drawn by their places"
             raise InvalidRequestError(field="train_dataset", value=type(self.train_dataset).__name__, rule=rule)
+        _check_same(self.train_dataset, policy.client)
         self.train_dataset = self.train_dataset.add_column(ID, list(range(len(self.train_dataset))))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,6 +254,29 @@ class PromptMixin(_Base):
             rule = f"must give a bool tensor [{len(rewards)}], one for each completion"
             raise InvalidRequestError(field="success", value=what, rule=rule)
         return told.cpu()
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_same(dataset: Any, client: PolicyClient) -> None:
+    """Compares the prompts with the policy and with those of other processes: an id means one prompt to all of them.
+
+    Raises:
+        InvalidRequestError: in all processes, where it is seen that they differ.
+    """
+    count = len(dataset)
+    places = np.linspace(0, count - 1, min(count, PROBES)).astype(int).tolist() if "prompt" in dataset.features else []
+    probe = [crc32(repr(dataset[place]["prompt"]).encode()) for place in places]
+    all_counts, all_probes, all_known = zip(*from_all((count, probe, client.num_examples)), strict=True)
+    if any(each != (count, probe) for each in zip(all_counts, all_probes, strict=True)):
+        counts = f"{' and '.join(map(str, sorted(set(all_counts))))} prompts"
+        rule = "must hold the same prompts in the same order in every process"
+        raise InvalidRequestError(field="train_dataset", value=counts, rule=rule)
+    if other := [known for known in all_known if known not in (None, count)]:
+        rule = f"must have as many as policy {client.policy!r} has examples, {other[0]}"
+        raise InvalidRequestError(field="train_dataset", value=f"{count} prompts", rule=rule)
 
 
 def _begin(client: PolicyClient) -> None:

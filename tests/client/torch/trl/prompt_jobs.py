@@ -9,6 +9,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from equipoise import PolicyClient, Timeout
+from equipoise.errors import InvalidRequestError
 from equipoise.torch.processes import rank
 from equipoise.transformers import PromptMixin, PromptTraining
 from tests.client.torch.trl.jobs import Texts, llama, tokenizer
@@ -83,6 +84,18 @@ def trainer_of(kind: str, client: Any, folder: Path, judge: Any, train: Any = No
 
 def process(index: int, folder: str, port: int, address: str) -> None:
     """One of two processes: what it was asked, and what the first one told."""
+    _enter(index, folder, port)
+    judge = Judge()
+    with client_of(address, "two") as client:
+        sent = recorded(client)
+        # A group of four is shared by both processes: two completions each.
+        trainer = trainer_of("grpo", client, Path(folder), judge, per_device_train_batch_size=2, ddp_backend="gloo")
+        trainer.train()
+        torch.save((judge.asked, sent), Path(folder) / f"{rank()}.pt")
+
+
+def _enter(index: int, folder: str, port: int) -> None:
+    """Makes this process one of two."""
     os.environ |= {
         "RANK": str(index),
         "LOCAL_RANK": str(index),
@@ -93,13 +106,19 @@ def process(index: int, folder: str, port: int, address: str) -> None:
         "HF_DATASETS_CACHE": f"{folder}/cache",
     }
     torch.set_num_threads(1)
-    judge = Judge()
-    with client_of(address, "two") as client:
-        sent = recorded(client)
-        # A group of four is shared by both processes: two completions each.
-        trainer = trainer_of("grpo", client, Path(folder), judge, per_device_train_batch_size=2, ddp_backend="gloo")
-        trainer.train()
-        torch.save((judge.asked, sent), Path(folder) / f"{rank()}.pt")
+
+
+def other_prompts(index: int, folder: str, port: int, kind: str) -> None:
+    """One of two processes, whose prompts are in another order or of another number; what it was told."""
+    _enter(index, folder, port)
+    train = prompts()
+    if index:
+        train = train.select(range(PROMPTS - 1)) if kind == "number" else train.select(range(PROMPTS)[::-1])
+    with client_of("127.0.0.1:1", "different") as client:
+        try:
+            trainer_of("grpo", client, Path(folder), Judge(), train, per_device_train_batch_size=2, ddp_backend="gloo")
+        except InvalidRequestError as error:
+            (Path(folder) / f"{index}.txt").write_text(str(error))
 
 
 def recorded(client: PolicyClient) -> list[tuple[list[int], list[int], list[int]]]:

@@ -17,11 +17,13 @@ from trl.trainer.utils import RepeatSampler
 from equipoise import PolicyAdmin, PolicyClient, Timeout
 from equipoise.errors import InvalidRequestError, UnavailableError
 from equipoise.testing import ServerProcess
-from equipoise.transformers import PromptSampler
+from equipoise.transformers import PromptSampler, PromptTraining
 from tests.client.torch.trl.prompt_jobs import (
     PROMPTS,
     Judge,
+    PromptGRPO,
     client_of,
+    other_prompts,
     process,
     prompts,
     recorded,
@@ -240,9 +242,31 @@ def test_a_stream_is_refused(server: ServerProcess, tmp_path: Path) -> None:
 def test_a_policy_of_another_size_is_refused(server: ServerProcess, tmp_path: Path) -> None:
     with (
         client_of(server.address, "other-size", num_examples=7) as client,
-        pytest.raises(InvalidRequestError, match=r"num_examples.*must be that of the policy, 7"),
+        pytest.raises(InvalidRequestError, match=r"train_dataset = 24 prompts.*policy 'other-size' has examples, 7"),
     ):
         trainer_of("grpo", client, tmp_path, Judge()).train()
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [("success", "0.5"), ("success", None), ("success", True), ("success", float("nan")), ("timeout", -1.0),
+     ("timeout", float("inf")), ("client", "localhost:50051")],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused_before_anything_is_generated(field: str, given: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{field} = "):
+        PromptTraining(**({"client": Away()} | {field: given}))
+
+
+def test_a_client_is_no_policy(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="policy = 'Away': must be PromptTraining"):
+        PromptGRPO(policy=Away())
+
+
+@pytest.mark.parametrize("kind", ["order", "number"])
+def test_two_processes_with_different_prompts_are_both_refused(kind: str, tmp_path: Path) -> None:
+    mp.spawn(other_prompts, args=(str(tmp_path), free_port(), kind), nprocs=2)
+    for index in range(2):
+        assert "the same prompts in the same order in every process" in (tmp_path / f"{index}.txt").read_text()
 
 
 def test_a_rule_that_takes_no_outcomes_is_refused(server: ServerProcess, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # Every target brings what it needs: a virtual environment in .venv, and one for the stub generator in .venv-proto.
-# Variables: PYTHON, the interpreter to start from (3.11 or newer); ARGS, more arguments for demo, test and soak;
+# Variables: PYTHON, the interpreter to start from (3.11 or newer); ARGS, more arguments for demo, test, bench and soak;
 # MINUTES, how long to soak; WORKERS, processes that make test divides the tests among (0: none, as a debugger needs).
 
 PYTHON ?= python3
@@ -44,7 +44,7 @@ format: .venv/.tools ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 bench: .venv/.bench ## benchmarks, as ratios
-	$(BIN)/python -m tests.benchmarks.exchange
+	$(BIN)/equipoise bench $(ARGS)
 	$(BIN)/python -m tests.benchmarks.security
 	$(BIN)/python -m tests.benchmarks.metrics
 	$(BIN)/python -m tests.benchmarks.trajectory

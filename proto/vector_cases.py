@@ -64,6 +64,14 @@ class Trainer:
             request["reference_losses"] = [self.uniform(0.1, 4.0) for _ in ids]
         return request
 
+    def outcomes(self, count: int = 5) -> Request:
+        """A step with successes of attempts; examples of higher ids succeed more often."""
+        ids = self.ids(count)
+        attempts = [1 + int(16 * self._random.random()) for _ in ids]
+        pairs = zip(ids, attempts, strict=True)
+        successes = [sum(self._random.random() * (N - 1) < example for _ in range(tried)) for example, tried in pairs]
+        return {"example_ids": ids, "successes": successes, "attempts": attempts}
+
     def row(self, t: int, *, scale: float) -> Request:
         """A step that moves row t of a trajectory."""
         contributions = [round(scale * self.contribution(example), 6) for example in range(self._num_examples)]
@@ -78,6 +86,7 @@ def asked() -> Iterator[Asked]:
     yield from _penalised()
     yield from _from_losses()
     yield from _strata()
+    yield from _outcomes()
     yield from _trajectories()
 
 
@@ -267,6 +276,44 @@ def _stratum_step(trainer: Trainer, *, grouped: bool) -> Request:
         "contributions": [round(1.0 - 0.3 * example + trainer.uniform(-0.5, 0.5), 3) for example in ids],
     }
     return request | {"groups": [example % 2 for example in ids]} if grouped else request
+
+
+def _outcomes() -> Iterator[Asked]:
+    for name, about, settings in (
+        ("defaults", "successes of attempts under default settings, every kind of request", {}),
+        (
+            "greedy",
+            "no exploration, a high floor, no memory",
+            {"exploration": 0.0, "floor": 0.3, "decay": 0.0},
+        ),
+        ("patient", "half of the weight by age, and a long memory", {"exploration": 0.5, "decay": 0.95, "prior": 2.0}),
+    ):
+        trainer = Trainer(60)
+        unscored, repeated, everything, elsewhere, silent = (trainer.outcomes(count) for count in (5, 6, N, 4, 4))
+        unscored["scored"] = [1, 1, 0, 1, 0]
+        unscored["attempts"][2] = 0
+        repeated["example_ids"][3] = repeated["example_ids"][0]
+        everything["all_examples"] = bool(everything.pop("example_ids"))
+        yield Asked(
+            rule="learnability",
+            name=name,
+            about=f"{about}; a step without outcomes is refused",
+            settings=settings,
+            requests=[
+                {"sequence": 0, "all_examples": True},
+                *(trainer.outcomes() for _ in range(8)),
+                unscored,
+                repeated,
+                everything,
+                elsewhere | {"weights_for": [0, 5, 5, N - 1]},
+                silent | {"omit_weights": True},
+                trainer.outcomes() | {"losses": [1.0] * 5, "target_loss": 1.5},
+                {"target_loss": 1.25},
+                trainer.step(),
+                trainer.outcomes(),
+                {"sequence": 0, "all_examples": True},
+            ],
+        )
 
 
 def _trajectories() -> Iterator[Asked]:

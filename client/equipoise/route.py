@@ -51,7 +51,7 @@ class Route:
     """The servers of one service, and which of them is asked now.
 
     An owner whose address cannot be reached is not followed for a while: what was listed is asked again, as it may be a
-    name of many servers, or know a new owner.
+    name of many servers, or know a new owner. The same where a server names an owner at the address it was asked at.
 
     Args:
         address: `host:port`, or several with commas between them.
@@ -105,7 +105,7 @@ class Route:
             self._note(asked, error if unreached else None)
         if self.server != asked:  # another call of this client has turned already
             return True
-        if isinstance(error, OwnershipError) and (owner := self._named(error)):
+        if isinstance(error, OwnershipError) and (owner := self._named(error)) and owner.address != asked.address:
             self._owner = owner
         elif unreached or error is None or isinstance(error, UnavailableError):
             if self._owner is None:

@@ -15,7 +15,10 @@ FRAME_BYTES = 4096
 
 ROW_STATISTICS = ("contributions", "losses", "reference_losses")
 """Fields of a step with one float per row."""
-STATISTICS = (*ROW_STATISTICS, "gradient_sketches", "target_loss", "guard_loss")
+OUTCOMES = ("successes", "attempts")
+"""Fields of a step with one count per row."""
+PER_ROW = (*ROW_STATISTICS, *OUTCOMES, "gradient_sketches")
+STATISTICS = (*ROW_STATISTICS, "successes", "gradient_sketches", "target_loss", "guard_loss")
 """Fields that make a request a step."""
 
 
@@ -41,6 +44,10 @@ class StepFields(TypedDict, total=False):
             needs contributions ignores the rows without.
         groups: integers [B] in [0, 2^32): the group of each row's example, such as its label or source, for rule
             `strata`; below the policy's setting `groups`.
+        successes: integers [B], where scored at most `attempts`: how many attempts at each row's example succeeded, for
+            rule `learnability`.
+        attempts: integers [B] in [0, 2^32), where scored at least 1: how many there were, such as the completions of a
+            prompt; rows of one id add up.
         target_loss: mean loss on the target set A, nats.
         guard_loss: mean loss on the guard set B, nats.
         step: the number of the training step, in [0, 2^64), for people to read. For rule `trajectory` it is the row
@@ -58,6 +65,8 @@ class StepFields(TypedDict, total=False):
     scored: ArrayLike
     measured: ArrayLike
     groups: ArrayLike
+    successes: ArrayLike
+    attempts: ArrayLike
     target_loss: float
     guard_loss: float
     step: int
@@ -122,7 +131,8 @@ def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Req
             setattr(message, name, _row_statistic(name, values, len(rows), there).tobytes())
     _sketches(message, fields, len(rows), measured)
     if (groups := fields.get("groups")) is not None:
-        message.groups = _groups(groups, len(rows)).tobytes()
+        message.groups = _counts("groups", groups, len(rows)).tobytes()
+    _outcomes(message, fields, len(rows), scored)
     if (target_loss := fields.get("target_loss")) is not None:
         message.target_loss = _loss("target_loss", target_loss)
     if (guard_loss := fields.get("guard_loss")) is not None:
@@ -219,10 +229,10 @@ def _rows(message: pb.StepRequest, ids: ArrayLike | None, fields: StepFields, bo
         return rows
     if everything:
         message.all_examples = True
-        count = bounds.num_examples or max(_length(fields.get(name)) for name in (*ROW_STATISTICS, "gradient_sketches"))
+        count = bounds.num_examples or max(_length(fields.get(name)) for name in PER_ROW)
         _check_rows("all_examples", count, bounds)
         return np.arange(count, dtype=np.uint64)
-    for name in (*ROW_STATISTICS, "gradient_sketches", "scored", "measured", "groups"):
+    for name in (*PER_ROW, "scored", "measured", "groups"):
         if fields.get(name) is not None:
             raise InvalidRequestError(field="ids", rule=f"{name} need the ids of their rows, or all_examples=True")
     return np.zeros(0, np.uint64)
@@ -246,13 +256,27 @@ def _measured(fields: StepFields, rows: int) -> NDArray[np.uint8] | None:
     return mask
 
 
-def _groups(values: ArrayLike, rows: int) -> NDArray[np.uint32]:
-    array = _array("groups", values)
-    _check_length("groups", len(array), rows)
+def _counts(field: str, values: ArrayLike, rows: int) -> NDArray[np.uint32]:
+    array = _array(field, values)
+    _check_length(field, len(array), rows)
     if array.dtype.kind not in "iu":
-        raise InvalidRequestError(field="groups", value=array.dtype, rule="must be integers in [0, 2^32)")
-    _check_all("groups", array, (array >= 0) & (array < 2**32), "must be in [0, 2^32)")
+        raise InvalidRequestError(field=field, value=array.dtype, rule="must be integers in [0, 2^32)")
+    _check_all(field, array, (array >= 0) & (array < 2**32), "must be in [0, 2^32)")
     return array.astype("<u4")
+
+
+def _outcomes(message: pb.StepRequest, fields: StepFields, rows: int, scored: NDArray[np.uint8] | None) -> None:
+    successes, attempts = fields.get("successes"), fields.get("attempts")
+    if successes is None and attempts is None:
+        return
+    if successes is None or attempts is None:
+        missing = "successes" if successes is None else "attempts"
+        raise InvalidRequestError(field=missing, rule="must be given: successes and attempts go together")
+    won, tried = _counts("successes", successes, rows), _counts("attempts", attempts, rows)
+    free = np.zeros(rows, np.bool_) if scored is None else scored == 0
+    _check_all("attempts", tried, free | (tried > 0), "must be at least 1 where scored")
+    _check_all("successes", won, free | (won <= tried), "must be at most the row's attempts")
+    message.successes, message.attempts = won.tobytes(), tried.tobytes()
 
 
 def _length(values: Any) -> int:

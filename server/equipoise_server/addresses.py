@@ -13,6 +13,10 @@ EVERYWHERE = ("", "0.0.0.0", "::")
 
 POD_IP = "POD_IP"
 """Variable that holds a pod's address, by a `fieldRef` to `status.podIP`."""
+UNEXPANDED = re.compile(r"\$\(\w+\)|\$\{\w+\}|\$\w+|\{\{.*?\}\}")
+"""A variable in the place of its value: Kubernetes leaves `$(NAME)` as it is where NAME comes later, or never."""
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+
 IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
 """Variable that Kubernetes sets in every pod."""
 
@@ -46,6 +50,21 @@ def is_loopback(address: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:  # any other name may be anywhere, and no name is everywhere
         return False
+
+
+def check_reachable(address: str) -> None:
+    """Raises ValueError for a `HOST:PORT` by which nobody can reach a server, wherever it is."""
+    if found := UNEXPANDED.search(address):
+        raise ValueError(
+            f"still holds {found[0]}, a variable that was not expanded: in a pod, `env` must define it above this one"
+        )
+    host, port = host_and_port(address)
+    if host in EVERYWHERE:
+        raise ValueError("is every interface, which is no address that anybody can reach")
+    if port == 0:
+        raise ValueError("has port 0, at which nobody can be reached")
+    if ":" not in host and not _NAME.fullmatch(host):
+        raise ValueError(f"has a host, {host!r}, that is neither a name nor an address")
 
 
 def reachable(address: str, environment: Mapping[str, str]) -> str:

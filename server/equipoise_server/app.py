@@ -82,6 +82,7 @@ class Server:
         # A Redis of its own serves no other server: who finds a policy there owns it.
         self._instance = secrets.token_hex(8) if settings.redis else ""
         self._redis_trouble = ""
+        self._address_shared_until = 0.0
         self._health = Health("redis")
         self._access = Access(settings.tokens_file)
         self._calls = Calls(
@@ -300,11 +301,29 @@ class Server:
                 leaving=self._leaving,
                 ttl_s=ttl_s,
             )
+            self._note_namesake(
+                await self._store.claim_address(self._instance, address=self._engine.address, ttl_s=ttl_s)
+            )
         except Unavailable as error:
             if error.kind not in ("oom", "readonly", "misconf"):
                 raise
             return False
         return True
+
+    def _note_namesake(self, other: str) -> None:
+        """Another server that advertises this one's address; empty: none has lately. Told once, until it is over."""
+        now = asyncio.get_running_loop().time()
+        if other:
+            self._address_shared_until = now + self._settings.owner_timeout_s
+            if not self._overview.address_shared:
+                log.warning(
+                    "another server advertises the same address: trainers that are sent there may meet either, and be"
+                    " sent there again; give each its own (advertise)",
+                    address=self._engine.address,
+                    instance=self._instance,
+                    other=other,
+                )
+        self._overview.address_shared = now < self._address_shared_until
 
     async def _watch_usage(self, redis: EmbeddedRedis) -> None:
         while True:

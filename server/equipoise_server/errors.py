@@ -186,6 +186,18 @@ def state_damaged(detail: str) -> ServiceError:
     return ServiceError(Code.DATA_LOSS, "STATE_DAMAGED", f"{detail}; `equipoise repair` shows what can be saved")
 
 
+def too_new(detail: str, *, found: int, readable: int) -> ServiceError:
+    """UNAVAILABLE: a newer release has stored the policy; a server of that release can serve it."""
+    message = f"{detail}; run that release, or restore a backup of before (deploy/operations.md)"
+    return ServiceError(
+        Code.UNAVAILABLE,
+        "POLICY_TOO_NEW",
+        message,
+        metadata={"format": str(found), "readable": str(readable)},
+        retry_after_s=5.0,
+    )
+
+
 def device_full(name: str, *, needed: int, free: int, device: str) -> ServiceError:
     """RESOURCE_EXHAUSTED: the policy's tables do not fit the memory that is free."""
     message = f"policy {name!r} needs {needed} bytes of {device} memory, of which {free} are free"

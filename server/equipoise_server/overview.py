@@ -22,6 +22,7 @@ class Overview:
 
     Attributes:
         redis_up: whether the last word from Redis was an answer.
+        address_shared: whether another server advertises this one's address.
         own_redis_usage: what the server's own Redis took when it was last looked at.
     """
 
@@ -36,6 +37,7 @@ class Overview:
     own_redis: EmbeddedRedis | None = None
     own_redis_usage: Usage | None = None
     redis_up: bool = False
+    address_shared: bool = False
 
     def status(self) -> ServerStatus:
         """The picture of now; taken on the event loop."""
@@ -55,6 +57,7 @@ class Overview:
             device=self.device.device.type if self.device else "",
             device_bytes=_device_bytes(self.device.device, policies) if self.device else {},
             redis_up=self.redis_up,
+            address_shared=self.address_shared,
             draining=self.health.draining,
             certificate_expires=self.certificates.expires if self.certificates else None,
             reloads={

@@ -20,7 +20,7 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as SourceError
 
 from equipoise.security import VARIABLES as CLIENT_VARIABLES
-from equipoise_server.addresses import host_and_port, is_loopback
+from equipoise_server.addresses import check_reachable, host_and_port, is_loopback
 from equipoise_server.redis_url import RedisAccess, RedisUrl
 
 PROGRAM = "equipoise serve"
@@ -48,6 +48,12 @@ def _check_address_or_empty(address: str) -> str:
     return address and _check_address(address)
 
 
+def _check_advertised(address: str) -> str:
+    if address:
+        check_reachable(address)
+    return address
+
+
 def _check_redis_url(url: SecretStr) -> SecretStr:
     RedisUrl.parse(url.get_secret_value())
     return url
@@ -67,6 +73,7 @@ def _state_dir() -> Path:
 
 Address = Annotated[str, AfterValidator(_check_address)]
 OptionalAddress = Annotated[str, AfterValidator(_check_address_or_empty)]
+AdvertisedAddress = Annotated[str, AfterValidator(_check_advertised)]
 SecretUrl = Annotated[SecretStr, AfterValidator(_check_redis_url)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_check_path)]
 
@@ -150,7 +157,7 @@ class Settings(BaseSettings):
         "everysec", description="when the server's own Redis is flushed to disk; always: survives power loss, slower"
     )
 
-    advertise: OptionalAddress = Field(
+    advertise: AdvertisedAddress = Field(
         "",
         description="address HOST:PORT under which trainers reach this server: another one tells it to those who ask"
         " there for a policy of this one; empty: listen, or where that is every interface this machine's name, in a pod"

@@ -25,15 +25,35 @@ from equipoise.channel import Server
 from equipoise.testing import serve
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
+from equipoise_server.bench.load import Case, make_rows
 from equipoise_server.security import Scope, entry, new_token
-from tests.benchmarks.exchange import NUM_EXAMPLES, ROWS, requests, round_trips
 from tests.e2e.security.authority import Authority
 
+NUM_EXAMPLES = 1_000_000
+ROWS = (64, 1024, 8192)
 WARM_UP = 3
 BLOCKS = 60
 ONE_BY_ONE, TOGETHER, ALONE = 20, 100, 10
 """Steps of one block: each waiting for its answer, many in flight, and by a call of its own each."""
 IN_FLIGHT = 32
+
+
+def requests(rows: int) -> list[pb.ExchangeRequest]:
+    """Steps of random ids and contributions."""
+    case = Case(rows=rows, trainers=1, pipelined=False, num_examples=NUM_EXAMPLES, rule="ema_sign")
+    made = make_rows(case)
+    return [made[place % len(made)].request(1 + place) for place in range(max(ONE_BY_ONE, TOGETHER))]
+
+
+async def round_trips(call: Any, given: list[pb.ExchangeRequest]) -> list[float]:
+    """Seconds from each request to its answer."""
+    taken = []
+    for request in given:
+        started = time.perf_counter()
+        await call.write(request)
+        await call.read()
+        taken.append(time.perf_counter() - started)
+    return taken
 
 
 def servers(stack: ExitStack) -> dict[str, Server]:
@@ -107,7 +127,7 @@ async def measure(known: dict[str, Server]) -> dict[tuple[int, str, str], list[f
     taken: dict[tuple[int, str, str], list[float]] = {}
     for rows in ROWS:
         policy = f"bench-{rows}"
-        given = list(requests(rows, first=1))
+        given = requests(rows)
         async with AsyncExitStack() as stack:
             streams = {name: await stack.enter_async_context(stream(at, policy)) for name, at in known.items()}
             sequence = 1

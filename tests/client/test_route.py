@@ -50,6 +50,19 @@ def test_the_owner_is_asked_until_it_is_lost() -> None:
     assert route.server.address == "a:1"
 
 
+def test_an_owner_at_the_address_that_was_asked_is_looked_for_over_another_connection() -> None:
+    """An address that leads to several servers may lead to the owner the next time."""
+    route = Route("a:1", None)
+    for _ in range(5):
+        asked = route.server
+        assert route.turn(owned_by("a:1"))
+        assert route.server.address == "a:1"
+        assert route.server != asked
+    assert route.turn(owned_by("b:2"))
+    assert route.turn(owned_by("b:2"))  # whoever answers there is not the one
+    assert route.server.address == "a:1"
+
+
 class Clock:
     """A clock that a test sets."""
 

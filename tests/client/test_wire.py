@@ -20,6 +20,8 @@ def test_a_step_is_little_endian_bytes() -> None:
             "scored": [True, False],
             "measured": [0, 1],
             "groups": [2, 2**32 - 1],
+            "successes": [3, 7],
+            "attempts": [8, 0],
             "target_loss": 1.5,
             "guard_loss": 2.5,
             "step": 7,
@@ -33,6 +35,8 @@ def test_a_step_is_little_endian_bytes() -> None:
     assert message.losses == bytes.fromhex("0000003f0000803e")
     assert (message.scored, message.measured) == (b"\x01\x00", b"\x00\x01")
     assert message.groups == bytes.fromhex("02000000ffffffff")
+    assert message.successes == bytes.fromhex("0300000007000000")
+    assert message.attempts == bytes.fromhex("0800000000000000")
     assert (message.target_loss, message.guard_loss, message.step) == (1.5, 2.5, 7)
     assert message.weights_for == (9).to_bytes(8, "little")
     assert request.answer_ids.tolist() == [9]
@@ -112,6 +116,14 @@ def test_unscored_rows_may_hold_nan() -> None:
         ([1, 2], {"losses": [1, 2], "groups": [1]}, "groups", None, "2 rows"),
         ([1, 2], {"losses": [1, 2], "groups": [0, -1]}, "groups", 1, "2^32"),
         ([1, 2], {"losses": [1, 2], "groups": [0.5, 1]}, "groups", None, "integers"),
+        ([1], {"successes": [1]}, "attempts", None, "go together"),
+        ([1], {"attempts": [1]}, "successes", None, "go together"),
+        ([1, 2], {"successes": [1, 1], "attempts": [1]}, "attempts", None, "2 rows"),
+        ([1, 2], {"successes": [1, 0.5], "attempts": [1, 1]}, "successes", None, "integers"),
+        ([1, 2], {"successes": [1, -1], "attempts": [1, 1]}, "successes", 1, "2^32"),
+        ([1, 2], {"successes": [1, 0], "attempts": [1, 0]}, "attempts", 1, "at least 1"),
+        ([1, 2], {"successes": [1, 2], "attempts": [1, 1]}, "successes", 1, "at most"),
+        (None, {"successes": [1], "attempts": [1]}, "ids", None, "successes need the ids"),
         (None, {"target_loss": 1.0, "groups": [0]}, "ids", None, "groups need the ids"),
         ([1, 2], {"losses": [1, 2], "scored": [1]}, "scored", None, "2 rows"),
         ([1], {"losses": [1], "target_loss": np.nan}, "target_loss", None, "finite"),

@@ -16,6 +16,7 @@ from equipoise.conformance.vectors import Case, floats, load
 from equipoise_server.rules import Statistics, names
 from tests.server.rules.test_batch import softmax_mean_one
 from tests.server.rules.test_guard import guard_by_hand
+from tests.server.rules.test_learnability import Definition as LearnabilityDefinition
 from tests.server.rules.test_reference import Definition
 from tests.server.rules.test_strata import Definition as StrataDefinition
 from tests.server.rules.test_trajectory import sorted_projection
@@ -172,6 +173,21 @@ class Strata(ByHand):
         return np.array([one not in strata or raw[strata[one]] > floor for one in range(self.size)])
 
 
+class Learnability(ByHand):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.definition = LearnabilityDefinition(self.settings, num_examples=self.size)
+
+    def learn(self, rows: Statistics, request: Request) -> None:
+        self.definition.step(rows)
+
+    def plain(self, request: Request | None) -> Floats:
+        return self.definition.weights()
+
+    def scores(self) -> Floats:
+        return self.definition.scores()
+
+
 class Trajectory(ByHand):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -199,6 +215,7 @@ class Trajectory(ByHand):
 KINDS: dict[str, type[ByHand]] = {
     "boltzmann": Batch,
     "loss_linear_upper": Batch,
+    "learnability": Learnability,
     "strata": Strata,
     "trajectory": Trajectory,
 }
@@ -226,7 +243,7 @@ def _aggregated(request: Request, num_examples: int) -> Statistics | None:
         target = np.array(request["target_sketch"], dtype).astype(np.float64)
         sketches = np.array(request["gradient_sketches"], dtype).astype(np.float64).reshape(-1, len(target))
         given["contributions"] = (sketches @ target).astype(np.float32)
-    if not given:
+    if not given and "attempts" not in request:
         return None
     ids = np.arange(num_examples) if request.get("all_examples") else np.array(request["example_ids"])
     scored = np.array(request.get("scored", [1] * len(ids)), bool)
@@ -240,7 +257,12 @@ def _aggregated(request: Request, num_examples: int) -> Statistics | None:
     counts = np.array([(ids == one).sum() for one in found])
     groups = dict(zip(ids.tolist(), request["groups"], strict=True)) if "groups" in request else None
     of_found = None if groups is None else np.array([groups[one] for one in found.tolist()])
-    return Statistics(ids=found, counts=counts, groups=of_found, **means)
+    outcomes = {
+        name: np.array([sum(np.array(request[name])[scored & (ids == one)]) for one in found], np.int64)
+        for name in ("successes", "attempts")
+        if name in request
+    }
+    return Statistics(ids=found, counts=counts, groups=of_found, **means, **outcomes)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -203,6 +203,8 @@ def sketches(rows: bytes, target: bytes) -> dict[str, object]:
         ({"contributions": f32(NAN, NAN), "measured": bytes([0, 1])}, "NON_FINITE_STAT", "contributions[1]", "nan"),
         ({"groups": bytes(4)}, "SHAPE_MISMATCH", "groups", "4 bytes for 2 rows"),
         ({"groups": bytes(8)}, "UNUSABLE_STATISTICS", "groups", "rule ema_sign does not use them"),
+        ({"successes": bytes(8), "attempts": bytes(8)}, "OUT_OF_RANGE_VALUE", "attempts[0]", "at least 1"),
+        ({"successes": bytes(8)}, "SHAPE_MISMATCH", "attempts", "go together"),
         ({"target_loss": float("nan")}, "NON_FINITE_STAT", "target_loss", "nan"),
         ({"weights_for": u64(100)}, "ID_OUT_OF_RANGE", "weights_for[0]", "100"),
         ({"contributions": None, "losses": f32(1.0, 1.0)}, "UNUSABLE_STATISTICS", "contributions", "ema_sign"),

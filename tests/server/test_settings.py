@@ -72,6 +72,18 @@ def test_an_unknown_flag_ends_with_a_usage_error(capsys: pytest.CaptureFixture[s
     ("arguments", "said"),
     [
         (["--listen", "here"], "listen: 'here' is not HOST:PORT"),
+        (
+            ["--advertise", "$(POD_NAME).equipoise-pods:50051"],
+            "advertise: '$(POD_NAME).equipoise-pods:50051' still holds $(POD_NAME), a variable that was not expanded",
+        ),
+        (["--advertise", "${HOST}:1"], "advertise: '${HOST}:1' still holds ${HOST}, a variable"),
+        (["--advertise", "$HOST:1"], "advertise: '$HOST:1' still holds $HOST, a variable"),
+        (["--advertise", ":1"], "advertise: ':1' is every interface, which is no address"),
+        (["--advertise", "0.0.0.0:1"], "advertise: '0.0.0.0:1' is every interface"),
+        (["--advertise", "[::]:1"], "advertise: '[::]:1' is every interface"),
+        (["--advertise", "here:0"], "advertise: 'here:0' has port 0"),
+        (["--advertise", "a,b:1"], "advertise: 'a,b:1' has a host, 'a,b', that is neither"),
+        (["--advertise", "here"], "advertise: 'here' is not HOST:PORT"),
         (["--listen", "::1:50051"], "listen: '::1:50051' is not HOST:PORT"),
         (["--listen", ":65536"], "listen: ':65536' is not HOST:PORT"),
         (["--max-streams", "0"], "max_streams: '0' should be greater than or equal to 1"),
@@ -276,3 +288,11 @@ def test_no_spelling_of_a_password_reaches_a_message(
     assert "redis_url" in str(caught.value)
     assert "hunter" not in str(caught.value)
     assert "two" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["pod-0.pods.ml.svc.cluster.local:50051", "pod-0.pods.ml.svc.:1", "10.0.0.1:1", "[fd00::1]:1", "my_host:1"],
+)
+def test_what_others_may_reach_is_advertised(address: str) -> None:
+    assert load(["--advertise", address]).advertise == address

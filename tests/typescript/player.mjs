@@ -11,13 +11,14 @@ import { pathToFileURL } from "node:url";
 const [folder, path] = process.argv.slice(2);
 const { PolicyClient, StepRefusedError } = await import(pathToFileURL(`${folder}/dist/index.js`).href);
 const { address, cases } = JSON.parse(readFileSync(path, "utf8"));
+const WHOLE = ["scored", "measured", "groups", "successes", "attempts"];
 const base64 = (weights) => Buffer.from(weights.buffer).toString("base64");
 
 async function answered(client, { ids, half = false, read = false, fields = {} }) {
   for (const [name, values] of Object.entries(fields)) {
     if (!Array.isArray(values) || name === "weightsFor") continue;
     const kind = half && /[Ss]ketch/.test(name) ? Uint16Array : Float32Array;
-    fields[name] = ["scored", "measured", "groups"].includes(name) ? values : kind.from(values, (value) => value ?? NaN);
+    fields[name] = WHOLE.includes(name) ? values : kind.from(values, (value) => value ?? NaN);
   }
   try {
     const result = await (read ? client.read(ids, fields) : client.step(ids, fields));

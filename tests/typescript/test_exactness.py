@@ -22,9 +22,10 @@ RULES: dict[str, dict[str, float]] = {
     "rho": {},
     "boltzmann": {},
     "loss_linear_upper": {},
+    "learnability": {"decay": 0.8},
     "strata": {"strata": 4.0, "groups": 3.0, "min_count": 5.0},
 }
-STATISTICS = {"rho": {"losses", "reference_losses"}, "loss_linear_upper": {"losses"}}
+STATISTICS = {"rho": {"losses", "reference_losses"}, "loss_linear_upper": {"losses"}, "learnability": {"losses"}}
 """What rules read, where that is not contributions; some refuse what they do not read."""
 VECTORS = sorted((Path(__file__).parents[2] / "proto" / "vectors").glob("*.json"))
 
@@ -43,6 +44,9 @@ def drawn_steps(rule: str, random: np.random.Generator, count: int) -> list[dict
         }
         if rule == "strata":
             step |= {"groups": step["ids"] % 3, "measured": random.random(rows) < 0.7}
+        if rule == "learnability":
+            step["attempts"] = random.integers(1, 17, rows)
+            step["successes"] = random.binomial(step["attempts"], 0.4)
         if number % 5 == 0:
             step |= {"target_loss": float(random.random()), "guard_loss": float(random.random())}
         if number % 7 == 0:

@@ -5,7 +5,7 @@ from typing import Any
 import grpc
 
 from equipoise.conformance.check import Check, InapplicableError, Refusal, expect, refused
-from equipoise.conformance.target import Target, a_step, f32, u64
+from equipoise.conformance.target import Target, a_step, f32, u32, u64
 from equipoise.v1 import policy_pb2 as pb
 
 N = 8
@@ -30,6 +30,13 @@ BAD: tuple[tuple[str, dict[str, Any], str, str], ...] = (
      "NON_FINITE_STAT", "contributions[1]"),
     ("groups of another size", {"groups": b"\x00\x00\x00\x00\x00"}, "SHAPE_MISMATCH", "groups"),
     ("useless groups", {"groups": bytes(8)}, "UNUSABLE_STATISTICS", "groups"),
+    ("successes without attempts", {"successes": bytes(8)}, "SHAPE_MISMATCH", "attempts"),
+    ("attempts without successes", {"attempts": u32(1, 1)}, "SHAPE_MISMATCH", "successes"),
+    ("too few attempts", {"successes": u32(0, 0), "attempts": u32(1)}, "SHAPE_MISMATCH", "attempts"),
+    ("no attempt", {"successes": u32(0, 0), "attempts": u32(1, 0)}, "OUT_OF_RANGE_VALUE", "attempts[1]"),
+    ("more successes than attempts", {"successes": u32(3, 0), "attempts": u32(2, 1)}, "OUT_OF_RANGE_VALUE",
+     "successes[0]"),
+    ("useless outcomes", {"successes": u32(1, 0), "attempts": u32(1, 1)}, "UNUSABLE_STATISTICS", "successes"),
     ("a target loss that is NaN", {"target_loss": NAN}, "NON_FINITE_STAT", "target_loss"),
     ("a guard loss that is infinite", {"guard_loss": INF}, "NON_FINITE_STAT", "guard_loss"),
     ("weights for an id that is N", {"weights_for": u64(N)}, "ID_OUT_OF_RANGE", "weights_for[0]"),

@@ -186,6 +186,11 @@ def u64(*ids: int) -> bytes:
     return np.array(ids, "<u8").tobytes()
 
 
+def u32(*counts: int) -> bytes:
+    """Counts as the wire has them."""
+    return np.array(counts, "<u4").tobytes()
+
+
 def f32(*values: float) -> bytes:
     """Statistics as the wire has them."""
     return np.array(values, "<f4").tobytes()

@@ -17,6 +17,7 @@ Json: TypeAlias = Mapping[str, Any]
 FORMAT = 1
 IDS = ("example_ids", "weights_for")
 PER_ROW = ("contributions", "losses", "reference_losses")
+COUNTS = ("groups", "successes", "attempts")
 MASKS = ("scored", "measured")
 SKETCHES = ("gradient_sketches", "target_sketch")
 PLAIN = ("sequence", "step", "all_examples", "target_loss", "guard_loss", "omit_weights")
@@ -73,8 +74,7 @@ def step_request(request: Json) -> pb.StepRequest:
     fields |= {name: np.array(request[name], "<u8").tobytes() for name in IDS if name in request}
     fields |= {name: floats(request[name]).tobytes() for name in PER_ROW if name in request}
     fields |= {name: bytes(request[name]) for name in MASKS if name in request}
-    if "groups" in request:
-        fields["groups"] = np.array(request["groups"], "<u4").tobytes()
+    fields |= {name: np.array(request[name], "<u4").tobytes() for name in COUNTS if name in request}
     if "sketch_type" in request:
         dtype = SKETCH_DTYPES[request["sketch_type"]]
         fields["sketch_type"] = pb.SketchType.Value(request["sketch_type"])

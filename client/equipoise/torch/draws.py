@@ -30,9 +30,12 @@ class Draws:
         num_examples: N.
         seed: equal seeds draw equal ids from equal weights.
         timeout: longest wait for a draw, seconds; then the draw is uniform.
+        distinct: whether the ids of a draw differ.
     """
 
-    def __init__(self, client: Sampling, num_examples: int, *, seed: int, timeout: float) -> None:
+    def __init__(
+        self, client: Sampling, num_examples: int, *, seed: int, timeout: float, distinct: bool = False
+    ) -> None:
         self.lost = False
         """Whether the newest draw was uniform because the server did not answer."""
         self.fallbacks = 0
@@ -42,6 +45,7 @@ class Draws:
         self._num_examples = num_examples
         self._seed = seed
         self._timeout = timeout
+        self._distinct = distinct
         self._rank = 0
         self._size = 1
         self._coming: Future[NDArray[np.uint64]] | None = None
@@ -69,12 +73,19 @@ class Draws:
             self._ask(number + 1)
         self._note(lost=ids is None)
         if ids is None:
-            return self._generator(number).integers(self._num_examples, size=self._size, dtype=np.uint64)
+            return self.uniform(number)
         if int(ids.max()) >= self._num_examples:
             raise InvalidRequestError(
                 field="num_examples", value=self._num_examples, rule=f"the policy has more: it gave id {ids.max()}"
             )
         return ids
+
+    def uniform(self, number: int) -> NDArray[np.uint64]:
+        """What the draw of this number is without a server, [size]."""
+        generator = self._generator(number)
+        if self._distinct:
+            return generator.choice(self._num_examples, self._size, replace=False).astype(np.uint64)
+        return generator.integers(self._num_examples, size=self._size, dtype=np.uint64)
 
     @property
     def coming(self) -> NDArray[np.uint64] | None:
@@ -95,7 +106,8 @@ class Draws:
         """The draw that comes; None: not in time."""
         coming = self._coming or self._ask(number)
         try:
-            ids = coming.result(self._timeout)
+            # Who draws batch by batch does not wait for every one of them while the server is away.
+            ids = coming.result(0.0 if self.lost and self._distinct else self._timeout)
         except TimeoutError as error:
             if isinstance(error, UnavailableError):
                 self._coming = None
@@ -113,7 +125,7 @@ class Draws:
 
     def _draw(self, future: Future[NDArray[np.uint64]], seed: int) -> None:
         try:
-            future.set_result(self.client.sample_examples(self._size, seed=seed))
+            future.set_result(self.client.sample_examples(self._size, with_replacement=not self._distinct, seed=seed))
         except BaseException as error:
             future.set_exception(error)
 

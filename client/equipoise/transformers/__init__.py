@@ -14,6 +14,13 @@ TRL's trainers (1.16 or newer) take it, too, with raw data as TRL takes it, pack
     >>> class PolicySFTTrainer(PolicyMixin, SFTTrainer): ...
     >>> PolicySFTTrainer("Qwen/Qwen3-0.6B", SFTConfig(packing=True), train_dataset=train, policy=policy).train()
 
+`GRPOTrainer` and `RLOOTrainer` learn from prompts that the policy draws, by how often their completions succeed; see
+`PromptMixin`:
+
+    >>> class PromptGRPOTrainer(PromptMixin, GRPOTrainer): ...
+    >>> client = PolicyClient("localhost:50051", policy="maths", num_examples=len(prompts), rule="learnability")
+    >>> PromptGRPOTrainer(model, correct, train_dataset=prompts, policy=PromptTraining(client)).train()
+
 Needs transformers: `pip install 'equipoise[transformers]'`, or `'equipoise[trl]'`.
 """
 
@@ -29,5 +36,15 @@ except ModuleNotFoundError as error:
 from equipoise.torch.training import TrainingOptions
 from equipoise.transformers.losses import model_losses
 from equipoise.transformers.trainer import PolicyMixin, PolicyTrainer, PolicyTraining
+from equipoise.transformers.trl.prompts import PromptMixin, PromptSampler, PromptTraining
 
-__all__ = ["PolicyMixin", "PolicyTrainer", "PolicyTraining", "TrainingOptions", "model_losses"]
+__all__ = [
+    "PolicyMixin",
+    "PolicyTrainer",
+    "PolicyTraining",
+    "PromptMixin",
+    "PromptSampler",
+    "PromptTraining",
+    "TrainingOptions",
+    "model_losses",
+]

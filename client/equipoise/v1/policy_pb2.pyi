@@ -767,6 +767,8 @@ class StepRequest(google.protobuf.message.Message):
     OMIT_WEIGHTS_FIELD_NUMBER: builtins.int
     GROUPS_FIELD_NUMBER: builtins.int
     MEASURED_FIELD_NUMBER: builtins.int
+    SUCCESSES_FIELD_NUMBER: builtins.int
+    ATTEMPTS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Number of the step of this trainer, from 1, without gaps; 0 for a read (and, in UpdateWeights, for a step without
     deduplication).
@@ -816,6 +818,14 @@ class StepRequest(google.protobuf.message.Message):
     """One byte per row, 0 or 1; absent: all 1. 0: the row has no contribution, which is ignored and may be NaN; its losses
     count. Where a rule needs contributions, such a row is as good as not scored. Needs `contributions`.
     """
+    successes: builtins.bytes
+    """uint32 per row: how many of the row's attempts succeeded, at most as many as it has. Needs `attempts`. For rule
+    `learnability`.
+    """
+    attempts: builtins.bytes
+    """uint32 per row: how often the model tried, such as completions of a prompt; at least 1 where scored. Rows of one id
+    add up. Needs `successes`.
+    """
     def __init__(
         self,
         *,
@@ -836,9 +846,11 @@ class StepRequest(google.protobuf.message.Message):
         omit_weights: builtins.bool = ...,
         groups: builtins.bytes = ...,
         measured: builtins.bytes = ...,
+        successes: builtins.bytes = ...,
+        attempts: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "example_ids", b"example_ids", "guard_loss", b"guard_loss", "rows", b"rows", "target_loss", b"target_loss", "weights_for", b"weights_for"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "contributions", b"contributions", "example_ids", b"example_ids", "gradient_sketches", b"gradient_sketches", "groups", b"groups", "guard_loss", b"guard_loss", "losses", b"losses", "measured", b"measured", "omit_weights", b"omit_weights", "reference_losses", b"reference_losses", "rows", b"rows", "scored", b"scored", "sequence", b"sequence", "sketch_type", b"sketch_type", "step", b"step", "target_loss", b"target_loss", "target_sketch", b"target_sketch", "weights_for", b"weights_for"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "attempts", b"attempts", "contributions", b"contributions", "example_ids", b"example_ids", "gradient_sketches", b"gradient_sketches", "groups", b"groups", "guard_loss", b"guard_loss", "losses", b"losses", "measured", b"measured", "omit_weights", b"omit_weights", "reference_losses", b"reference_losses", "rows", b"rows", "scored", b"scored", "sequence", b"sequence", "sketch_type", b"sketch_type", "step", b"step", "successes", b"successes", "target_loss", b"target_loss", "target_sketch", b"target_sketch", "weights_for", b"weights_for"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_guard_loss", b"_guard_loss"]) -> typing.Literal["guard_loss"] | None: ...
     @typing.overload

@@ -24,6 +24,8 @@ export interface StepRequest {
   scored?: Uint8Array;
   measured?: Uint8Array;
   groups?: Uint8Array;
+  successes?: Uint8Array;
+  attempts?: Uint8Array;
   targetLoss?: number;
   guardLoss?: number;
   gradientSketches?: Uint8Array;

@@ -33,6 +33,10 @@ export interface StepFields {
   measured?: ArrayLike<boolean | number>;
   /** [B]: integers in [0, 2^32): the group of each row's example, such as its label or source; for rule `strata`. */
   groups?: ArrayLike<number>;
+  /** [B]: integers, where scored at most `attempts`: how many attempts succeeded; for rule `learnability`. */
+  successes?: ArrayLike<number>;
+  /** [B]: integers in [0, 2^32), where scored at least 1: attempts at each row's example. Needs `successes`. */
+  attempts?: ArrayLike<number>;
   /** Mean loss on the target set A, nats. */
   targetLoss?: number;
   /** Mean loss on the guard set B, nats. */
@@ -76,7 +80,7 @@ const LOSSES = ["targetLoss", "guardLoss"] as const;
 /** A step with statistics. Raises InvalidRequestError. */
 export function buildStep(ids: Rows, fields: StepFields, bounds: Bounds): Request {
   const message: StepRequest = { sequence: 0 };
-  let rows = setRows(message, ids, bounds, fields.contributions ?? fields.losses);
+  let rows = setRows(message, ids, bounds, fields.contributions ?? fields.losses ?? fields.successes);
   if (fields.step !== undefined) message.step = trainingStep(fields.step);
   if (fields.scored !== undefined) message.scored = flags("scored", fields.scored, rows.length);
   if (fields.measured !== undefined) message.measured = flags("measured", fields.measured, rows.length);
@@ -91,14 +95,15 @@ export function buildStep(ids: Rows, fields: StepFields, bounds: Bounds): Reques
     if (values !== undefined) message[name] = floats(name, values, rows.length, counts);
   }
   setSketches(message, fields, rows.length, isMeasured);
-  if (fields.groups !== undefined) message.groups = groupBytes(fields.groups, rows.length);
+  if (fields.groups !== undefined) message.groups = countBytes("groups", fields.groups, rows.length);
+  setOutcomes(message, fields, rows.length, isScored);
   for (const name of LOSSES) {
     const loss = fields[name];
     if (loss === undefined) continue;
     if (!Number.isFinite(loss)) throw invalid(name, loss, "must be finite");
     message[name] = loss;
   }
-  const statistics = [...ROW_STATISTICS, "gradientSketches", ...LOSSES] as const;
+  const statistics = [...ROW_STATISTICS, "successes", "gradientSketches", ...LOSSES] as const;
   if (statistics.every((name) => message[name] === undefined)) {
     throw invalid("contributions", undefined, `a step needs one of ${statistics.join(", ")}; read() needs none`);
   }
@@ -215,15 +220,31 @@ function flags(field: string, values: ArrayLike<boolean | number>, length: numbe
   });
 }
 
-function groupBytes(values: ArrayLike<number>, length: number): Uint8Array {
-  checkLength("groups", values, length);
-  const groups = Uint32Array.from(values, (value, row) => {
+function setOutcomes(message: StepRequest, fields: StepFields, rows: number, isScored: (row: number) => boolean): void {
+  const { successes, attempts } = fields;
+  if (successes === undefined && attempts === undefined) return;
+  if (!successes) throw invalid("successes", undefined, "must be given with attempts");
+  if (!attempts) throw invalid("attempts", undefined, "must be given with successes");
+  message.successes = countBytes("successes", successes, rows);
+  message.attempts = countBytes("attempts", attempts, rows);
+  for (let row = 0; row < rows; row++) {
+    if (!isScored(row)) continue;
+    if (attempts[row]! < 1) throw invalid(`attempts[${row}]`, attempts[row], "must be at least 1 where scored");
+    if (successes[row]! > attempts[row]!) {
+      throw invalid(`successes[${row}]`, successes[row], `must be at most the row's ${attempts[row]} attempts`);
+    }
+  }
+}
+
+function countBytes(field: string, values: ArrayLike<number>, length: number): Uint8Array {
+  checkLength(field, values, length);
+  const counts = Uint32Array.from(values, (value, row) => {
     if (!Number.isInteger(value) || value < 0 || value >= 2 ** 32) {
-      throw invalid(`groups[${row}]`, value, "must be an integer in [0, 2^32)");
+      throw invalid(`${field}[${row}]`, value, "must be an integer in [0, 2^32)");
     }
     return value;
   });
-  return new Uint8Array(groups.buffer);
+  return new Uint8Array(counts.buffer);
 }
 
 function checkLength(field: string, values: ArrayLike<unknown>, length: number): void {

@@ -208,8 +208,11 @@ export class Session {
     }
   }
 
-  /** The stream ended, or could not be opened; undefined: it was `left`. How long to wait before the next, ms. */
-  ended(error: EquipoiseError | undefined): number {
+  /**
+   * The stream ended, or could not be opened; undefined: it was `left`. That, and to be `sentOn` to the policy's owner,
+   * is no outage. How long to wait before the next, ms.
+   */
+  ended(error: EquipoiseError | undefined, { sentOn }: { sentOn: boolean }): number {
     this.#noteSuspect();
     const reads = [...this.#inFlight, ...this.#outbox, ...this.#reads].filter(({ request }) => request.reads);
     this.#reads = reads.filter((ticket) => !ticket.settled);
@@ -217,6 +220,7 @@ export class Session {
     this.#outbox = [];
     this.#link = "down";
     if (!error) return Math.random() * this.#leaveWithinMs;
+    if (sentOn) return 0;
     const mayBeMended = this.options.continues && (this.opened > 0 || error.reason === "UID_MISMATCH");
     if (isFinal(error, { mayBeMended })) this.fail(error);
     if (this.failure) return 0;

@@ -7,7 +7,7 @@ import { CreatePolicy, Exchange, type ExchangeRequest, type ExchangeResponse } f
 import type { Route } from "./route.js";
 import type { Session } from "./session.js";
 
-/** Servers that are asked one after another with little of a wait, each named by the one before. */
+/** Servers that are asked one after another without a wait, each named by the one before. */
 const MAX_FOLLOWED = 3;
 
 export class Stream {
@@ -52,14 +52,14 @@ export class Stream {
       const { address } = this.route;
       const error = await this.#converse();
       const answered = this.session.isOpen;
-      const waitMs = this.session.ended(error);
-      const redirected = this.route.turn(error, { address, answered });
-      this.#followed = redirected && !answered ? this.#followed + 1 : 0;
-      const soon = redirected && this.#followed <= MAX_FOLLOWED;
+      const named = this.route.turn(error, { address, answered });
+      this.#followed = named && !answered ? this.#followed + 1 : 0;
+      const sentOn = named && error?.reason === "NOT_OWNER" && this.#followed <= MAX_FOLLOWED;
+      const waitMs = this.session.ended(error, { sentOn });
       this.#notify();
       if (this.session.failure) return;
       await new Promise<void>((resolve) => {
-        const timer = setTimeout(resolve, soon ? Math.min(waitMs, this.session.options.backoff.firstMs) : waitMs);
+        const timer = setTimeout(resolve, waitMs);
         this.#wake = () => (clearTimeout(timer), resolve());
       });
     }

@@ -74,6 +74,10 @@ describe("a step", () => {
     ["measured without contributions", [1], { losses: [1], measured: [1] }],
     ["groups of another length", [1], { ...ONE, groups: [1, 2] }],
     ["a group that is no uint32", [1], { ...ONE, groups: [-1] }],
+    ["successes without attempts", [1], { successes: [1] }],
+    ["attempts without successes", [1], { attempts: [1] }],
+    ["no attempt", [1], { successes: [0], attempts: [0] }],
+    ["more successes than attempts", [1], { successes: [3], attempts: [2] }],
     ["a step below zero", [1], { ...ONE, step: -1 }],
     ["sketches without a target", [1], { gradientSketches: [1, 2] }],
   ]) {
@@ -240,6 +244,39 @@ describe("a new stream", () => {
     const client = await open({ whenLost: "wait" });
     await client.step([1], ONE);
     assert.deepEqual([server.version, other.version], [0, 1]);
+    await client.close();
+    other.kill();
+  });
+
+  it("is sent on to the owner without an outage, before the first opening and later", async () => {
+    const other = await ScriptedServer.start();
+    const sentTo = ({ address }) => refusal(grpc.status.FAILED_PRECONDITION, "NOT_OWNER", { metadata: { owner: address } });
+    const told = [];
+    server.refusals = [sentTo(other)];
+    const client = await open({ log: (message) => told.push(message) }); // its fallbacks would show an outage, too
+    assert.equal((await client.step([1], ONE)).source, "served");
+    other.refusals = [sentTo(server)];
+    server.uid = other.uid;
+    server.epoch = 2;
+    server.applied.set(client.trainerId, [1]);
+    other.end(sentTo(server)); // the policy has moved
+    const answer = await client.step([1], ONE);
+    assert.deepEqual([answer.source, answer.epoch, answer.sequence], ["served", 2, 2]);
+    const { outages, fallbacks, reconnects } = client.stats;
+    assert.deepEqual({ outages, fallbacks, reconnects }, { outages: 0, fallbacks: 0, reconnects: 1 });
+    assert.deepEqual(told, []);
+    await client.close();
+    other.kill();
+  });
+
+  it("is an outage again where each server names another", async () => {
+    const other = await ScriptedServer.start();
+    const naming = ({ address }) =>
+      Array.from({ length: 100 }, () => refusal(grpc.status.FAILED_PRECONDITION, "NOT_OWNER", { metadata: { owner: address } }));
+    [server.refusals, other.refusals] = [naming(other), naming(server)];
+    const client = await open({ backoff: { firstMs: 1, longestMs: 60_000 } });
+    assert.equal((await client.step([1], ONE)).source, "uniform");
+    assert.equal(client.stats.outages, 1);
     await client.close();
     other.kill();
   });

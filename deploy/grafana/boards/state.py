@@ -220,14 +220,24 @@ _OWNERS = Row(
         Panel(
             title="Loads that failed",
             description="In the last ten minutes, by reason. STATE_DAMAGED: something in Redis is not what was"
-            " written. NOT_OWNER: another server serves the policy, as it should be.",
+            " written. POLICY_TOO_NEW: a newer release has written it. NOT_OWNER: another server serves the policy, as"
+            " it should be.",
             empty="No load has failed.",
             unit="short",
             queries=(
                 Query("sum by (reason) (increase(equipoise_server_failed_loads_total{SERVER}[10m])) > 0", "{{reason}}"),
             ),
             runbooks=("EquipoiseLoadsFail",),
-            width=24,
+            width=16,
+        ),
+        Panel(
+            title="Servers that share an address",
+            description="1 while another server tells trainers the same address (`advertise`): those who are sent"
+            " there may meet the wrong one, again and again.",
+            unit="short",
+            queries=(Query("equipoise_server_address_shared{SERVER}", "{{instance}}"),),
+            thresholds=((1, RED),),
+            runbooks=("EquipoiseOwnersFlap",),
         ),
     ),
 )

@@ -138,6 +138,9 @@ def _tell(examined: "Examined", *, cut: Mapping[str, tuple[int, int]], apply: bo
     if examined.server:
         print(f"{found.policy}: in service at {examined.server}")
         return
+    if examined.newer:
+        print(f"{found.policy}: left as it is: {examined.newer}")
+        return
     state = "whole" if found.is_whole else "DAMAGED"
     if apply and not found.is_whole:
         state = examined.done or "DAMAGED"

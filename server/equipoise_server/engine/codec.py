@@ -3,14 +3,16 @@
 Fields, all optional but `at` and `step`: `trainer` and `sequence`; `at` (seconds since 1970); `step` (training step);
 `target`, `guard` (losses, nats); `scalars` and `evidence` (JSON); `s.NAME` (float64, the scalars `NAME.0`, `NAME.1`,
 ...); `row` (of a trajectory); `ids` (int64, absent: all examples); `n` (int32, rows of each id, absent: one); `g`
-(uint32, groups); `c`, `l` and `ref` (float32 contributions, losses and reference losses, nats); `refused` (the
-reason). Numbers are text that keeps every bit; arrays are little-endian.
+(uint32, groups); `won` and `tried` (uint64, successes of attempts); `c`, `l` and `ref` (float32 contributions, losses
+and reference losses, nats); `refused` (the reason). Numbers are text that keeps every bit; arrays
+are little-endian.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,10 @@ from equipoise_server.rules import Evidence, Scalars, Statistics
 
 _FAMILY = "s."
 _ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref"}
-_INT64, _INT32, _UINT32, _FLOAT32, _FLOAT64 = (np.dtype(name) for name in ("<i8", "<i4", "<u4", "<f4", "<f8"))
+_INT64, _INT32, _UINT32, _UINT64, _FLOAT32, _FLOAT64 = (
+    np.dtype(name) for name in ("<i8", "<i4", "<u4", "<u8", "<f4", "<f8")
+)
+_COUNTS = {"successes": "won", "attempts": "tried"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +140,18 @@ def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
         fields["n"] = statistics.counts.astype(_INT32).tobytes()
     if statistics.groups is not None:
         fields["g"] = statistics.groups.astype(_UINT32).tobytes()
+    for name, key in _COUNTS.items():
+        if (values := getattr(statistics, name)) is not None:
+            fields[key] = values.astype(_UINT64).tobytes()
     return fields
 
 
 def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
-    arrays = {name: np.frombuffer(fields[key], _FLOAT32) for name, key in _ARRAYS.items() if key in fields}
+    arrays: dict[str, Any] = {
+        name: np.frombuffer(fields[key], _FLOAT32) for name, key in _ARRAYS.items() if key in fields
+    }
+    told = {name: fields[key] for name, key in _COUNTS.items() if key in fields}
+    arrays |= {name: np.frombuffer(data, _UINT64).astype(np.int64) for name, data in told.items()}
     if not arrays:
         return None
     return Statistics(

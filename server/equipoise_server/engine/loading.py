@@ -20,9 +20,18 @@ from equipoise_server.engine.memory import check_room
 from equipoise_server.engine.policy import Policy
 from equipoise_server.engine.spec import PolicySpec
 from equipoise_server.engine.trainers import Trainers
-from equipoise_server.errors import ServiceError, loading, not_owner, policy_not_found, state_damaged, store_down
-from equipoise_server.rules import build
+from equipoise_server.errors import (
+    ServiceError,
+    loading,
+    not_owner,
+    policy_not_found,
+    state_damaged,
+    store_down,
+    too_new,
+)
+from equipoise_server.rules import RuleError, build
 from equipoise_server.store import (
+    FORMAT,
     Damaged,
     LogEntry,
     LogLost,
@@ -32,6 +41,7 @@ from equipoise_server.store import (
     RedisStore,
     StoredPolicy,
     StoreError,
+    TooNew,
     Unavailable,
     checksum,
 )
@@ -46,7 +56,10 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 
 
 def store_failed(error: StoreError) -> ServiceError:
-    """What a caller is told: that the store failed, or that what it holds of the policy is damaged."""
+    """What a caller is told: that the store failed, or that what it holds of the policy is damaged, or too new."""
+    if isinstance(error, TooNew):
+        log.error("a newer release has stored a policy", error=str(error))
+        return too_new(str(error), found=error.found, readable=error.readable)
     if isinstance(error, Damaged | LogLost):
         log.error("what redis holds of a policy is damaged", error=str(error))
         return state_damaged(str(error))
@@ -137,7 +150,7 @@ class Loading:
     async def run(self) -> Loaded:
         """The policy.
 
-        Raises ServiceError: POLICY_NOT_FOUND, NOT_OWNER, DEVICE_FULL, STATE_STORE_DOWN, STATE_DAMAGED.
+        Raises ServiceError: POLICY_NOT_FOUND, NOT_OWNER, DEVICE_FULL, STATE_STORE_DOWN, STATE_DAMAGED, POLICY_TOO_NEW.
         """
         try:
             owner = await self._acquire()
@@ -177,14 +190,24 @@ class Loading:
 
     async def _find_place(self) -> str:
         stored = await self._store.get(self.name)
-        return await self._elsewhere(PolicySpec.from_json(stored.spec)) if stored and self._elsewhere else ""
+        return await self._elsewhere(self._spec(stored)) if stored and self._elsewhere else ""
+
+    def _spec(self, stored: StoredPolicy) -> PolicySpec:
+        """What is stored, if this release knows the rule and its settings."""
+        spec = PolicySpec.from_json(stored.spec)
+        try:
+            build(spec.rule, spec.settings)
+        except RuleError as error:
+            detail = f"policy {self.name!r} was created by a newer release: {error}"
+            raise too_new(detail, found=FORMAT, readable=FORMAT) from error
+        return spec
 
     async def _load(self, owner: Ownership) -> Loaded:
         await self._read(lambda: self._store.confirm(owner))  # what is in the log from here on counts as durable
         stored = await self._read(lambda: self._store.get(self.name))
         if stored is None or stored.uid != owner.uid:
             raise NotFound(self.name)
-        spec = PolicySpec.from_json(stored.spec)
+        spec = self._spec(stored)
         header = Header.from_fields(await self._read(lambda: self._store.read_header(owner)))
         self.entries = (await self._read(lambda: self._store.log_state(owner))).entries
         policy = await self._empty(spec, stored.uid)

@@ -264,7 +264,8 @@ class Policy:
     @property
     def _replays_slowly(self) -> bool:
         """Whether a step costs more than its rows."""
-        return self.rule.touches_all_rows or self.rule.trajectory_rows > 0 or len(self.state.sizes) > 0
+        keeps_more = len(self.state.sizes) > 0 or len(self.state.moments) > 0
+        return self.rule.touches_all_rows or self.rule.trajectory_rows > 0 or keeps_more
 
     def _replay_seconds(self, step: Step, applied_in_s: float) -> float:
         rows = REPLAY_ROW_S * (step.statistics.size if step.statistics is not None else 0)

@@ -1,9 +1,9 @@
-"""A policy in service: its queue, its use of the device, its log, its sweeps and its trainers' sessions."""
+"""A policy in service: what callers ask of it, its trainers' sessions, and its end."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, closing, contextmanager
 from contextvars import Context
 from enum import Enum
 from typing import Any, TypeVar
@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 import structlog
 
 from equipoise_server import logs
-from equipoise_server.engine.device import is_device_fault
+from equipoise_server.engine.applier import Applier
 from equipoise_server.engine.limits import EngineLimits
 from equipoise_server.engine.loading import Loaded
 from equipoise_server.engine.memory import Backlogs
 from equipoise_server.engine.persistence import Persistence
-from equipoise_server.engine.policy import Policy, Taken
-from equipoise_server.engine.queue import Pending, StepQueue
-from equipoise_server.engine.session import ANONYMOUS, DurableSequences, Opener, Session
+from equipoise_server.engine.policy import Policy
+from equipoise_server.engine.queue import StepQueue
+from equipoise_server.engine.session import ANONYMOUS, Opener, Session
 from equipoise_server.engine.snapshot import Snapshot, read_pages
-from equipoise_server.engine.spec import Durability
+from equipoise_server.engine.snapshots import Snapshots
 from equipoise_server.engine.status import PolicyStatus, ServiceStatus
-from equipoise_server.engine.step import Answer, Kind, Outcome, Step
+from equipoise_server.engine.step import Answer, Kind, Step
 from equipoise_server.engine.telemetry import Telemetry
 from equipoise_server.errors import Code, ServiceError, draining, internal
 from equipoise_server.rules import Slices
@@ -31,18 +31,6 @@ from equipoise_server.store import Fence, Ownership, Page, RedisStore
 T = TypeVar("T")
 
 log = structlog.get_logger("equipoise.policy")
-
-MAX_SNAPSHOTS = 8
-"""Readers of whole policies at once: exports, forks and samples."""
-STEPS_PER_CALL = 64
-"""Most steps applied in one device call, so that answers are not held back for too long."""
-CALL_S = 0.005
-"""How long steps are applied in one device call, unless a single one takes longer."""
-INLINE_STEPS, INLINE_ROWS, INLINE_S = 8, 8192, 0.002
-"""So few steps with so few rows together are applied on the event loop, for so long."""
-LONG_ROWS = 16_384
-"""A step with more rows takes longer than CALL_S; a row that it only passes over counts as PASSED_ROW of one."""
-PASSED_ROW = 0.15
 
 
 class State(Enum):
@@ -77,14 +65,9 @@ class PolicyRunner:
         self.policy = policy
         self.stored = loaded.stored
         self.state = State.SERVING
-        self.status: PolicyStatus = policy.status()
-        """The picture after the last device call."""
-        self.changed: set[asyncio.Event] = set()
-        """Events of watchers, set whenever the status changes."""
         self.sessions: dict[str, Session] = {}
         self._device = loaded.device
         self._conversions = loaded.host
-        self._limits = limits
         self._telemetry = telemetry
         self._on_closed = on_closed
         self._wall_clock = wall_clock
@@ -98,18 +81,19 @@ class PolicyRunner:
         self._persistence = Persistence(loaded, store=store, limits=limits, backlogs=backlogs, telemetry=telemetry)
         self.log = self._persistence.log
         self.sweep = self._persistence.sweep
-        self._sequences = DurableSequences(
-            durable={key: trainer.last_sequence for key, trainer in policy.trainers.known.items()}
+        self._applier = Applier(
+            loaded, queue=self.queue, persistence=self._persistence, telemetry=telemetry, wall_clock=wall_clock
         )
+        self.changed = self._applier.changed
+        """Events of watchers, set whenever the status changes."""
         self._stays_until = 0.0
         self._used_at = self._loop.time()
-        self._stepped_at = max((trainer.seen_at for trainer in policy.trainers.known.values()), default=None)
-        self._snapshots = asyncio.Semaphore(MAX_SNAPSHOTS)
+        self._snapshots = Snapshots(policy, wait_s=limits.load_wait_s)
         self._vacant = asyncio.Event()
         self._vacant.set()
         self._stopping: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._applying = self._start(self._apply_steps())
+        self._applying = self._start(self._applier.run())
         self._start(self._persistence.write())
         self._sweeper = self._start(self._persistence.sweep_when_due())
 
@@ -134,6 +118,11 @@ class PolicyRunner:
         return self.queue.closed
 
     @property
+    def status(self) -> PolicyStatus:
+        """The picture after the last device call."""
+        return self._applier.status
+
+    @property
     def service(self) -> ServiceStatus:
         """How the policy is served now."""
         record = self.log.record
@@ -141,7 +130,7 @@ class PolicyRunner:
             policy=self.status,
             trainers=len(self.sessions),
             known_trainers=len(self.policy.trainers.known),
-            stepped_at=self._stepped_at,
+            stepped_at=self._applier.stepped_at,
             queued_steps=len(self.queue),
             queue_ratio=self.queue.fill_ratio,
             unpersisted=self.log.backlog,
@@ -153,7 +142,7 @@ class PolicyRunner:
 
     def durable_sequence(self, trainer_id: str) -> int:
         """All steps of the trainer up to this sequence are in the store."""
-        return self._sequences.get(trainer_id, durable_version=self.log.record.durable_version)
+        return self._applier.sequences.get(trainer_id, durable_version=self.log.record.durable_version)
 
     def is_idle(self, idle_s: float) -> bool:
         """Whether nobody has used the policy for so long, and all of it is in the store."""
@@ -204,7 +193,7 @@ class PolicyRunner:
             if self.state is not State.SERVING:
                 raise draining()
             if not answer.last_sequence:
-                self._sequences.forget(trainer_id)
+                self._applier.sequences.forget(trainer_id)
             return session, answer
         except BaseException:
             self.close_session(session)
@@ -217,7 +206,7 @@ class PolicyRunner:
         """
         here = self.sessions.keys() - {but}
         for idle in await self._device.run(lambda: self._here().trainers.forget_idle(self._wall_clock(), here=here)):
-            self._sequences.forget(idle)
+            self._applier.sequences.forget(idle)
 
     def close_session(self, session: Session) -> None:
         """The stream has ended."""
@@ -262,29 +251,9 @@ class PolicyRunner:
                     return result
                 yield
 
-    @asynccontextmanager
-    async def snapshot(self) -> AsyncIterator[Snapshot]:
-        """The policy of now, for reading while steps go on.
-
-        Raises ServiceError (TOO_MANY_READERS) when others hold so many for so long: each may come to be a copy of the
-        tables.
-        """
-        try:
-            async with asyncio.timeout(self._limits.load_wait_s):
-                await self._snapshots.acquire()
-        except TimeoutError:
-            message = f"policy {self.spec_name!r} is being exported, forked or sampled {MAX_SNAPSHOTS} times already"
-            raise ServiceError(Code.RESOURCE_EXHAUSTED, "TOO_MANY_READERS", message, retry_after_s=1.0) from None
-        taking = asyncio.ensure_future(self.read(lambda policy: policy.snapshot()))
-        try:
-            yield await asyncio.shield(taking)
-        finally:
-            taking.add_done_callback(self._close_snapshot)  # also one that comes after its caller has gone
-
-    def _close_snapshot(self, taking: "asyncio.Future[Snapshot]") -> None:
-        self._snapshots.release()
-        if not taking.cancelled() and taking.exception() is None:
-            self.policy.close_snapshot(taking.result())
+    def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
+        """The policy of now, for reading while steps go on. Raises ServiceError (TOO_MANY_READERS)."""
+        return self._snapshots.take(self.read)
 
     async def pages(self, snapshot: Snapshot, *, version: int) -> AsyncGenerator[tuple[int, Page], None]:
         """A snapshot's pages, each once, said to be of a version."""
@@ -411,96 +380,3 @@ class PolicyRunner:
         if self.closed is not None:
             raise self.closed.again()
         return self.policy
-
-    # Steps.
-
-    async def _apply_steps(self) -> None:
-        while batch := await self.queue.take(STEPS_PER_CALL):
-            while batch and self.closed is None:
-                await self._persistence.room()
-                if self.closed is None:
-                    batch = batch[await self._apply(batch) :]
-                await asyncio.sleep(0)
-
-    async def _apply(self, batch: list[Pending]) -> int:
-        """Applies the first steps, at least one; how many."""
-        started = self._loop.time()
-        work = [self._rows_of_work(pending.step) for pending in batch]
-        long = work[0] > LONG_ROWS
-        if not long:
-            batch = batch[: next((place for place, rows in enumerate(work) if rows > LONG_ROWS), len(batch))]
-        inline = len(batch) <= INLINE_STEPS and sum(work[: len(batch)]) <= INLINE_ROWS
-        seconds = INLINE_S if inline else CALL_S
-        if self.policy.has_snapshots:
-            await self._device.run_slices(self.policy.preserve([pending.step.statistics for pending in batch]))
-        results, status = await self._device.run(
-            lambda: self._apply_on_device(batch, seconds), inline=inline, long=long
-        )
-        self.status = status
-        self._telemetry.batch(steps=len(results))
-        seconds = self._loop.time() - started
-        for pending, result in zip(batch, results, strict=False):
-            self._telemetry.stage(method="Exchange", stage="queue", seconds=started - pending.since)
-            self._telemetry.stage(method="Exchange", stage="compute", seconds=seconds)
-            if isinstance(result, Exception):
-                self.queue.settle(pending, result)
-                continue
-            if result.entry is not None:
-                self._stepped_at = self._wall_clock()
-                if pending.step.sequence:
-                    version, sequence = result.entry.version, pending.step.sequence
-                    self._sequences.add(pending.step.trainer_id, version=version, sequence=sequence)
-                self.log.add(result.entry, replay_s=result.replay_s)
-            self._answer(pending, result.answer)
-        for event in self.changed:
-            event.set()
-        return len(results)
-
-    def _rows_of_work(self, step: Step) -> float:
-        """About how many rows a step changes and reads, for the time that it takes."""
-        rule, num_examples = self.policy.rule, self.policy.spec.num_examples
-        wanted = 0
-        if step.wants_weights:
-            wanted = num_examples if step.weights_for is None else len(step.weights_for)
-            if rule.trajectory_rows and (step.statistics is None or step.statistics.trajectory_row is None):
-                wanted *= rule.trajectory_rows  # the mean over all of them
-        passed = self.policy.state.num_rows if rule.touches_all_rows and step.kind is Kind.STEP else 0
-        return max(step.num_rows, wanted) + PASSED_ROW * passed
-
-    def _apply_on_device(self, batch: list[Pending], seconds: float) -> tuple[list[Taken | Exception], PolicyStatus]:
-        now = self._wall_clock()
-        end = time.perf_counter() + seconds
-        results: list[Taken | Exception] = []
-        # evidence of a step that is followed by another in the same call would never be seen
-        last = max((place for place, pending in enumerate(batch) if _has_rows(pending.step)), default=0)
-        for place, pending in enumerate(batch):
-            try:
-                results.append(self.policy.apply(pending.step, now=now, with_evidence=place == last))
-            except ServiceError as error:  # it concerns its own step only
-                results.append(error)
-            except Exception as error:
-                if pending.step.kind is not Kind.READ or is_device_fault(error):
-                    raise  # the tables may have moved
-                results.append(error)
-            if time.perf_counter() > end:
-                break
-        return results, self.policy.status()
-
-    def _answer(self, pending: Pending, answer: Answer) -> None:
-        applied_at = self._loop.time()
-        self._telemetry.step(policy=self.spec_name, outcome=answer.outcome.name.lower(), rows=pending.step.num_rows)
-        if answer.outcome is Outcome.REFUSED and answer.error is not None:
-            self._telemetry.refused(reason=answer.error.reason)
-
-        def release() -> None:
-            self._telemetry.stage(method="Exchange", stage="log", seconds=self._loop.time() - applied_at)
-            self.queue.settle(pending, answer)
-
-        if answer.outcome is Outcome.READ or self.policy.spec.durability is Durability.BEHIND:
-            release()
-        else:
-            self.log.when_durable(answer.version, release)
-
-
-def _has_rows(step: Step) -> bool:
-    return step.kind is Kind.STEP and step.statistics is not None and step.statistics.size > 0

@@ -52,6 +52,7 @@ class ServerStatus:
         device: name of the device.
         device_bytes: its memory, by what is told of it.
         redis_up: whether the last word from Redis was an answer.
+        address_shared: whether another server advertises this one's address.
         draining: whether the server is about to stop.
         certificate_expires: when the server's certificate ends, seconds since the epoch; None without TLS.
         reloads: of files, by what they hold.
@@ -72,6 +73,7 @@ class ServerStatus:
     device: str = "cpu"
     device_bytes: Mapping[str, int] = field(default_factory=dict)
     redis_up: bool = False
+    address_shared: bool = False
     draining: bool = False
     certificate_expires: float | None = None
     reloads: Mapping[str, Reloads] = field(default_factory=dict)
@@ -85,6 +87,7 @@ GAUGES: tuple[tuple[str, str, Value], ...] = (
     ("ready", "1 when the server is ready: what /readyz says.", lambda now: not any(now.checks.values())),
     ("draining", "1 while the server is about to stop.", lambda now: now.draining),
     ("redis_up", "1 when the last word from Redis was an answer.", lambda now: now.redis_up),
+    ("address_shared", "1 while another server advertises the same address.", lambda now: now.address_shared),
     ("policies_loading", "Policies on their way from Redis into memory.", lambda now: now.loading.policies),
     ("loading_pages", "Pages that the policies on their way have to read.", lambda now: now.loading.pages),
     ("loading_pages_read", "Pages that the policies on their way have read.", lambda now: now.loading.read_pages),

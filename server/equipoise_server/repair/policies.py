@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from equipoise_server.repair.diagnosis import Diagnosis, diagnose
-from equipoise_server.store import OwnedElsewhere, StoreError
-from equipoise_server.store.salvage import Salvage
+from equipoise_server.store import OwnedElsewhere, StoreError, TooNew
+from equipoise_server.store.salvage import Remains, Salvage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,19 +15,21 @@ class Examined:
     Attributes:
         diagnosis: how it was.
         server: address of the server that serves it, and so knows that it is whole; empty: none.
+        newer: why nobody could look at it: a newer release has stored it; empty: not so.
         done: what was done; empty: nothing.
         failure: why what was to be done was not; empty: it was.
     """
 
     diagnosis: Diagnosis
     server: str = ""
+    newer: str = ""
     done: str = ""
     failure: str = ""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is whole now."""
-        return bool(self.server or self.diagnosis.is_whole or self.done)
+        """Whether it is whole now, as far as this release can tell."""
+        return bool(self.server or self.newer or self.diagnosis.is_whole or self.done)
 
 
 class PolicyRepair:
@@ -48,7 +50,11 @@ class PolicyRepair:
 
     async def examine(self, policy: str) -> Examined | None:
         """Looks at a policy; None: there is none of this name. Raises StoreError."""
-        found = await diagnose(self._salvage, policy, now=self._now.timestamp())
+        try:
+            found = await diagnose(self._salvage, policy, now=self._now.timestamp())
+        except TooNew as error:
+            nothing = Diagnosis(policy=policy, remains=Remains(policy=policy))
+            return Examined(diagnosis=nothing, newer=str(error))
         if found is None:
             return None
         # What is in service changes while it is looked at; a damaged policy cannot be loaded, so this one is whole.

@@ -18,10 +18,12 @@ def aggregate(
     *,
     reference_losses: NDArray[np.float32] | None = None,
     groups: NDArray[np.int64] | None = None,
+    successes: NDArray[np.int64] | None = None,
+    attempts: NDArray[np.int64] | None = None,
     measured: NDArray[np.bool_] | None = None,
     trajectory_row: int | None = None,
 ) -> Statistics:
-    """The distinct ids with a scored row and the means of their statistics over these rows.
+    """The distinct ids with a scored row and the means of their statistics over these rows; outcomes add up.
 
     Means are taken in float64 and rounded once. Without repeated ids the order of the request is kept, else ids come
     out sorted.
@@ -33,13 +35,15 @@ def aggregate(
         scored: bool [rows]; rows that are False are ignored. None: all rows are scored.
         reference_losses: float32 [rows], nats, finite where scored; None: not sent.
         groups: int64 [rows]: the group of each row's example; None: not sent.
+        successes: int64 [rows], in [0, attempts] where scored; None: not sent.
+        attempts: int64 [rows], at least 1 where scored; None: not sent.
         measured: bool [rows]; contributions of rows that are False are ignored, and NaN for an id without others. None:
             all rows have one.
         trajectory_row: row of a trajectory that the request is about; None: the rule has no trajectory.
 
     Raises RuleError when rows of one id are of several groups.
     """
-    if contributions is None and losses is None and reference_losses is None:
+    if contributions is None and losses is None and reference_losses is None and attempts is None:
         return Statistics(ids=np.zeros(0, np.int64), trajectory_row=trajectory_row)
     if measured is not None and contributions is not None:
         contributions = np.where(measured, contributions, np.float32(np.nan))
@@ -49,6 +53,8 @@ def aggregate(
         losses=losses,
         reference_losses=reference_losses,
         groups=groups,
+        successes=successes,
+        attempts=attempts,
         trajectory_row=trajectory_row,
     )
     if ids is not None:
@@ -59,7 +65,13 @@ def aggregate(
             return _averaged(rows, scored, order, ordered, starts)
     if scored is not None and not scored.all():
         kept = np.flatnonzero(scored) if ids is None else ids[scored]
-        rows = replace(_mapped(rows, lambda values: values[scored]), ids=kept, groups=_of_rows(groups, scored))
+        rows = replace(
+            _mapped(rows, lambda values: values[scored]),
+            ids=kept,
+            groups=_of_rows(groups, scored),
+            successes=_of_rows(successes, scored),
+            attempts=_of_rows(attempts, scored),
+        )
     return rows
 
 
@@ -84,7 +96,14 @@ def _averaged(
         sums = np.bincount(entry, weights=values[order], minlength=len(starts))[kept]
         return (sums / scored_rows).astype(np.float32)
 
-    averaged = _mapped(rows, mean)
+    def total(values: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+        if values is None:
+            return None
+        sums = np.zeros(len(starts), np.int64)
+        np.add.at(sums, entry, values[order])
+        return sums[kept]
+
+    averaged = replace(_mapped(rows, mean), successes=total(rows.successes), attempts=total(rows.attempts))
     if rows.contributions is not None and np.isnan(rows.contributions[order]).any():
         averaged = replace(averaged, contributions=_measured_mean(rows.contributions[order], entry, kept))
     groups = None if rows.groups is None else _common_groups(rows.groups, order, entry, ordered[starts], kept)

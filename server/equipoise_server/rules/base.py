@@ -44,6 +44,9 @@ class Statistics:
         losses: float32 [B], nats, finite; None where the trainer sent none.
         reference_losses: float32 [B], nats, finite: of a reference model; None where the trainer sent none.
         groups: int64 [B], >= 0: a label or source of each example; None where the trainer sent none.
+        successes: int64 [B], in [0, attempts]: how many attempts at each example succeeded; None where the trainer sent
+            none.
+        attempts: int64 [B], >= 1: how many there were; None where `successes` is.
         counts: int64 [B], rows of the request with this id, scored or not; None: one each.
         trajectory_row: t, which row of a trajectory the step or read is about; None: the rule has no trajectory.
     """
@@ -53,20 +56,23 @@ class Statistics:
     losses: NDArray[np.float32] | None = None
     reference_losses: NDArray[np.float32] | None = None
     groups: NDArray[np.int64] | None = None
+    successes: NDArray[np.int64] | None = None
+    attempts: NDArray[np.int64] | None = None
     counts: NDArray[np.int64] | None = None
     trajectory_row: int | None = None
 
     @property
     def size(self) -> int:
         """B, the number of distinct scored ids (0: the step carries no rows)."""
-        given = (self.contributions, self.losses, self.reference_losses)
+        given = (self.contributions, self.losses, self.reference_losses, self.attempts)
         return next((len(values) for values in given if values is not None), 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        given = (self.ids, self.contributions, self.losses, self.reference_losses, self.groups, self.counts)
-        return sum(values.nbytes for values in given if values is not None)
+        given = (self.ids, self.contributions, self.losses, self.reference_losses)
+        counted = (self.groups, self.successes, self.attempts, self.counts)
+        return sum(values.nbytes for values in (*given, *counted) if values is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +145,7 @@ class TableState:
         raw_sum: Σ raw over the scored ones, exact.
         raw_square_sum: Σ raw² over the scored ones, exact.
         sizes: int64 [strata], how many examples are in each stratum; empty for rules without. Replaced, never changed.
+        moments: further exact sums of a rule that needs some.
         guard_strength: g in [0, 1]; served weight = (1 − g)·w + g.
         guard: what g follows from.
         page_rows: rows of every page but the last, which may have fewer.
@@ -151,6 +158,7 @@ class TableState:
     raw_sum: int = 0
     raw_square_sum: int = 0
     sizes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    moments: tuple[int, ...] = ()
     guard_strength: float = 0.0
     guard: Guard = field(default_factory=Guard)
     page_rows: int = PAGE_EXAMPLES

@@ -9,6 +9,7 @@ from equipoise_server.rules.boltzmann import Boltzmann, BoltzmannSettings
 from equipoise_server.rules.ema_relu import EmaReluSettings, ema_relu
 from equipoise_server.rules.ema_sign import EmaSignSettings, ema_sign
 from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradientSettings, exponentiated_gradient
+from equipoise_server.rules.learnability import Learnability, LearnabilitySettings
 from equipoise_server.rules.loss_linear_upper import LossLinearUpper, LossLinearUpperSettings
 from equipoise_server.rules.projected_gradient import ProjectedGradient, ProjectedGradientSettings
 from equipoise_server.rules.rho import RhoSettings, rho
@@ -32,6 +33,7 @@ _RULES = {
     "ema_relu": _Entry(EmaReluSettings, ema_relu),
     "ema_sign": _Entry(EmaSignSettings, ema_sign),
     "exponentiated_gradient": _Entry(ExponentiatedGradientSettings, exponentiated_gradient),
+    "learnability": _Entry(LearnabilitySettings, Learnability),
     "loss_linear_upper": _Entry(LossLinearUpperSettings, LossLinearUpper),
     "projected_gradient": _Entry(ProjectedGradientSettings, ProjectedGradient),
     "rho": _Entry(RhoSettings, rho),

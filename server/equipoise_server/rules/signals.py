@@ -22,6 +22,13 @@ def check_signals(statistics: Statistics, *, signals: tuple[str, ...], rule: str
         raise RuleError(name, f"{name}: rule {rule} does not use them (it reads {', '.join(signals)}); leave them out")
     if statistics.groups is not None:
         raise RuleError("groups", f"groups: rule {rule} does not use them; leave them out")
+    check_no_outcomes(statistics, signals=signals, rule=rule)
+
+
+def check_no_outcomes(statistics: Statistics, *, signals: tuple[str, ...], rule: str) -> None:
+    """Raises RuleError when a step has successes of attempts, and they are not among `signals`."""
+    if statistics.attempts is not None and "attempts" not in signals:
+        raise RuleError("successes", f"successes: rule {rule} does not use them; leave successes and attempts out")
 
 
 def check_length(

@@ -24,7 +24,7 @@ from equipoise_server.rules.quantiles import POINTS_PER_STRATUM, Quantiles
 from equipoise_server.rules.rule import Rule
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
 from equipoise_server.rules.settings import MAX_DECAY, MIN_FLOOR, SignalSettings, flag, integer, number
-from equipoise_server.rules.signals import check_length
+from equipoise_server.rules.signals import check_length, check_no_outcomes
 from equipoise_server.rules.slices import SLICE_VALUES, Slices, fill
 from equipoise_server.rules.sums import spans
 from equipoise_server.rules.weights import ONE, fixed_point
@@ -128,6 +128,7 @@ class Strata(Rule):
         """Raises RuleError when the step has rows but neither losses nor contributions, or its groups do not fit."""
         if not statistics.size:
             return
+        check_no_outcomes(statistics, signals=self.signals, rule=self.name)
         if statistics.losses is None and statistics.contributions is None:
             raise RuleError("losses", f"losses is absent: rule {self.name} needs losses or contributions in every step")
         if statistics.reference_losses is not None:

@@ -43,6 +43,17 @@ def change_sums(old: Array, new: Array) -> tuple[int, int, int]:
     return -unseen, total, low + (high << _HALF_BITS)
 
 
+def product_sum(left: Array, right: Array) -> int:
+    """Σ left·right of int32 entries [B] that are not negative."""
+    xp = namespace(left)
+    total = 0
+    for span in spans(len(left)):
+        products = xp.asarray(left[span], dtype=xp.int64) * xp.asarray(right[span], dtype=xp.int64)
+        low, high = sums(products & _HALF_MASK, products >> _HALF_BITS)  # below 2^62: summed in halves
+        total += low + (high << _HALF_BITS)
+    return total
+
+
 def _span_sums(raw: torch.Tensor) -> torch.Tensor:
     values = raw.clamp(min=0)
     low, high = values & _LIMB_MASK, values >> LIMB_BITS

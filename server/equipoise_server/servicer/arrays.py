@@ -43,6 +43,31 @@ def parse_groups(data: bytes, *, rows: int) -> NDArray[np.int64] | None:
     return np.frombuffer(data, "<u4").astype(np.int64)
 
 
+def parse_outcomes(
+    successes: bytes, attempts: bytes, *, rows: int, scored: NDArray[np.bool_] | None
+) -> dict[str, NDArray[np.int64]]:
+    """`successes` and `attempts`, uint32 per row; empty for absent ones.
+
+    Raises ServiceError: SHAPE_MISMATCH; OUT_OF_RANGE_VALUE where a scored row has no attempt, or more successes.
+    """
+    given = {"successes": successes, "attempts": attempts}
+    for name, data in given.items():
+        if not data and (successes or attempts):
+            raise invalid("SHAPE_MISMATCH", name, "absent; successes and attempts go together")
+        if len(data) not in (0, 4 * rows):
+            raise invalid("SHAPE_MISMATCH", name, f"{len(data)} bytes for {rows} rows; one uint32 (4 bytes) per row")
+    if not attempts:
+        return {}
+    won, tried = (np.frombuffer(data, "<u4").astype(np.int64) for data in given.values())
+    counts = np.ones(rows, np.bool_) if scored is None else scored
+    if (bad := counts & (tried == 0)).any():
+        raise invalid("OUT_OF_RANGE_VALUE", f"attempts[{int(np.argmax(bad))}]", "0; a scored row has at least 1")
+    if (bad := counts & (won > tried)).any():
+        row = int(np.argmax(bad))
+        raise invalid("OUT_OF_RANGE_VALUE", f"successes[{row}]", f"{won[row]} of {tried[row]} attempts; at most these")
+    return {"successes": won, "attempts": tried}
+
+
 def parse_statistic(
     data: bytes, *, field: str, rows: int, scored: NDArray[np.bool_] | None
 ) -> NDArray[np.float32] | None:

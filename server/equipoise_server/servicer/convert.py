@@ -11,7 +11,14 @@ from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import Answer, Kind, Opener, Policy, PolicyRunner, Step
 from equipoise_server.errors import ServiceError, invalid, quoted
 from equipoise_server.rules import RuleError, Statistics, aggregate
-from equipoise_server.servicer.arrays import parse_groups, parse_ids, parse_mask, parse_statistic, to_bytes
+from equipoise_server.servicer.arrays import (
+    parse_groups,
+    parse_ids,
+    parse_mask,
+    parse_outcomes,
+    parse_statistic,
+    to_bytes,
+)
 from equipoise_server.servicer.fields import ROW_STATISTICS, STATISTICS, StepFields
 from equipoise_server.servicer.limits import ServiceLimits
 from equipoise_server.servicer.sketches import parse_sketches
@@ -174,6 +181,7 @@ def _statistics(request: StepFields, rows: _Rows, policy: Policy) -> Statistics 
     sketched = parse_sketches(request, rows=rows.count, scored=known["contributions"], device=policy.state.device)
     if sketched is not None:
         values["contributions"] = sketched
+    values |= parse_outcomes(request.successes, request.attempts, rows=rows.count, scored=scored)
     groups = parse_groups(request.groups, rows=rows.count)
     if all(given is None for given in values.values()):
         return None

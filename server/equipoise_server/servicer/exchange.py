@@ -12,6 +12,7 @@ from equipoise.v1 import policy_pb2 as pb
 from equipoise_server.engine import Answer, PolicyRunner, Session, Step, Telemetry
 from equipoise_server.errors import Code, ServiceError, invalid, quoted
 from equipoise_server.interceptors import whole
+from equipoise_server.patience import Patience
 from equipoise_server.security import caller
 from equipoise_server.servicer.convert import (
     check_trainer_id,
@@ -76,6 +77,7 @@ class Exchange:
         self._in_flight = in_flight
         self._telemetry = telemetry
         self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue(MAX_IN_FLIGHT)
+        self._patience = Patience(limits.write_timeout_s)
         self._unread = 0
         self._written = asyncio.Event()
 
@@ -211,7 +213,7 @@ class Exchange:
     async def _send(self, response: pb.ExchangeResponse) -> None:
         """Who reads nothing for so long has gone, or holds what he is not to hold."""
         try:
-            async with asyncio.timeout(self._limits.write_timeout_s):
+            with self._patience:
                 await self._context.write(response)
         except TimeoutError:
             description = f"no answer was read for {self._limits.write_timeout_s:g} s (write_timeout_s)"

@@ -6,7 +6,8 @@ from typing import Self
 from equipoise.v1 import policy_pb2 as pb
 
 ROW_STATISTICS = ("contributions", "losses", "reference_losses")
-STATISTICS = (*ROW_STATISTICS, "gradient_sketches", "target_sketch")
+OUTCOMES = ("successes", "attempts")
+STATISTICS = (*ROW_STATISTICS, *OUTCOMES, "gradient_sketches", "target_sketch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,8 @@ class StepFields:
     omit_weights: bool = False
     groups: bytes = b""
     measured: bytes = b""
+    successes: bytes = b""
+    attempts: bytes = b""
 
     @classmethod
     def of(cls, message: pb.StepRequest) -> Self:

@@ -71,7 +71,10 @@ def settings_from(rule: pb.RuleSpec) -> SettingValues:
 
 def num_weights(spec: PolicySpec) -> int:
     """How many examples it counts for in a quota: N, or of a trajectory those of all its rows, T·N."""
-    return max((column.numel() for column in spec.outline().columns.values()), default=spec.num_examples)
+    try:
+        return max((column.numel() for column in spec.outline().columns.values()), default=spec.num_examples)
+    except RuleError:  # a stored one, whose rule a newer release knows
+        return spec.num_examples
 
 
 def check_same(message: pb.PolicySpec, stored: PolicySpec) -> None:

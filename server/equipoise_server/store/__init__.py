@@ -19,8 +19,10 @@ from equipoise_server.store.errors import (
     OwnedElsewhere,
     StoreError,
     SweepVoid,
+    TooNew,
     Unavailable,
 )
+from equipoise_server.store.format import FORMAT
 from equipoise_server.store.limits import MAX_APPEND_BYTES, MAX_COMMAND_BYTES
 from equipoise_server.store.log import entry_bytes
 from equipoise_server.store.observer import Observer
@@ -41,6 +43,7 @@ from equipoise_server.store.usage import Usage
 
 __all__ = [
     "COMMAND_TIMEOUT_S",
+    "FORMAT",
     "MAX_APPEND_BYTES",
     "MAX_COMMAND_BYTES",
     "UNAVAILABLE_KINDS",
@@ -70,6 +73,7 @@ __all__ = [
     "StoreError",
     "StoredPolicy",
     "SweepVoid",
+    "TooNew",
     "Unavailable",
     "Usage",
     "checksum",

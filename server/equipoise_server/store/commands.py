@@ -10,15 +10,14 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import PipelineCommand
 from redis.exceptions import NoScriptError, ResponseError
 
-from equipoise_server.store.errors import Damaged, Deleted, Fenced, Interrupted, LogLost, NotFound, Unavailable
+from equipoise_server.store.direct import Argument, DirectConnections
+from equipoise_server.store.errors import Damaged, Deleted, Fenced, Interrupted, LogLost, NotFound, TooNew, Unavailable
 from equipoise_server.store.faults import REDIS_FAULTS, as_unavailable, was_unsent
 from equipoise_server.store.observer import NoObserver, Observer
 from equipoise_server.store.scripts import Script
 
 Client: TypeAlias = Redis | RedisCluster
 """What `connect` makes of a URL; it answers with bytes."""
-
-Argument: TypeAlias = str | bytes | int | float
 
 WAIT_SHARE = 0.6
 """Of the time for an answer: how long Redis may wait for its replicas."""
@@ -34,16 +33,26 @@ class Commands:
         timeout_s: float,
         observer: Observer | None = None,
         at_once: AbstractAsyncContextManager[object] | None = None,
+        direct: DirectConnections | None = None,
     ) -> None:
-        """Prepare; `at_once` surrounds each command, for instance a semaphore: waiting for it is not timed."""
+        """Prepare.
+
+        Args:
+            client: runs the commands.
+            timeout_s: about half of the longest time that one may take.
+            observer: told of each, and of errors.
+            at_once: surrounds each command, for instance a semaphore: waiting for it is not timed.
+            direct: a shorter way for single commands and scripts; it bounds their time itself.
+        """
         self._client = client
+        self._direct = direct
         self._at_once = at_once or nullcontext()
         self._timeout_s = timeout_s
         self._observer: Observer = observer or NoObserver()
 
     async def run(self, name: str, *arguments: Argument) -> Any:
         """One command of Redis, counted under `name`."""
-        return await self._timed(name, lambda: self._client.execute_command(*arguments))
+        return await self._timed(name, lambda: self._execute(arguments))
 
     async def run_together(self, name: str, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
         """Several independent commands in one round trip (per node); not atomic."""
@@ -95,12 +104,20 @@ class Commands:
 
     async def _evaluate(self, command: tuple[Argument, ...], replicas: int, key: str) -> Any:
         if not replicas or isinstance(self._client, RedisCluster):
-            answer = await self._client.execute_command(*command)
+            answer = await self._execute(command)
             if replicas:
                 await self._wait_replicas(key, replicas)
             return answer
         answer, reached = await self._on_one_connection(command, self._wait(replicas))
         self._check_replicas(reached, replicas)
+        return answer
+
+    async def _execute(self, command: tuple[Argument, ...]) -> Any:
+        if self._direct is None:
+            return await self._client.execute_command(*command)
+        (answer,) = await self._direct.execute([command])
+        if isinstance(answer, Exception):
+            raise answer
         return answer
 
     async def _wait_replicas(self, key: str, replicas: int) -> None:
@@ -109,7 +126,10 @@ class Commands:
         self._check_replicas(reached, replicas)
 
     async def _on_one_connection(self, *commands: tuple[Argument, ...], key: str = "") -> list[Any]:
-        if not isinstance(self._client, RedisCluster):
+        answers: Sequence[Any]
+        if self._direct is not None:
+            answers = await self._direct.execute(commands)
+        elif not isinstance(self._client, RedisCluster):
             pipeline = self._client.pipeline(transaction=False)
             for command in commands:
                 pipeline.execute_command(*command)
@@ -156,6 +176,8 @@ class Commands:
         if word == "GONE":
             self._observer.error("lost")
             return Damaged(policy, what=str(details[0], "ascii"), why="Redis does not have it any more")
+        if word == "NEWER":
+            return TooNew(policy, found=int(details[0]))
         return Interrupted(f"policy {policy!r}: another write of a page took over")
 
     async def _timed(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
@@ -165,15 +187,11 @@ class Commands:
     async def _run_timed(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
         started = time.perf_counter()
         try:
+            if self._direct is not None:
+                return await _with_second_try(call)
             # The client's own timeouts are per connection, write and read: this one bounds their sum.
             async with asyncio.timeout(2 * self._timeout_s):
-                try:
-                    return await _heeding_cancellation(call())
-                except REDIS_FAULTS as fault:
-                    if not was_unsent(fault):
-                        raise
-                    # Redis has restarted since the connection was used: it is opened anew, as any idle one is.
-                    return await _heeding_cancellation(call())
+                return await _with_second_try(lambda: _heeding_cancellation(call()))
         except Unavailable as lacking:
             self._observer.error(lacking.kind)
             raise
@@ -183,6 +201,16 @@ class Commands:
             raise error from fault
         finally:
             self._observer.command(name, time.perf_counter() - started)
+
+
+async def _with_second_try(call: Callable[[], Awaitable[Any]]) -> Any:
+    try:
+        return await call()
+    except REDIS_FAULTS as fault:
+        if not was_unsent(fault):
+            raise
+    # Redis has restarted since the connection was used: it is opened anew, as any idle one is.
+    return await call()
 
 
 async def _heeding_cancellation(call: Awaitable[Any]) -> Any:

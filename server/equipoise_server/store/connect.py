@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 
 from equipoise_server.redis_url import RedisAccess, RedisUrl
 from equipoise_server.store.commands import Client
+from equipoise_server.store.direct import DirectConnections
 from equipoise_server.store.errors import InvalidStoreUrl
 
 COMMAND_TIMEOUT_S = 1.0
@@ -37,9 +38,16 @@ HEALTH_CHECK_S = 15
 
 
 def client_for(
-    url: RedisUrl | str, *, access: RedisAccess | None = None, command_timeout_s: float = COMMAND_TIMEOUT_S
+    url: RedisUrl | str,
+    *,
+    access: RedisAccess | None = None,
+    command_timeout_s: float = COMMAND_TIMEOUT_S,
+    untimed: bool = False,
 ) -> Client:
     """A client for a URL; opens no connection yet.
+
+    With `untimed`, commands wait for their answers as long as their caller lets them; a cluster's client times them
+    all the same.
 
     Raises:
         InvalidStoreUrl: not a URL of a kind this store knows; the message repeats no secret.
@@ -51,7 +59,7 @@ def client_for(
             raise InvalidStoreUrl(f"a store's URL {error}") from None
     access = access or RedisAccess()
     options: dict[str, Any] = {
-        "socket_timeout": command_timeout_s,
+        "socket_timeout": None if untimed else command_timeout_s,
         "socket_connect_timeout": command_timeout_s,
         "health_check_interval": HEALTH_CHECK_S,
         "retry": Retry(NoBackoff(), 0),
@@ -64,9 +72,17 @@ def client_for(
         case "sentinel":
             return _sentinel(url, access=access, options=options, entering=entering)
         case "cluster":
+            options["socket_timeout"] = command_timeout_s
             secure = {"ssl": True, **_tls(access)} if url.tls else {}
             nodes = [ClusterNode(host, port) for host, port in url.hosts]
             return RedisCluster(startup_nodes=nodes, max_connections=8 * CONNECTIONS, **options, **entering, **secure)
+
+
+def direct_connections(client: Client, *, timeout_s: float) -> DirectConnections | None:
+    """Connections for what steps wait for, from an untimed client; None: a cluster's, which alone knows its nodes."""
+    if isinstance(client, RedisCluster):
+        return None
+    return DirectConnections(client.connection_pool, at_most=CONNECTIONS, timeout_s=timeout_s)
 
 
 async def close_client(client: Client) -> None:
@@ -84,7 +100,7 @@ def _single(url: RedisUrl, *, options: dict[str, Any]) -> Redis:
         ((host, port),) = url.hosts[:1]
         place = {"connection_class": SSLConnection if url.tls else Connection, "host": host, "port": port}
     pool = BlockingConnectionPool(
-        max_connections=CONNECTIONS, timeout=options["socket_timeout"], db=url.database, **place, **options
+        max_connections=CONNECTIONS, timeout=options["socket_connect_timeout"], db=url.database, **place, **options
     )
     return Redis.from_pool(pool)
 

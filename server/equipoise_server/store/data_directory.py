@@ -71,13 +71,18 @@ class DataDirectory:
         self._fd = fd
 
     def holder(self) -> dict[str, Any]:
-        """What the last holder wrote down; empty where nobody did."""
-        return _read(self.fd)
+        """What the last holder wrote down; empty where nobody did, and in a copy: its holder may live, elsewhere."""
+        found = _read(self.fd)
+        return found if found.get("inode") == self._inode else {}
 
     def sign(self, **holder: Any) -> None:
         """Write down who holds the lock."""
         os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, json.dumps(holder).encode(), 0)
+        os.pwrite(self.fd, json.dumps(holder | {"inode": self._inode}).encode(), 0)
+
+    @property
+    def _inode(self) -> int:
+        return os.fstat(self.fd).st_ino
 
     def release(self) -> None:
         """Let go; the lock ends when the last process that inherited it has ended."""

@@ -2,6 +2,8 @@
 
 # ruff: noqa: N818 - named for what happened, as in `except Fenced`.
 
+from equipoise_server.store.format import FORMAT
+
 
 class StoreError(Exception):
     """Root of the tree."""
@@ -87,6 +89,23 @@ class Damaged(StoreError):
         super().__init__(f"policy {policy!r}: {what} is damaged: {why}")
         self.what = what
         self.why = why
+
+
+class TooNew(StoreError):
+    """A newer release has stored the policy, in a format that this one cannot read.
+
+    Attributes:
+        found: number of that format.
+        readable: the newest that can be read.
+    """
+
+    def __init__(self, policy: str, *, found: int, readable: int = FORMAT) -> None:
+        super().__init__(
+            f"policy {policy!r} is stored in format {found}, by a newer release; this server reads formats up to"
+            f" {readable}"
+        )
+        self.found = found
+        self.readable = readable
 
 
 class SweepVoid(StoreError):

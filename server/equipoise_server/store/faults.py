@@ -109,4 +109,4 @@ def _told(fault: BaseException) -> str:
     if forbidden := _forbidden(fault):
         fault = forbidden
     # Redis names its script and the line, which only its authors know.
-    return _SCRIPT.sub("", str(fault))
+    return _SCRIPT.sub("", str(fault)) or ("no answer in time" if isinstance(fault, TimeoutError) else "")

@@ -30,6 +30,11 @@ def servers_key(prefix: str) -> str:
     return f"{prefix}:servers"
 
 
+def address_key(prefix: str, address: str) -> str:
+    """The server that said last that it is reached at an address; expires. In a slot of its own."""
+    return f"{prefix}:address:{address}"
+
+
 def lock_key(prefix: str, name: str) -> str:
     """Says who holds a lock; expires. In a slot of its own."""
     return f"{prefix}:lock:{name}"
@@ -48,7 +53,7 @@ class PolicyKeys:
 
     @property
     def spec(self) -> str:
-        """Hash: uid, create_time, spec, generation."""
+        """Hash: uid, create_time, spec, generation, format."""
         return f"{self._base}:spec"
 
     @property

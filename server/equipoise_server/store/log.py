@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from equipoise_server.store import scripts
 from equipoise_server.store.checksums import check, checksum
-from equipoise_server.store.commands import Argument, Commands
+from equipoise_server.store.commands import Commands
+from equipoise_server.store.direct import Argument
 from equipoise_server.store.errors import LogLost
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.limits import MAX_APPEND_BYTES, READ_CHUNK_BYTES, READ_CHUNK_ENTRIES
@@ -65,9 +66,8 @@ class PolicyLog:
             if entry.version != before.version + 1:
                 raise ValueError(f"entries: version {entry.version} follows {before.version}; versions have no gaps")
         keys = PolicyKeys(self._prefix, owner.policy)
-        for batch in _batches(entries):
-            large = len(batch) == 1 and entry_bytes(batch[0]) > LARGE_APPEND_BYTES
-            async with self._turn() if large else nullcontext():
+        for batch, size in _batches(entries):
+            async with self._turn() if size > LARGE_APPEND_BYTES else nullcontext():
                 await self._appending.script(
                     "append",
                     scripts.APPEND,
@@ -90,6 +90,10 @@ class PolicyLog:
             yield
         finally:
             self._large.release()
+
+    async def ping(self) -> None:
+        """Return once Redis answers behind all appends that have returned. Raises Unavailable."""
+        await self._appending.run("confirm", "PING")
 
     async def confirm(self, owner: Ownership) -> None:
         """Return once as many replicas as an append needs have all that there is of a policy. Raises Unavailable."""
@@ -175,16 +179,17 @@ def entry_bytes(entry: LogEntry) -> int:
     return _ENTRY_OVERHEAD_BYTES + sum(map(len, entry.fields)) + sum(map(len, entry.fields.values()))
 
 
-def _batches(entries: Sequence[LogEntry]) -> Iterator[Sequence[LogEntry]]:
+def _batches(entries: Sequence[LogEntry]) -> Iterator[tuple[Sequence[LogEntry], int]]:
+    """Runs of entries that go out together, and their bytes: more than MAX_APPEND_BYTES only of a single one."""
     start = size = 0
     for position, entry in enumerate(entries):
         added = entry_bytes(entry)
         if position > start and size + added > MAX_APPEND_BYTES:
-            yield entries[start:position]
+            yield entries[start:position], size
             start, size = position, 0
         size += added
     if entries:
-        yield entries[start:]
+        yield entries[start:], size
 
 
 def _flat(entries: Sequence[LogEntry]) -> Iterator[Argument]:

@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 
 from equipoise_server.store import scripts
 from equipoise_server.store.checksums import of_columns
-from equipoise_server.store.commands import Argument, Commands
+from equipoise_server.store.commands import Commands
+from equipoise_server.store.direct import Argument
 from equipoise_server.store.errors import Damaged
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.limits import MAX_COMMAND_BYTES
@@ -107,7 +108,7 @@ class PageTable:
         """
         target = PolicyKeys(self._prefix, owner.policy).header(owner.generation)
         arguments: list[Argument] = [version, batch.id, batch.pages, owner.generation, 0]
-        fixed = {"format": b"1", _CHECKSUM: of_columns(0, fields)}
+        fixed = {_CHECKSUM: of_columns(0, fields)}
         await self._write(owner, target, fixed, fields, arguments=arguments, published=published)
 
     async def read_header(self, policy: str, generation: str) -> dict[str, bytes]:

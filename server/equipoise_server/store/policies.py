@@ -8,8 +8,9 @@ from typing import Any
 from equipoise_server.store import scripts
 from equipoise_server.store.checksums import opened_text, sealed_text
 from equipoise_server.store.commands import Commands
-from equipoise_server.store.errors import Damaged, NotFound, OwnedElsewhere
-from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key, leaving_key, servers_key
+from equipoise_server.store.errors import Damaged, NotFound, OwnedElsewhere, TooNew
+from equipoise_server.store.format import FORMAT, number
+from equipoise_server.store.keys import PolicyKeys, address_key, heartbeat_key, index_key, leaving_key, servers_key
 from equipoise_server.store.records import Fence, Owner, Ownership, ServerLoad, StoredPolicy
 
 TOMBSTONE_TTL_S = 30 * 86_400
@@ -36,6 +37,9 @@ class PolicyTable:
         self._commands = commands
         self._patient = patient or commands
         self._prefix = prefix
+        self._addresses: set[str] = set()
+        self._namesakes: set[str] = set()
+        """Servers that live and say that they are reached where this one is: none of them is a former self."""
 
     async def create(self, policy: StoredPolicy) -> tuple[StoredPolicy, bool]:
         """Store a policy unless its name is taken; the stored one, and whether it is new."""
@@ -46,20 +50,20 @@ class PolicyTable:
             scripts.CREATE,
             policy=policy.name,
             keys=[keys.spec, keys.owner, keys.log(policy.uid)],
-            arguments=[policy.uid, repr(policy.create_time), sealed_text(policy.spec), policy.uid],
+            arguments=[policy.uid, repr(policy.create_time), sealed_text(policy.spec), policy.uid, FORMAT],
         )
         # Once more: the deletion of a namesake may have left the index between the two steps.
         await self.enter_index(policy.name)
         return (policy, True) if word == "OK" else (_stored(policy.name, held), False)
 
     async def get(self, name: str) -> StoredPolicy | None:
-        """The policy of that name."""
+        """The policy of that name. Raises Damaged, TooNew."""
         return _stored_or_none(name, await self._commands.run("get", *self._read_spec(name)))
 
     async def select(self, *, after: str, prefix: str, limit: int) -> list[StoredPolicy]:
         """At most `limit` policies in the order of their names: those after `after` that begin with `prefix`.
 
-        One whose specification is damaged is left out.
+        One whose specification is damaged, or too new, is left out.
         """
         found: list[StoredPolicy] = []
         while len(found) < limit:
@@ -69,7 +73,7 @@ class PolicyTable:
                 break
             specs = await self._commands.run_together("list", [self._read_spec(name) for name in names])
             for name, spec in zip(names, specs, strict=True):
-                with suppress(Damaged):
+                with suppress(Damaged, TooNew):
                     if (policy := _stored_or_none(name, spec)) is not None:
                         found.append(policy)
             if len(names) < wanted:
@@ -108,6 +112,7 @@ class PolicyTable:
         Raises:
             NotFound: no such policy.
             OwnedElsewhere: another server owns it, and lives; or none does, and `elsewhere` names where it should be.
+            TooNew: a newer release has stored it, and nothing was changed.
         """
         keys = self._keys(name)
         token = secrets.token_hex(16)
@@ -119,11 +124,11 @@ class PolicyTable:
                 scripts.ACQUIRE,
                 policy=name,
                 keys=[keys.spec, keys.owner, keys.staging],
-                arguments=[token, address, instance, replaced],
+                arguments=[token, address, instance, replaced, FORMAT],
             )
-        uid, epoch, generation = found
+        uid, epoch, generation, found_format = found
         await self.collect(name)
-        return Ownership(
+        owner = Ownership(
             policy=name,
             uid=uid.decode(),
             token=token,
@@ -132,6 +137,9 @@ class PolicyTable:
             address=address,
             instance=instance,
         )
+        if number(found_format) < FORMAT:
+            await self._raise_format(owner)
+        return owner
 
     async def departing(self, names: Sequence[str]) -> set[str]:
         """Which of these policies, one or more, belong to servers that live and leave: two round trips."""
@@ -172,6 +180,21 @@ class PolicyTable:
             commands.append(("SET", leaving_key(self._prefix, instance), 1, "PX", round(ttl_s * 1000)))
         before, *_ = await self._commands.run_together("heartbeat", commands)
         return before is not None
+
+    async def claim_address(self, instance: str, *, address: str, ttl_s: float) -> str:
+        """Say for another `ttl_s` seconds who is reached at an address; empty, or the server that has said so since.
+
+        One that has claimed it before this server did may be a former self; one that does so again behind it lives.
+        """
+        key = address_key(self._prefix, address)
+        claim = ("SET", key, instance, "PX", round(ttl_s * 1000))
+        before, _ = await self._commands.run_together("heartbeat", [("GET", key), claim])
+        is_first = address not in self._addresses
+        self._addresses.add(address)
+        other = "" if before is None or is_first or before.decode() == instance else str(before, "ascii")
+        if other:
+            self._namesakes.add(other)
+        return other
 
     async def leave_servers(self, instance: str) -> None:
         """Take a server off the list of those that take policies; it still owns what it owns."""
@@ -273,7 +296,8 @@ class PolicyTable:
         """Epoch of the owner, which may be replaced: it is gone, or a former self. Raises OwnedElsewhere."""
         held = await self._patient.run("owner", "HMGET", self._keys(name).owner, "epoch", "address", "instance", "uid")
         epoch, owner_address, owner_instance, uid = (value.decode() if value else "" for value in held)
-        is_self = owner_instance != "" and (owner_instance == instance or owner_address == address)
+        is_former = owner_address == address and owner_instance not in self._namesakes
+        is_self = owner_instance != "" and (owner_instance == instance or is_former)
         is_owned = owner_instance and not is_self
         if is_owned and (leaves := (await self._living([owner_instance])).get(owner_instance)) is not None:
             raise OwnedElsewhere(name, address=owner_address, leaving=leaves)
@@ -292,8 +316,21 @@ class PolicyTable:
             if lives
         }
 
+    async def _raise_format(self, owner: Ownership) -> None:
+        """Before anything else is written of a policy that an older release has stored, and would misread then."""
+        keys = self._keys(owner.policy)
+        with suppress(Damaged):  # whoever reads it is told
+            if (stored := await self.get(owner.policy)) is not None:
+                await self._commands.script(
+                    "acquire",
+                    scripts.RAISE_FORMAT,
+                    policy=owner.policy,
+                    keys=[keys.owner, keys.spec],
+                    arguments=[owner.token, owner.epoch, owner.generation, FORMAT, sealed_text(stored.spec)],
+                )
+
     def _read_spec(self, name: str) -> tuple[str, ...]:
-        return ("HMGET", self._keys(name).spec, "uid", "create_time", "spec")
+        return ("HMGET", self._keys(name).spec, "uid", "create_time", "spec", "format")
 
     def _keys(self, name: str) -> PolicyKeys:
         return PolicyKeys(self._prefix, name)
@@ -313,7 +350,9 @@ def _fence(owner: Ownership, held: Sequence[bytes | None], uid: bytes | None) ->
 
 
 def _stored(name: str, held: Any) -> StoredPolicy:
-    uid, create_time, spec = held
+    uid, create_time, spec, found = held
+    if number(found) > FORMAT:
+        raise TooNew(name, found=number(found))
     text = opened_text(name, spec.decode(errors="replace"))
     return StoredPolicy(name=name, uid=uid.decode(), create_time=float(create_time), spec=text)
 

@@ -25,8 +25,10 @@ from equipoise_server.store.connect import (
     RESERVED_CONNECTIONS,
     client_for,
     close_client,
+    direct_connections,
 )
 from equipoise_server.store.errors import StoreError
+from equipoise_server.store.format import FORMAT
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.locks import Locks
 from equipoise_server.store.log import PolicyLog
@@ -68,6 +70,7 @@ class RedisStore:
         appending: Client | None = None,
     ) -> None:
         self._clients = (client, appending) if appending else (client,)
+        self._direct = direct_connections(appending, timeout_s=command_timeout_s) if appending else None
         self._wait_replicas = wait_replicas
         self._confirms_writes = confirms_writes
         self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)
@@ -80,7 +83,9 @@ class RedisStore:
             self._commands,
             prefix=prefix,
             reading=patient,
-            appending=Commands(appending or client, timeout_s=command_timeout_s, observer=observer),
+            appending=Commands(
+                appending or client, timeout_s=command_timeout_s, observer=observer, direct=self._direct
+            ),
             replicas=wait_replicas,
         )
         self._pages = PageTable(patient, prefix=prefix)
@@ -109,24 +114,22 @@ class RedisStore:
             confirms_writes: for a Redis with `appendfsync no` on whose file durability rests. It answers an append in
                 the turn of its loop in which it writes its file, also when that write fails (a full disk); it refuses
                 a PING from then on. So an append is only done once a PING behind it is answered.
-            wait_replicas: how many replicas of Redis must have an append before it is done. What waits for them has
-                connections of its own.
+            wait_replicas: how many replicas of Redis must have an append before it is done.
 
         Raises:
             InvalidStoreUrl: not such a URL.
         """
 
-        def client() -> Client:
-            return client_for(url, access=access, command_timeout_s=command_timeout_s)
-
+        client = client_for(url, access=access, command_timeout_s=command_timeout_s)
+        appending = client_for(url, access=access, command_timeout_s=command_timeout_s, untimed=True)
         return cls(
-            client(),
+            client,
             prefix=prefix,
             command_timeout_s=command_timeout_s,
             observer=observer,
             confirms_writes=confirms_writes,
             wait_replicas=wait_replicas,
-            appending=client() if wait_replicas else None,
+            appending=appending,
         )
 
     async def ping(self) -> None:
@@ -143,6 +146,8 @@ class RedisStore:
 
     async def close(self) -> None:
         """Close all connections; the store cannot be used afterwards."""
+        if self._direct is not None:
+            await self._direct.close()
         for client in self._clients:
             await close_client(client)
 
@@ -177,13 +182,15 @@ class RedisStore:
 
         Args:
             name: of the policy.
-            address: where this server can be reached; an owner of the same address is a former self.
+            address: where this server can be reached; an owner of the same address is a former self, unless
+                `claim_address` has found it alive.
             instance: this server, if it sends heartbeats.
             elsewhere: finds the address of the server that should own it, asked if none does; empty: this one.
 
         Raises:
             NotFound: no such policy.
             OwnedElsewhere: another server owns it, and lives; or none does, and it should be elsewhere.
+            TooNew: a newer release has stored it; nothing was changed.
         """
         return await self._policies.acquire(name, address=address, instance=instance, elsewhere=elsewhere)
 
@@ -216,6 +223,13 @@ class RedisStore:
         """What each server says of itself that lives and takes policies, by its address."""
         return await self._policies.servers()
 
+    async def claim_address(self, instance: str, *, address: str, ttl_s: float) -> str:
+        """Say who is reached at an address; empty, or another server that has said so since this one did.
+
+        From then on that one is no former self of this one: what it owns stays with it.
+        """
+        return await self._policies.claim_address(instance, address=address, ttl_s=ttl_s)
+
     async def leave_servers(self, instance: str) -> None:
         """Say that a server takes no more policies; it still owns what it owns, until its heartbeats end."""
         await self._policies.leave_servers(instance)
@@ -238,7 +252,7 @@ class RedisStore:
         """
         await self._log.append(owner, entries)
         if self._confirms_writes:
-            await self._commands.run("confirm", "PING")
+            await self._log.ping()
 
     async def confirm(self, owner: Ownership) -> None:
         """Return once all that there is of a policy is as safe as after an append; see `wait_replicas`."""
@@ -391,13 +405,13 @@ class RedisStore:
 
     async def _end_republication(self, owner: Ownership, policy: StoredPolicy, batch: PageBatch) -> None:
         keys = PolicyKeys(self._prefix, owner.policy)
-        settings = [repr(policy.create_time), sealed_text(policy.spec), owner.generation, batch.id, str(batch.pages)]
+        settings = [repr(policy.create_time), sealed_text(policy.spec), owner.generation]
         await self._commands.script(
             "republish",
             scripts.REPUBLISH_END,
             policy=owner.policy,
             keys=[keys.spec, keys.owner, keys.log(owner.generation)],
-            arguments=[owner.uid, owner.token, owner.epoch, *settings],
+            arguments=[owner.uid, owner.token, owner.epoch, *settings, batch.id, batch.pages, FORMAT],
         )
 
     async def _locate(self, policy: Ownership | str) -> tuple[str, str]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from equipoise_server.store.checksums import check, checksum, opened_text
-from equipoise_server.store.commands import Argument, Commands
-from equipoise_server.store.errors import Damaged, LogLost
+from equipoise_server.store.commands import Commands
+from equipoise_server.store.direct import Argument
+from equipoise_server.store.errors import Damaged, LogLost, TooNew
+from equipoise_server.store.format import FORMAT, number
 from equipoise_server.store.keys import PolicyKeys, heartbeat_key, index_key
 from equipoise_server.store.limits import READ_CHUNK_ENTRIES
 from equipoise_server.store.log import PolicyLog, as_entry
@@ -126,12 +128,14 @@ class Salvage:
         return sorted(found)
 
     async def remains(self, policy: str) -> Remains | None:
-        """What there is of a policy; None: there was none, or it was deleted."""
+        """What there is of a policy; None: there was none, or it was deleted. Raises TooNew."""
         keys = PolicyKeys(self._prefix, policy)
         spec = _text(await self._commands.run("get", "HGETALL", keys.spec))
         owner = _text(await self._commands.run("owner", "HGETALL", keys.owner))
         if not spec and "uid" not in owner:
             return None
+        if (found := number(spec.get("format"))) > FORMAT:
+            raise TooNew(policy, found=found)
         generation, uid = spec.get("generation", ""), spec.get("uid", "")
         damage = "it is gone" if not spec else "" if generation and uid else "a part of it is gone"
         try:

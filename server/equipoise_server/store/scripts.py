@@ -1,8 +1,8 @@
 """The Lua scripts: each is one atomic step, safe to repeat, and answers with a word and its details.
 
 Words: OK; FENCED and DELETED (another token); LOST and the last version, -1 when the records are gone; MISSING (no such
-policy); GONE and what Redis has lost of a policy; INTERRUPTED (another attempt took the staging key). A
-script checks everything before it writes anything.
+policy); GONE and what Redis has lost of a policy; NEWER and the format of a policy that a newer release has stored;
+INTERRUPTED (another attempt took the staging key). A script checks everything before it writes anything.
 """
 
 from dataclasses import dataclass
@@ -57,14 +57,15 @@ local function start_log(log, version)
 end
 """
 
-# KEYS spec, owner, log; ARGV uid, create_time, spec, generation. The tombstone's epoch stays.
+# KEYS spec, owner, log; ARGV uid, create_time, spec, generation, format. The tombstone's epoch stays.
 CREATE = Script(
     _START_LOG
     + """
-local held = redis.call('HMGET', KEYS[1], 'uid', 'create_time', 'spec')
-if held[1] then return {'HELD', held[1], held[2], held[3]} end
+local held = redis.call('HMGET', KEYS[1], 'uid', 'create_time', 'spec', 'format')
+if held[1] then return {'HELD', held[1], held[2], held[3], held[4]} end
 if redis.call('HEXISTS', KEYS[2], 'uid') == 1 then return {'GONE', 'the specification'} end
-redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[2], 'spec', ARGV[3], 'generation', ARGV[4])
+redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[2], 'spec', ARGV[3], 'generation', ARGV[4],
+  'format', ARGV[5])
 redis.call('HDEL', KEYS[2], 'deleted', 'token', 'address', 'instance')
 redis.call('HSETNX', KEYS[2], 'epoch', 0)
 redis.call('HSET', KEYS[2], 'uid', ARGV[1], 'pages:' .. ARGV[4], 0)
@@ -74,22 +75,34 @@ return {'OK'}
 """
 )
 
-# KEYS spec, owner, staging; ARGV token, address, instance, epoch of the owner that may be replaced. Two servers that
-# find the same owner gone cannot both replace it: the second one looks again.
+# KEYS spec, owner, staging; ARGV token, address, instance, epoch of the owner that may be replaced, newest format that
+# can be read. Two servers that find the same owner gone cannot both replace it: the second one looks again.
 ACQUIRE = Script("""
-local held = redis.call('HMGET', KEYS[1], 'uid', 'generation')
+local held = redis.call('HMGET', KEYS[1], 'uid', 'generation', 'format')
 if not held[1] then
   if redis.call('HEXISTS', KEYS[2], 'uid') == 1 then return {'GONE', 'the specification'} end
   return {'MISSING'}
 end
+if tonumber(held[3] or 0) > tonumber(ARGV[5]) then return {'NEWER', held[3]} end
 if redis.call('EXISTS', KEYS[2]) == 0 then return {'GONE', 'the record of its owner'} end
 if tonumber(redis.call('HGET', KEYS[2], 'epoch') or 0) ~= tonumber(ARGV[4]) then return {'HELD'} end
 local epoch = redis.call('HINCRBY', KEYS[2], 'epoch', 1)
 redis.call('HSET', KEYS[2], 'token', ARGV[1], 'address', ARGV[2], 'instance', ARGV[3])
 redis.call('HDEL', KEYS[2], 'deleted')
 redis.call('UNLINK', KEYS[3])
-return {'OK', held[1], epoch, held[2]}
+return {'OK', held[1], epoch, held[2], held[3]}
 """)
+
+# KEYS owner, spec; ARGV token, epoch, generation, format, spec: from here on servers that do not know it refuse.
+RAISE_FORMAT = Script(
+    _FENCE_CHECK
+    + """
+local refusal = fence_check(KEYS[1], ARGV[1], ARGV[2], KEYS[2], ARGV[3])
+if refusal then return refusal end
+redis.call('HSET', KEYS[2], 'format', ARGV[4], 'spec', ARGV[5])
+return {'OK'}
+"""
+)
 
 # KEYS owner; ARGV token. The epoch stays; the former owner's late writes are fenced.
 RELEASE = Script("""
@@ -271,7 +284,7 @@ return {'OK'}
 )
 
 # KEYS spec, owner, log of the new generation; ARGV uid, token, epoch, create_time, spec, new generation, batch, its
-# pages.
+# pages, format.
 REPUBLISH_END = Script(
     _FENCE_CHECK
     + _RIVAL
@@ -282,7 +295,8 @@ local refusal = rival(KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3])
 if refusal then return refusal end
 if redis.call('EXISTS', KEYS[3]) == 0 then return {'LOST', -1} end
 if batched(KEYS[2], ARGV[7]) ~= tonumber(ARGV[8]) then return {'LOST', -1} end
-redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[4], 'spec', ARGV[5], 'generation', ARGV[6])
+redis.call('HSET', KEYS[1], 'uid', ARGV[1], 'create_time', ARGV[4], 'spec', ARGV[5], 'generation', ARGV[6],
+  'format', ARGV[9])
 redis.call('HSET', KEYS[2], 'uid', ARGV[1])
 return {'OK'}
 """

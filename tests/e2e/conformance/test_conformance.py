@@ -20,6 +20,7 @@ from tests.servers import ServerProcess
 EXCHANGE = "/equipoise.v1.PolicyService/Exchange"
 DELETE = "/equipoise.v1.PolicyService/DeletePolicy"
 STRATA = {f"rules/strata/{case}" for case in ("defaults", "evidence", "groups", "soft", "spike")}
+OUTCOMES = {f"rules/learnability/{case}" for case in ("defaults", "greedy", "patient")}
 GUARD = {f"rules/{rule}/guard" for rule in (
     "uniform", "ema_sign", "ema_relu", "exponentiated_gradient", "projected_gradient", "boltzmann"
 )}  # fmt: skip
@@ -102,7 +103,7 @@ def without_details(method: str, metadata: Metadata) -> Metadata:
 @pytest.mark.parametrize(
     ("wrong", "arguments", "expected"),
     [
-        ({"change": in_step(11, heavier(1e-4))}, [], GUARD | STRATA),
+        ({"change": in_step(11, heavier(1e-4))}, [], GUARD | STRATA | OUTCOMES),
         ({"change": in_step(11, heavier(1.2e-7))}, ["--only", "rules/ema_sign"], set()),
         ({"change": in_step(11, heavier(1.2e-7))}, ["--only", "rules/ema_sign", "--exact"], {"rules/ema_sign/guard"}),
         (

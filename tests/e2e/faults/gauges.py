@@ -43,6 +43,11 @@ def store_errors(server: Measured, kind: str) -> int:
     return _count(server, rf'{PREFIX}redis_errors_total{{kind="{kind}"}}')
 
 
+def refusals(server: Measured, reason: str) -> int:
+    """How many calls and steps it has refused for a reason of how things stand."""
+    return _count(server, rf'{PREFIX}refusals_total{{reason="{reason}"}}')
+
+
 def not_ready(server: Measured) -> str:
     """Why the server is not ready; empty when it is."""
     try:

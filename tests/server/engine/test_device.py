@@ -52,7 +52,7 @@ async def test_what_a_failing_device_has_half_done_is_read_again_from_the_store(
 
     monkeypatch.setattr(runner.policy, "apply", fail_at_third)
     for limit in ("CALL_S", "INLINE_S"):  # all five in one call, however slow the machine is
-        monkeypatch.setattr(f"equipoise_server.engine.runner.{limit}", 60.0)
+        monkeypatch.setattr(f"equipoise_server.engine.applier.{limit}", 60.0)
     unanswered = [await runner.submit(step) for step in islice(numbered, 5)]
     errors = await asyncio.gather(*unanswered, return_exceptions=True)
     assert {getattr(error, "reason", None) for error in errors} == {"DEVICE_LOST"}

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from equipoise_server.engine import Durability, Engine, Kind, Outcome, PolicyRunner, Session, State, Step, persistence
+from equipoise_server.engine import Durability, Engine, Kind, Outcome, Session, State, Step, persistence
+from equipoise_server.engine.applier import Applier
 from equipoise_server.engine.persistence import Persistence
 from equipoise_server.errors import Code, ServiceError, draining
 from equipoise_server.store import EmbeddedRedis, RedisStore, Unavailable
@@ -66,7 +67,7 @@ async def answer_or_error(waiting: Awaitable[Any]) -> Any:
 
 
 TASKS = {
-    "steps": (PolicyRunner, "_apply_steps"),
+    "steps": (Applier, "run"),
     "log": (Persistence, "write"),
     "sweep": (Persistence, "sweep_when_due"),
 }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from equipoise_server.engine import Durability, PolicyRunner, tables
-from equipoise_server.engine import runner as runner_module
+from equipoise_server.engine import applier as applier_module
 from equipoise_server.engine.log import ENTRY_MEMORY_BYTES
 from equipoise_server.errors import draining
 from equipoise_server.store import EmbeddedRedis, LogLost, RedisStore, StoreError, Unavailable
@@ -76,7 +76,7 @@ async def assert_taken_over(servers: Servers, runner: PolicyRunner) -> None:
 async def test_a_slow_store_slows_the_steps_and_fills_no_memory(
     servers: Servers, redis: EmbeddedRedis, batch: int, count: int, append_s: float
 ) -> None:
-    bound, one_call = 1 << 14, runner_module.STEPS_PER_CALL * (28 * batch + 2 * ENTRY_MEMORY_BYTES)
+    bound, one_call = 1 << 14, applier_module.STEPS_PER_CALL * (28 * batch + 2 * ENTRY_MEMORY_BYTES)
     runner, store = await bad(servers, redis, max_backlog_bytes=bound)
     store.append_s = append_s
     largest = 0

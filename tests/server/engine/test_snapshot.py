@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from equipoise_server.engine import Device, Engine, Kind, Policy, PolicyRunner, Snapshot, Step
-from equipoise_server.engine.runner import MAX_SNAPSHOTS
 from equipoise_server.engine.sampling import draw
+from equipoise_server.engine.snapshots import MAX_SNAPSHOTS
 from equipoise_server.errors import ServiceError
 from equipoise_server.rules import Slices, build, exhaust, names
 from tests.server.engine.conftest import Servers

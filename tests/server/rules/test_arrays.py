@@ -29,6 +29,7 @@ CASES: list[tuple[str, dict[str, float]]] = [
     ("ema_sign", {"loss_penalty": 0.7, "floor": 0.0}),
     ("exponentiated_gradient", {}),
     ("exponentiated_gradient", {"unit": 0.5, "floor": 1e-4}),
+    ("learnability", {"decay": 0.3}),
     ("projected_gradient", {"step_size": 0.5}),
     ("rho", {"threshold": -0.2, "saturation": 0.3}),
     ("strata", {"min_count": 10.0, "memory": 50.0}),
@@ -50,7 +51,15 @@ def steps(rng: np.random.Generator) -> Iterator[Statistics]:
         ids = None if rows is None else rng.choice(N, rows, replace=False)
         values = rng.normal(size=(3, N if rows is None else rows)) * np.exp(rng.normal(scale=4.0))
         contributions, losses, references = values.astype(np.float32)
-        yield Statistics(ids=ids, contributions=contributions, losses=losses, reference_losses=references)
+        attempts = rng.integers(1, 2**20, len(losses))
+        yield Statistics(
+            ids=ids,
+            contributions=contributions,
+            losses=losses,
+            reference_losses=references,
+            successes=rng.integers(0, attempts + 1),
+            attempts=attempts,
+        )
 
 
 def run(rule: Rule) -> tuple[TableState, list[LoggedStatistics], list[Any]]:

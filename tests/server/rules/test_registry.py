@@ -10,7 +10,8 @@ REQUIRED = {"trajectory": {"rows": 2, "learning_rate": 0.1}}
 
 def test_names_are_sorted_and_build() -> None:
     gradient = ["exponentiated_gradient", "projected_gradient"]
-    others = ["boltzmann", "ema_relu", "ema_sign", "loss_linear_upper", "rho", "strata", "trajectory", "uniform"]
+    others = ["boltzmann", "ema_relu", "ema_sign", "learnability", "loss_linear_upper", "rho", "strata"]
+    others += ["trajectory", "uniform"]
     assert names() == sorted(gradient + others)
     assert [build(name, REQUIRED.get(name, {})).name for name in names()] == names()
 

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -283,3 +284,20 @@ async def test_a_data_directory_that_was_open_to_others_is_closed(tmp_path: Path
     await redis.start()
     await redis.stop()
     assert stat.S_IMODE(os.stat(tmp_path).st_mode) == 0o700
+
+
+async def test_a_copy_of_the_directory_leaves_the_redis_of_the_original_where_it_is(
+    embedded: EmbeddedRedis, tmp_path: Path
+) -> None:
+    """The copy names the original's socket, as that of somebody who may be gone."""
+    await fill(embedded, last=3)
+    shutil.copytree(tmp_path / "data dir", tmp_path / "copy")
+    copy = EmbeddedRedis(tmp_path / "copy")
+    await copy.start()
+    try:
+        assert await last_version(copy) == 3
+        assert embedded.socket.exists()
+        assert await last_version(embedded) == 3
+    finally:
+        await copy.stop()
+    assert embedded.socket.exists()

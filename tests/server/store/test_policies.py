@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from redis.asyncio import Redis
 
-from equipoise_server.store import Deleted, Fenced, NotFound, Ownership, Page, RedisStore
+from equipoise_server.store import Deleted, Fenced, NotFound, OwnedElsewhere, Ownership, Page, RedisStore
 from equipoise_server.store.policies import TOMBSTONE_TTL_S
 from tests.server.store.conftest import (
     CountingObserver,
@@ -17,6 +17,8 @@ from tests.server.store.conftest import (
     write_header,
     write_page,
 )
+
+ADDRESS = "127.0.0.1:1"
 
 
 async def test_creating_twice_returns_the_first(store: RedisStore) -> None:
@@ -227,3 +229,27 @@ async def test_ownership_outlives_a_new_client(store: RedisStore, admin: Redis) 
     again = RedisStore(admin)
     await again.append(dataclasses.replace(owner), entries(1, 1))
     assert await logged(store) == entries(1, 1)
+
+
+async def test_an_owner_at_the_same_address_is_a_former_self_unless_it_is_seen_to_live(
+    shared_redis: RedisProcess, store: RedisStore
+) -> None:
+    other = RedisStore.connect(shared_redis.url, command_timeout_s=5)
+    try:
+        await store.create(policy())
+        assert await other.claim_address("former", address=ADDRESS, ttl_s=60) == ""
+        await other.heartbeat("former", address=ADDRESS, ttl_s=60)
+        await other.acquire("lm", address=ADDRESS, instance="former")
+        assert await store.claim_address("now", address=ADDRESS, ttl_s=60) == ""  # it may have ended since
+        assert (await store.acquire("lm", address=ADDRESS, instance="now")).epoch == 2
+        assert await store.claim_address("now", address=ADDRESS, ttl_s=60) == ""
+        assert await other.claim_address("former", address=ADDRESS, ttl_s=60) == "now"
+        assert await store.claim_address("now", address=ADDRESS, ttl_s=60) == "former"
+        await store.heartbeat("now", address=ADDRESS, ttl_s=60)
+        with pytest.raises(OwnedElsewhere):
+            await other.acquire("lm", address=ADDRESS, instance="former")
+        await store.end_heartbeat("now")
+        assert (await other.acquire("lm", address=ADDRESS, instance="former")).epoch == 3
+        assert await store.claim_address("now", address="127.0.0.1:9", ttl_s=60) == ""
+    finally:
+        await other.close()

@@ -20,6 +20,7 @@ from equipoise_trainer.commands.options import (
     parse_settings,
     parse_tuned,
 )
+from equipoise_trainer.commands.prompts import prompts
 from equipoise_trainer.datasets import DATASETS
 from equipoise_trainer.experiment import ExperimentConfig, Run, run_experiment
 from equipoise_trainer.methods import METHODS, TITLES, parse_methods
@@ -111,6 +112,7 @@ def perceptron(
 
 app.command()(images)
 app.command()(lm)
+app.command()(prompts)
 
 
 def main(arguments: Sequence[str]) -> int:

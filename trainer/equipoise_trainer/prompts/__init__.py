@@ -1,0 +1,1 @@
+"""Reinforcement learning from prompts with verifiable answers: which prompts to practise on."""

@@ -13,6 +13,7 @@ import structlog
 
 from equipoise_server import logs
 from equipoise_server.engine import tables
+from equipoise_server.engine.departures import Departures
 from equipoise_server.engine.device import Device
 from equipoise_server.engine.header import Header
 from equipoise_server.engine.limits import EngineLimits
@@ -95,6 +96,7 @@ class Engine:
         self._runners: dict[str, PolicyRunner] = {}
         self.backlogs = Backlogs(max_bytes=limits.max_backlogs_bytes, max_policy_bytes=limits.max_backlog_bytes)
         self._loads: dict[str, tuple[Loading, asyncio.Task[PolicyRunner]]] = {}
+        self._departures = Departures(store)
         self._resting = Resting()
         self._spreading = (
             Spreading(
@@ -321,6 +323,7 @@ class Engine:
             address=self.address,
             instance=self._instance,
             limits=self.limits,
+            departures=self._departures,
             elsewhere=self._spreading.elsewhere if self._spreading and wish is Wish.ANYWHERE else None,
             wall_clock=self._wall_clock,
         )

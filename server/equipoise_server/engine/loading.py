@@ -11,6 +11,7 @@ from typing import TypeVar
 import structlog
 
 from equipoise_server.engine import tables
+from equipoise_server.engine.departures import Departures
 from equipoise_server.engine.device import Device, DeviceQueue
 from equipoise_server.engine.header import Header
 from equipoise_server.engine.limits import EngineLimits
@@ -52,8 +53,6 @@ log = structlog.get_logger("equipoise.policy")
 READ_RETRIES_S = 30.0
 """How long a read of the store is repeated while the store does not answer, seconds."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
-LEAVING_CHECK_S = 0.05
-"""How often the store is asked whether a server that leaves has given the policy up."""
 
 
 def store_failed(error: StoreError) -> ServiceError:
@@ -91,6 +90,7 @@ class Loading:
         address: under which this server is reached.
         instance: this server's name in the store.
         limits: bounds.
+        departures: waits for an owner that leaves.
         elsewhere: finds the server that should own a policy that none does; empty: this one.
         wall_clock: seconds since 1970.
     """
@@ -104,6 +104,7 @@ class Loading:
         address: str,
         instance: str,
         limits: EngineLimits,
+        departures: Departures,
         elsewhere: Callable[[PolicySpec], Awaitable[str]] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -126,6 +127,7 @@ class Loading:
         self._address = address
         self._instance = instance
         self._limits = limits
+        self._departures = departures
         self._elsewhere = elsewhere
         self._wall_clock = wall_clock
 
@@ -184,7 +186,7 @@ class Loading:
             except OwnedElsewhere as error:
                 if not error.leaving:
                     raise
-            await asyncio.sleep(LEAVING_CHECK_S)
+            await self._departures.wait(self.name)
 
     async def _find_place(self) -> str:
         stored = await self._store.get(self.name)

@@ -106,11 +106,9 @@ class TableRule(Rule):
         self, state: TableState, ids: NDArray[np.int64] | None, *, trajectory_row: int | None = None
     ) -> NDArray[np.bool_]:
         """Whether the raw weight is above the floor; always so where floor and top are the same."""
-        raw = table(state.columns[RAW])
-        floor, top = self.raw_range
-        if floor == top:
-            return np.ones(len(raw) if ids is None else len(ids), np.bool_)
-        return here(gather(raw, rows_of(raw, ids)) != floor)
+        column, (floor, top) = table(state.columns[RAW]), self.raw_range
+        raw = gather(column, rows_of(column, ids))
+        return np.ones(len(raw), np.bool_) if floor == top else here(raw != floor)
 
     def effective_examples(self, state: TableState) -> float:
         """(Σw)²/Σw² with w = 1 for the N - K unscored, and the guard's mix expanded."""

@@ -26,10 +26,16 @@ class PolicyTable:
 
     A policy exists when its spec does. The index of names lies in another slot of a cluster and so cannot change in the
     same step: it is written before the spec, and a listing checks every name against its spec.
+
+    Args:
+        commands: runs them.
+        prefix: first part of every key.
+        patient: for what many policies do at once; it leaves connections to others. None: `commands`.
     """
 
-    def __init__(self, commands: Commands, *, prefix: str) -> None:
+    def __init__(self, commands: Commands, *, prefix: str, patient: Commands | None = None) -> None:
         self._commands = commands
+        self._patient = patient or commands
         self._prefix = prefix
         self._addresses: set[str] = set()
         self._namesakes: set[str] = set()
@@ -113,7 +119,7 @@ class PolicyTable:
         word = "HELD"
         while word == "HELD":  # somebody else was faster: look who
             replaced = await self._replaceable(name, address=address, instance=instance, elsewhere=elsewhere)
-            word, *found = await self._commands.script(
+            word, *found = await self._patient.script(
                 "acquire",
                 scripts.ACQUIRE,
                 policy=name,
@@ -134,6 +140,13 @@ class PolicyTable:
         if number(found_format) < FORMAT:
             await self._raise_format(owner)
         return owner
+
+    async def departing(self, names: Sequence[str]) -> set[str]:
+        """Which of these policies, one or more, belong to servers that live and leave: two round trips."""
+        asked = [("HGET", self._keys(name).owner, "instance") for name in names]
+        instances = [str(held or b"", "ascii") for held in await self._patient.run_together("owner", asked)]
+        leaving = await self._living(sorted(set(instances) - {""}))
+        return {name for name, instance in zip(names, instances, strict=True) if leaving.get(instance)}
 
     async def release(self, owner: Ownership) -> None:
         """Give a policy up, for any server to acquire."""
@@ -251,7 +264,7 @@ class PolicyTable:
             keep: a generation that is being written; empty: none.
         """
         keys = self._keys(name)
-        _, *found = await self._commands.script("collect", scripts.GARBAGE, policy=name, keys=[keys.spec, keys.owner])
+        _, *found = await self._patient.script("collect", scripts.GARBAGE, policy=name, keys=[keys.spec, keys.owner])
         for generation, pages in zip(found[::2], found[1::2], strict=True):
             if generation.decode() != keep:
                 await self._unlink(keys, generation.decode(), pages=int(pages))
@@ -281,17 +294,27 @@ class PolicyTable:
         self, name: str, *, address: str, instance: str, elsewhere: Callable[[], Awaitable[str]] | None
     ) -> int:
         """Epoch of the owner, which may be replaced: it is gone, or a former self. Raises OwnedElsewhere."""
-        held = await self._commands.run("owner", "HMGET", self._keys(name).owner, "epoch", "address", "instance", "uid")
+        held = await self._patient.run("owner", "HMGET", self._keys(name).owner, "epoch", "address", "instance", "uid")
         epoch, owner_address, owner_instance, uid = (value.decode() if value else "" for value in held)
         is_former = owner_address == address and owner_instance not in self._namesakes
         is_self = owner_instance != "" and (owner_instance == instance or is_former)
         is_owned = owner_instance and not is_self
-        if is_owned and await self._commands.run("heartbeat", "EXISTS", heartbeat_key(self._prefix, owner_instance)):
-            leaving = await self._commands.run("heartbeat", "EXISTS", leaving_key(self._prefix, owner_instance))
-            raise OwnedElsewhere(name, address=owner_address, leaving=bool(leaving))
+        if is_owned and (leaves := (await self._living([owner_instance])).get(owner_instance)) is not None:
+            raise OwnedElsewhere(name, address=owner_address, leaving=leaves)
         if elsewhere is not None and uid and not is_self and (better := await elsewhere()):
             raise OwnedElsewhere(name, address=better)
         return int(epoch or 0)
+
+    async def _living(self, instances: Sequence[str]) -> dict[str, bool]:
+        """Which of these servers live, and whether they leave."""
+        of_each = (heartbeat_key, leaving_key)
+        asked = [("EXISTS", key(self._prefix, instance)) for instance in instances for key in of_each]
+        found = await self._patient.run_together("heartbeat", asked) if asked else []
+        return {
+            instance: bool(leaves)
+            for instance, lives, leaves in zip(instances, found[::2], found[1::2], strict=True)
+            if lives
+        }
 
     async def _raise_format(self, owner: Ownership) -> None:
         """Before anything else is written of a policy that an older release has stored, and would misread then."""

@@ -78,7 +78,7 @@ class RedisStore:
         bulk = asyncio.Semaphore(CONNECTIONS - RESERVED_CONNECTIONS)
         patient = Commands(client, timeout_s=command_timeout_s, observer=observer, at_once=bulk)
         self._prefix = prefix
-        self._policies = PolicyTable(self._commands, prefix=prefix)
+        self._policies = PolicyTable(self._commands, prefix=prefix, patient=patient)
         self._log = PolicyLog(
             self._commands,
             prefix=prefix,
@@ -193,6 +193,10 @@ class RedisStore:
             TooNew: a newer release has stored it; nothing was changed.
         """
         return await self._policies.acquire(name, address=address, instance=instance, elsewhere=elsewhere)
+
+    async def departing(self, names: Sequence[str]) -> set[str]:
+        """Which of these policies, one or more, belong to servers that live and leave."""
+        return await self._policies.departing(names)
 
     async def release(self, owner: Ownership) -> None:
         """Give a policy up, for any server to acquire; this owner is fenced from here on."""

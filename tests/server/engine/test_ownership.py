@@ -4,16 +4,29 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from time import monotonic
 
 import pytest
 
 from equipoise_server.engine import Engine, Outcome, memory
+from equipoise_server.engine.departures import CHECK_S
 from equipoise_server.errors import ServiceError, draining
 from equipoise_server.store import EmbeddedRedis, RedisStore
+from equipoise_server.store.observer import NoObserver
 from tests.server.engine.conftest import Servers
 from tests.server.engine.runs import send, spec, steps
 
 FIRST, SECOND = "10.0.0.1:1", "10.0.0.2:1"
+
+
+class Counter(NoObserver):
+    """Counts what the store is asked."""
+
+    commands = 0
+
+    def command(self, name: str, seconds: float) -> None:
+        """One more."""
+        self.commands += 1
 
 
 @pytest.fixture
@@ -125,6 +138,46 @@ async def test_a_leaving_server_that_dies_is_replaced_once_its_time_is_up(
 ) -> None:
     await store.heartbeat("first", address=FIRST, ttl_s=0.3, leaving=True)
     assert (await second.runner("policy", wait_s=60)).epoch == 2
+
+
+async def test_however_many_policies_are_waited_for_the_store_is_asked_as_if_it_were_one(
+    servers: Servers, store: RedisStore, redis: EmbeddedRedis
+) -> None:
+    """Else the waiting takes all connections, and this server's own heartbeats and steps with them."""
+    names, counter = [f"policy-{index}" for index in range(100)], Counter()
+    first = await servers.make(FIRST, instance="first")
+    second = await servers.make(
+        SECOND, instance="second", store=RedisStore.connect(redis.url, observer=counter), load_wait_s=60
+    )
+    await store.heartbeat("first", address=FIRST, ttl_s=600, leaving=True)
+    owners = []
+    for name in names:
+        await first.create(spec(name, num_examples=10))
+        owners.append(await store.acquire(name, address=FIRST, instance="first"))
+    began = monotonic()
+    asking = [asyncio.create_task(second.runner(name)) for name in names]
+    while counter.commands < 2 * len(names) or monotonic() < began + 1.0:
+        await asyncio.sleep(0.01)
+    rounds = (monotonic() - began) / CHECK_S + 1
+    assert counter.commands <= 2 * len(names) + 2 * rounds
+    for owner in owners:
+        await store.release(owner)
+    taken = await asyncio.wait_for(asyncio.gather(*asking), 60)
+    assert [runner.epoch for runner in taken] == [2] * len(names)
+
+
+async def test_a_store_that_fails_while_a_leaving_server_is_waited_for_is_what_callers_hear_of(
+    first: Engine, second: Engine, store: RedisStore, redis: EmbeddedRedis
+) -> None:
+    await store.heartbeat("first", address=FIRST, ttl_s=600, leaving=True)
+    asking = asyncio.create_task(second.runner("policy", wait_s=60))
+    with pytest.raises(ServiceError) as caught:
+        await second.runner("policy", wait_s=0.2)
+    assert caught.value.reason == "LOADING"
+    await redis.stop()
+    with pytest.raises(ServiceError) as caught:
+        await asyncio.wait_for(asking, 60)
+    assert caught.value.reason == "STATE_STORE_DOWN"
 
 
 async def test_a_policy_that_left_memory_is_free_for_all(first: Engine, second: Engine) -> None:

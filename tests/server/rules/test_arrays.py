@@ -106,9 +106,10 @@ def test_tables_on_the_cpu_are_seen_by_numpy_without_a_copy() -> None:
 
 @pytest.mark.parametrize("bad", [-1, N, -(1 << 63), 1 << 62])
 @pytest.mark.parametrize("context", [torch_alone, pytest.MonkeyPatch.context])
-def test_an_id_that_is_not_there_is_never_looked_up(bad: int, context: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("name", ["ema_sign", "uniform"])
+def test_an_id_that_is_not_there_is_never_looked_up(name: str, bad: int, context: Callable[[], Any]) -> None:
     """On a GPU it would end the process's work there; in numpy -1 is the last example."""
-    rule = build("ema_sign", {})
+    rule = build(name, {})
     state, ids = rule.init(N, device=torch.device("cpu")), np.array([3, bad])
     step = Statistics(ids=ids, contributions=np.ones(2, np.float32))
     with context():

@@ -1,5 +1,6 @@
 from collections.abc import AsyncIterator
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -13,8 +14,7 @@ from tests.server.store.conftest import entries, eventually, logged, policy, run
 
 @pytest.fixture
 async def cluster(short_dir: Path) -> AsyncIterator[tuple[RedisStore, Any]]:
-    directory = short_dir / "cluster"
-    directory.mkdir()
+    directory = Path(mkdtemp(prefix="cluster-", dir=short_dir))
     port = free_port()
     settings = ("--cluster-enabled", "yes", "--port", str(port), "--bind", "127.0.0.1")
     with running_redis(directory, *settings) as process:
@@ -54,3 +54,19 @@ async def test_everything_works_on_a_cluster_and_a_policy_stays_in_one_slot(
     await store.delete("lm")
     assert [key for key in await admin.keys() if b"{lm}" in key] == [b"equipoise:{lm}:owner"]
     assert [found.name for found in await store.list_policies(limit=10)] == ["speech.v2", "vision"]
+
+
+async def test_which_policies_leaving_servers_have_is_found_on_a_cluster_too(cluster: tuple[RedisStore, Any]) -> None:
+    store, _ = cluster
+    for instance, leaving in (("leaves", True), ("stays", False)):
+        await store.heartbeat(instance, address=f"{instance}:1", ttl_s=60, leaving=leaving)
+    names = ("lm", "vision", "speech.v2", "nobody-s")
+    for name, instance in zip(names, ("leaves", "stays", "leaves", ""), strict=True):
+        await store.create(policy(name))
+        if instance:
+            owner = await store.acquire(name, address=f"{instance}:1", instance=instance)
+    assert await store.departing([*names, "none"]) == {"lm", "speech.v2"}
+    await store.release(owner)
+    assert await store.departing(names) == {"lm"}
+    await store.end_heartbeat("leaves")
+    assert await store.departing(names) == set()

@@ -15,6 +15,8 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, suppress
 
+from redis.asyncio import RedisCluster
+
 from equipoise_server.redis_url import RedisAccess, RedisUrl
 from equipoise_server.store import scripts
 from equipoise_server.store.checksums import sealed_text
@@ -70,7 +72,7 @@ class RedisStore:
         appending: Client | None = None,
     ) -> None:
         self._clients = (client, appending) if appending else (client,)
-        self._direct = direct_connections(appending, timeout_s=command_timeout_s) if appending else None
+        self._direct = direct_connections(client, timeout_s=command_timeout_s)
         self._wait_replicas = wait_replicas
         self._confirms_writes = confirms_writes
         self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)
@@ -120,16 +122,18 @@ class RedisStore:
             InvalidStoreUrl: not such a URL.
         """
 
-        client = client_for(url, access=access, command_timeout_s=command_timeout_s)
-        appending = client_for(url, access=access, command_timeout_s=command_timeout_s, untimed=True)
+        def client() -> Client:
+            return client_for(url, access=access, command_timeout_s=command_timeout_s)
+
+        found = client()
         return cls(
-            client,
+            found,
             prefix=prefix,
             command_timeout_s=command_timeout_s,
             observer=observer,
             confirms_writes=confirms_writes,
             wait_replicas=wait_replicas,
-            appending=appending,
+            appending=client() if isinstance(found, RedisCluster) else None,
         )
 
     async def ping(self) -> None:

@@ -30,6 +30,7 @@ from equipoise_server.store.connect import (
     direct_connections,
 )
 from equipoise_server.store.errors import StoreError
+from equipoise_server.store.faults import REDIS_FAULTS
 from equipoise_server.store.format import FORMAT
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.locks import Locks
@@ -153,7 +154,8 @@ class RedisStore:
         if self._direct is not None:
             await self._direct.close()
         for client in self._clients:
-            await close_client(client)
+            with suppress(*REDIS_FAULTS):  # the other side does not take part
+                await close_client(client)
 
     def lock(self, name: str, *, lease_s: float, wait_s: float) -> AbstractAsyncContextManager[None]:
         """Surrounds what only one server at a time may do, for `lease_s` at most; waits up to `wait_s` for it."""

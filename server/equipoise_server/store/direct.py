@@ -40,6 +40,7 @@ class DirectConnections:
 
     def __init__(self, pool: ConnectionPool, *, at_most: int, timeout_s: float) -> None:
         self._pool = pool
+        self._sentinels = pool if isinstance(pool, SentinelConnectionPool) else None
         self._timeout_s = timeout_s
         self._all: list[Connection] = []
         self._free: list[tuple[Connection, Patience]] = []
@@ -72,22 +73,21 @@ class DirectConnections:
     async def _ask(
         self, connection: Connection, patience: Patience, commands: Sequence[tuple[Argument, ...]]
     ) -> list[Any]:
+        # the stub means a tuple of any length
+        packed = [hiredis.pack_command(each) for each in commands]  # type: ignore[arg-type]
+        size = sum(map(len, packed))
         with patience:
-            if self._has_moved(connection):
-                await connection.disconnect(nowait=True)
+            if self._sentinels is not None and self._sentinels.master_address != (connection.host, connection.port):
+                await connection.disconnect(nowait=True)  # the master of before may live on, and take what is lost
             await self._pool.ensure_connection(connection)
-        packed = _packed(commands)
-        for piece in _pieces(packed):
+            if size <= PIECE_BYTES:
+                await connection.send_packed_command(packed, check_health=False)
+                return [await _answer(connection) for _ in packed]
+        for piece in _pieces(packed):  # a slow line is no silence
             with patience:
                 await connection.send_packed_command(piece, check_health=False)
-        buffered = sum(map(len, packed)) // BUFFERED_BYTES
-        if buffered:  # much may be on its way still
-            patience = Patience(self._timeout_s * (1 + buffered))
-        answers = []
-        for _ in commands:
-            with patience:
-                answers.append(await _answer(connection))
-        return answers
+        with Patience(self._timeout_s * (1 + size // BUFFERED_BYTES)):
+            return [await _answer(connection) for _ in packed]
 
     async def _take_turn(self) -> None:
         if not self._turns.locked():
@@ -102,11 +102,6 @@ class DirectConnections:
         self._all.append(connection)
         return connection, Patience(self._timeout_s)
 
-    def _has_moved(self, connection: Connection) -> bool:
-        """Whether Sentinels have named another master since: the one of before may live on, and take what is lost."""
-        pool = self._pool
-        return isinstance(pool, SentinelConnectionPool) and pool.master_address != (connection.host, connection.port)
-
     async def close(self) -> None:
         """Closes the connections, those in use too."""
         self._closed = True
@@ -114,19 +109,10 @@ class DirectConnections:
         await asyncio.gather(*(each.disconnect() for each in self._all), return_exceptions=True)
 
 
-def _packed(commands: Sequence[tuple[Argument, ...]]) -> list[bytes]:
-    # its stub means a tuple of any length
-    return [hiredis.pack_command(each) for each in commands]  # type: ignore[arg-type]
-
-
-def _pieces(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
-    """What goes out at a time: all of it, or parts where it is much, since a slow line is no silence."""
-    if sum(map(len, packed)) <= PIECE_BYTES:
-        yield list(packed)
-        return
+def _pieces(packed: Sequence[bytes]) -> Iterator[bytes]:
     for command in packed:
         for start in range(0, len(command), PIECE_BYTES):
-            yield [command[start : start + PIECE_BYTES]]
+            yield command[start : start + PIECE_BYTES]
 
 
 async def _answer(connection: Connection) -> Any:

@@ -56,8 +56,8 @@ from equipoise_server.store.salvage import Salvage
 class RedisStore:
     """All of one Redis's policies under a key prefix.
 
-    Every method raises `Unavailable` when Redis does not answer well within about two command timeouts; a write that
-    ended so may have been applied and can be repeated. Writes take an `Ownership` and raise `Fenced` once it is no
+    Every method raises `Unavailable` when Redis does not answer well within about two command timeouts (an append of
+    many MiB may take longer, while it gets on); a write that ended so may have been applied and can be repeated. Writes take an `Ownership` and raise `Fenced` once it is no
     longer the current one, `LogLost` when Redis has forgotten it.
     """
 

@@ -17,7 +17,7 @@ ENTRY = {
     *("at", "step", "trainer", "sequence", "target", "guard", "scalars", "evidence", "s.NAME"),
     *("row", "ids", "n", "g", "won", "tried", "c", "l", "ref"),
 }
-COLUMNS = {
+COLUMNS: dict[str, set[str]] = {
     "boltzmann": set(),
     "ema_relu": {"ema", "raw"},
     "ema_sign": {"ema", "raw"},

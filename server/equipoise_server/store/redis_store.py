@@ -57,8 +57,8 @@ class RedisStore:
     """All of one Redis's policies under a key prefix.
 
     Every method raises `Unavailable` when Redis does not answer well within about two command timeouts (an append of
-    many MiB may take longer, while it gets on); a write that ended so may have been applied and can be repeated. Writes take an `Ownership` and raise `Fenced` once it is no
-    longer the current one, `LogLost` when Redis has forgotten it.
+    many MiB may take longer, while it gets on); a write that ended so may have been applied and can be repeated. Writes
+    take an `Ownership` and raise `Fenced` once it is no longer the current one, `LogLost` when Redis has forgotten it.
     """
 
     def __init__(

@@ -31,7 +31,8 @@ CONNECTIONS = 8
 """Connections to one Redis: one policy's long write leaves the others free."""
 
 RESERVED_CONNECTIONS = 3
-"""Of these: pages and logs that are read, and pages that are written, leave them to everything else."""
+"""Of these: pages and logs that are read, and pages that are written, leave them to everything else; of those that
+appends have, large ones leave as many to the others."""
 
 HEALTH_CHECK_S = 15
 """Seconds after which an idle connection is tried before it is used."""

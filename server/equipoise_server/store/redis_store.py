@@ -90,6 +90,7 @@ class RedisStore:
                 appending or client, timeout_s=command_timeout_s, observer=observer, direct=self._direct
             ),
             replicas=wait_replicas,
+            large_at_once=CONNECTIONS - RESERVED_CONNECTIONS if self._direct else None,
         )
         self._pages = PageTable(patient, prefix=prefix)
         self._locks = Locks(self._commands, prefix=prefix)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from equipoise_server.store import RedisStore, Unavailable
+from equipoise_server.store import LogEntry, RedisStore, Unavailable
 from equipoise_server.store.connect import CONNECTIONS, client_for, close_client, direct_connections
-from tests.e2e.faults.proxy import FaultProxy
+from equipoise_server.store.log import LARGE_WAIT_S
+from tests.e2e.faults.proxy import At, FaultProxy
 from tests.ports import free_port
 from tests.server.store.conftest import RedisProcess, entries, eventually, logged, policy, running_redis
 
@@ -216,3 +217,27 @@ async def test_no_append_goes_to_a_master_of_before_once_sentinel_names_another(
         await close_client(client)
         for each in (sentinel, former):
             await each.aclose()
+
+
+async def test_large_appends_that_take_long_leave_connections_to_small_ones(short_dir: Path) -> None:
+    directory, port = short_dir / "hogs", free_port()
+    directory.mkdir()
+    with (
+        running_redis(directory, "--port", str(port), "--bind", "127.0.0.1"),
+        FaultProxy(("127.0.0.1", port)) as proxy,
+    ):
+        store = RedisStore.connect(f"redis://{proxy.address}", command_timeout_s=PATIENT_S)
+        owners = []
+        for number in range(CONNECTIONS + 1):
+            await store.create(policy(f"lm-{number}"))
+            owners.append(await store.acquire(f"lm-{number}", address="a:1"))
+        *large, small = owners
+        with proxy.trap(b"LARGE", At.REQUEST):
+            hogs = [
+                asyncio.create_task(store.append(owner, [LogEntry(version=1, fields={"LARGE": bytes(1 << 19)})]))
+                for owner in large
+            ]
+            await asyncio.wait(hogs, timeout=3 * LARGE_WAIT_S)  # each has waited for another
+            await store.append(small, entries(1, 1))
+        await asyncio.gather(*hogs)
+        await store.close()

@@ -3,7 +3,7 @@
 import multiprocessing
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,8 +26,10 @@ class Batch(NamedTuple):
     losses: NDArray[np.float32]
     reference_losses: NDArray[np.float32]
 
-    def statistics(self, rule: str) -> dict[str, NDArray[np.float32]]:
+    def statistics(self, rule: str) -> dict[str, NDArray[Any]]:
         """What a trainer of this rule sends."""
+        if rule == "learnability":
+            return {"successes": (self.losses * 9).astype(np.int64), "attempts": np.full(len(self.ids), 8)}
         columns = self._asdict() | ({} if rule == "rho" else {"reference_losses": None})
         return {name: values for name, values in columns.items() if name != "ids" and values is not None}
 

@@ -15,7 +15,11 @@ MAX_KEPT_BYTES = 8 << 20
 MAX_KEPT_STEPS = 64
 """Of the steps that are made up: each trainer begins at another one."""
 
+ATTEMPTS = 8
+"""At each example, for rules that read outcomes."""
+
 NEEDED: Mapping[str, tuple[str, ...]] = {
+    "learnability": ("successes", "attempts"),
     "loss_linear_upper": ("losses",),
     "rho": ("losses", "reference_losses"),
     "strata": ("contributions", "losses"),
@@ -46,27 +50,37 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a step: their ids, int64 [B], and statistics by name, float32 [B] each."""
+    """The rows of a step: their ids, int64 [B], and statistics by name, float32 or uint32 [B] each."""
 
     ids: NDArray[np.int64]
-    statistics: Mapping[str, NDArray[np.float32]]
+    statistics: Mapping[str, NDArray[np.generic]]
 
     def request(self, sequence: int) -> pb.ExchangeRequest:
         """A step as it goes out."""
-        arrays = {name: values.astype("<f4").tobytes() for name, values in self.statistics.items()}
+        arrays = {
+            name: values.astype(values.dtype.newbyteorder("<")).tobytes() for name, values in self.statistics.items()
+        }
         step = pb.StepRequest(sequence=sequence, example_ids=self.ids.astype("<u8").tobytes(), **arrays)  # type: ignore[arg-type]
         return pb.ExchangeRequest(step=step)
 
 
 def make_rows(case: Case) -> list[Rows]:
-    """Random rows: ids from [0, N), statistics from a normal distribution."""
+    """Random rows: ids from [0, N), statistics from a normal distribution, successes of 8 attempts."""
     random = np.random.default_rng(case.rows)
     names = NEEDED.get(case.rule, ("contributions",))
     count = max(4, min(MAX_KEPT_STEPS, MAX_KEPT_BYTES // (16 * case.rows)))
     return [
         Rows(
             random.choice(case.num_examples, case.rows, replace=False, shuffle=False).astype(np.int64),
-            {name: random.standard_normal(case.rows).astype(np.float32) for name in names},
+            {name: _values(name, case.rows, random) for name in names},
         )
         for _ in range(count)
     ]
+
+
+def _values(name: str, rows: int, random: np.random.Generator) -> NDArray[np.generic]:
+    if name == "attempts":
+        return np.full(rows, ATTEMPTS, np.uint32)
+    if name == "successes":
+        return random.integers(0, ATTEMPTS + 1, rows, dtype=np.uint32)
+    return random.standard_normal(rows).astype(np.float32)

@@ -1,4 +1,4 @@
-"""One server for all these tests; small models on one thread, of which several would only wait for each other."""
+"""A server for the tests of each file, which have policies of their own; small models on one thread, of which several would only wait for each other."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from tests.servers import ServerProcess, serve
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     with serve() as running:
         yield running

@@ -36,13 +36,17 @@ def told(rule: str, count: int, *, guard_loss: float | None = None) -> Iterator[
     random = np.random.default_rng(3)
     for index in range(count):
         rows = random.standard_normal((3, NUM_EXAMPLES)).astype(np.float32)
-        statistics = Statistics(
-            ids=None,
-            contributions=rows[0],
-            losses=rows[1],
-            reference_losses=rows[2] if rule == "rho" else None,
-            trajectory_row=1 if rule == "trajectory" else None,
-        )
+        if rule == "learnability":
+            attempts = random.integers(1, 9, NUM_EXAMPLES)
+            statistics = Statistics(ids=None, successes=random.integers(0, attempts + 1), attempts=attempts)
+        else:
+            statistics = Statistics(
+                ids=None,
+                contributions=rows[0],
+                losses=rows[1],
+                reference_losses=rows[2] if rule == "rho" else None,
+                trajectory_row=1 if rule == "trajectory" else None,
+            )
         loss = None if guard_loss is None else guard_loss / (index + 1)
         yield Step(kind=Kind.STEP, statistics=statistics, guard_loss=loss)
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from equipoise import PolicyClient
+from equipoise_server.redis_url import RedisAccess
+from equipoise_server.store import LogEntry, RedisStore, StoredPolicy
 from tests.debian import redis_with_tls
 from tests.e2e.faults.gauges import not_ready
 from tests.e2e.faults.proxy import until
@@ -89,6 +91,23 @@ def assert_no_secret(server: ServerProcess) -> None:
     said = server.log + not_ready(server)
     assert ADMIN_PASSWORD not in said
     assert USER_PASSWORD not in said
+
+
+async def test_a_store_closes_though_redis_does_not_answer(tmp_path: Path, guard: Guard) -> None:
+    """TLS ends with a word from both sides."""
+    with running(tmp_path / "redis", guard=guard) as redis:
+        access = RedisAccess(
+            password=ADMIN_PASSWORD,
+            tls_ca=guard.authority.file,
+            tls_certificate=guard.own.certificate,
+            tls_key=guard.own.key,
+        )
+        store = RedisStore.connect(f"rediss://127.0.0.1:{redis.port}", access=access)
+        await store.create(StoredPolicy(name="p", uid="u", create_time=0.0, spec="{}"))
+        owner = await store.acquire("p", address="a:1")
+        await store.append(owner, [LogEntry(version=1, fields={"at": b"0"})])
+        with redis.paused():
+            await store.close()
 
 
 def test_sentinels_and_a_failover(

@@ -139,7 +139,9 @@ class Policy:
         self.progress = header.progress
         for index, version in pages.items():
             self.stored_at[index] = self._changed_at[index] = version
+        self.state.ahead = max([version - header.version for version in pages.values()] + [0])
         self.state = yield from self.rule.restore_slices(self.state)
+        self.state.ahead = 0
 
     def drop(self) -> None:
         """Lets go of the tables at once; nothing works afterwards."""

@@ -149,6 +149,7 @@ class TableState:
         guard_strength: g in [0, 1]; served weight = (1 − g)·w + g.
         guard: what g follows from.
         page_rows: rows of every page but the last, which may have fewer.
+        ahead: by how many steps some page may be ahead of the scalars, while a policy is being loaded.
     """
 
     num_examples: int
@@ -162,6 +163,7 @@ class TableState:
     guard_strength: float = 0.0
     guard: Guard = field(default_factory=Guard)
     page_rows: int = PAGE_EXAMPLES
+    ahead: int = 0
 
     @property
     def device(self) -> torch.device:

@@ -121,7 +121,7 @@ class Learnability(Rule):
 
     def restore_slices(self, state: TableState) -> Slices[TableState]:
         """Checks tables and time, and recomputes the exact sums."""
-        time = _time(state.scalars, self.name)
+        time = _time(state.scalars, self.name) + state.ahead  # a page that is ahead has seen what the log tells next
         for name, dtype in self.columns.items():
             column = state.columns.get(name)
             if column is None or column.dtype != dtype or column.shape != (state.num_examples,):

@@ -31,23 +31,17 @@ CONNECTIONS = 8
 """Connections to one Redis: one policy's long write leaves the others free."""
 
 RESERVED_CONNECTIONS = 3
-"""Of these: pages and logs that are read, and pages that are written, leave them to everything else."""
+"""Of these: pages and logs that are read, and pages that are written, leave them to everything else; of those that
+appends have, large ones leave as many to the others."""
 
 HEALTH_CHECK_S = 15
 """Seconds after which an idle connection is tried before it is used."""
 
 
 def client_for(
-    url: RedisUrl | str,
-    *,
-    access: RedisAccess | None = None,
-    command_timeout_s: float = COMMAND_TIMEOUT_S,
-    untimed: bool = False,
+    url: RedisUrl | str, *, access: RedisAccess | None = None, command_timeout_s: float = COMMAND_TIMEOUT_S
 ) -> Client:
     """A client for a URL; opens no connection yet.
-
-    With `untimed`, commands wait for their answers as long as their caller lets them; a cluster's client times them
-    all the same.
 
     Raises:
         InvalidStoreUrl: not a URL of a kind this store knows; the message repeats no secret.
@@ -59,7 +53,7 @@ def client_for(
             raise InvalidStoreUrl(f"a store's URL {error}") from None
     access = access or RedisAccess()
     options: dict[str, Any] = {
-        "socket_timeout": None if untimed else command_timeout_s,
+        "socket_timeout": command_timeout_s,
         "socket_connect_timeout": command_timeout_s,
         "health_check_interval": HEALTH_CHECK_S,
         "retry": Retry(NoBackoff(), 0),
@@ -72,14 +66,13 @@ def client_for(
         case "sentinel":
             return _sentinel(url, access=access, options=options, entering=entering)
         case "cluster":
-            options["socket_timeout"] = command_timeout_s
             secure = {"ssl": True, **_tls(access)} if url.tls else {}
             nodes = [ClusterNode(host, port) for host, port in url.hosts]
             return RedisCluster(startup_nodes=nodes, max_connections=8 * CONNECTIONS, **options, **entering, **secure)
 
 
 def direct_connections(client: Client, *, timeout_s: float) -> DirectConnections | None:
-    """Connections for what steps wait for, from an untimed client; None: a cluster's, which alone knows its nodes."""
+    """Connections for what steps wait for, beside a client's own; None: a cluster's, which alone knows its nodes."""
     if isinstance(client, RedisCluster):
         return None
     return DirectConnections(client.connection_pool, at_most=CONNECTIONS, timeout_s=timeout_s)

@@ -32,6 +32,7 @@ class PolicyLog:
         reading: Commands | None = None,
         appending: Commands | None = None,
         replicas: int = 0,
+        large_at_once: int | None = None,
     ) -> None:
         """Prepare.
 
@@ -41,12 +42,14 @@ class PolicyLog:
             reading: runs the reads of entries, which are long.
             appending: runs the appends, which may wait for replicas.
             replicas: how many must have an entry before it counts as appended.
+            large_at_once: most large appends at once, however long they take; None: no bound.
         """
         self._commands = commands
         self._reading = reading or commands
         self._appending = appending or commands
         self._replicas = replicas
         self._prefix = prefix
+        self._places = nullcontext() if large_at_once is None else asyncio.Semaphore(large_at_once)
         self._large = asyncio.Lock()
         """Held for an append that Redis takes milliseconds for: those behind it wait for one such, not for many."""
 
@@ -67,7 +70,7 @@ class PolicyLog:
                 raise ValueError(f"entries: version {entry.version} follows {before.version}; versions have no gaps")
         keys = PolicyKeys(self._prefix, owner.policy)
         for batch, size in _batches(entries):
-            async with self._turn() if size > LARGE_APPEND_BYTES else nullcontext():
+            async with self._large_turn() if size > LARGE_APPEND_BYTES else nullcontext():
                 await self._appending.script(
                     "append",
                     scripts.APPEND,
@@ -78,18 +81,19 @@ class PolicyLog:
                 )
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """A large append's; a node of a cluster that hangs does not hold up those to others for long."""
-        try:
-            async with asyncio.timeout(LARGE_WAIT_S):
-                await self._large.acquire()
-        except TimeoutError:
-            yield
-            return
-        try:
-            yield
-        finally:
-            self._large.release()
+    async def _large_turn(self) -> AsyncIterator[None]:
+        """One at a time, unless it takes long: a node of a cluster that hangs does not hold up those to others."""
+        async with self._places:  # the other connections are for small ones
+            try:
+                async with asyncio.timeout(LARGE_WAIT_S):
+                    await self._large.acquire()
+            except TimeoutError:
+                yield
+                return
+            try:
+                yield
+            finally:
+                self._large.release()
 
     async def ping(self) -> None:
         """Return once Redis answers behind all appends that have returned. Raises Unavailable."""

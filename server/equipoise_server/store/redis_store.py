@@ -15,6 +15,8 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, suppress
 
+from redis.asyncio import RedisCluster
+
 from equipoise_server.redis_url import RedisAccess, RedisUrl
 from equipoise_server.store import scripts
 from equipoise_server.store.checksums import sealed_text
@@ -28,6 +30,7 @@ from equipoise_server.store.connect import (
     direct_connections,
 )
 from equipoise_server.store.errors import StoreError
+from equipoise_server.store.faults import REDIS_FAULTS
 from equipoise_server.store.format import FORMAT
 from equipoise_server.store.keys import PolicyKeys
 from equipoise_server.store.locks import Locks
@@ -53,9 +56,9 @@ from equipoise_server.store.salvage import Salvage
 class RedisStore:
     """All of one Redis's policies under a key prefix.
 
-    Every method raises `Unavailable` when Redis does not answer well within about two command timeouts; a write that
-    ended so may have been applied and can be repeated. Writes take an `Ownership` and raise `Fenced` once it is no
-    longer the current one, `LogLost` when Redis has forgotten it.
+    Every method raises `Unavailable` when Redis does not answer well within about two command timeouts (an append of
+    many MiB may take longer, while it gets on); a write that ended so may have been applied and can be repeated. Writes
+    take an `Ownership` and raise `Fenced` once it is no longer the current one, `LogLost` when Redis has forgotten it.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class RedisStore:
         appending: Client | None = None,
     ) -> None:
         self._clients = (client, appending) if appending else (client,)
-        self._direct = direct_connections(appending, timeout_s=command_timeout_s) if appending else None
+        self._direct = direct_connections(client, timeout_s=command_timeout_s)
         self._wait_replicas = wait_replicas
         self._confirms_writes = confirms_writes
         self._commands = Commands(client, timeout_s=command_timeout_s, observer=observer)
@@ -87,6 +90,7 @@ class RedisStore:
                 appending or client, timeout_s=command_timeout_s, observer=observer, direct=self._direct
             ),
             replicas=wait_replicas,
+            large_at_once=CONNECTIONS - RESERVED_CONNECTIONS if self._direct else None,
         )
         self._pages = PageTable(patient, prefix=prefix)
         self._locks = Locks(self._commands, prefix=prefix)
@@ -120,16 +124,18 @@ class RedisStore:
             InvalidStoreUrl: not such a URL.
         """
 
-        client = client_for(url, access=access, command_timeout_s=command_timeout_s)
-        appending = client_for(url, access=access, command_timeout_s=command_timeout_s, untimed=True)
+        def client() -> Client:
+            return client_for(url, access=access, command_timeout_s=command_timeout_s)
+
+        found = client()
         return cls(
-            client,
+            found,
             prefix=prefix,
             command_timeout_s=command_timeout_s,
             observer=observer,
             confirms_writes=confirms_writes,
             wait_replicas=wait_replicas,
-            appending=appending,
+            appending=client() if isinstance(found, RedisCluster) else None,
         )
 
     async def ping(self) -> None:
@@ -149,7 +155,8 @@ class RedisStore:
         if self._direct is not None:
             await self._direct.close()
         for client in self._clients:
-            await close_client(client)
+            with suppress(*REDIS_FAULTS):  # the other side does not take part
+                await close_client(client)
 
     def lock(self, name: str, *, lease_s: float, wait_s: float) -> AbstractAsyncContextManager[None]:
         """Surrounds what only one server at a time may do, for `lease_s` at most; waits up to `wait_s` for it."""

@@ -35,22 +35,28 @@ def spec(
 
 
 def steps(
-    num_examples: int, *, seed: int = 0, batch: int = 200, trainer_id: str = "trainer", first: int = 1
+    num_examples: int, *, rule: str = "", seed: int = 0, batch: int = 200, trainer_id: str = "trainer", first: int = 1
 ) -> Iterator[Step]:
     """An endless run of one trainer: random ids (some repeated), contributions, losses and reference losses.
 
-    Guard losses come with two of three steps, up and down, so that the guard has trials to judge.
+    Guard losses come with two of three steps, up and down, so that the guard has trials to judge. For a `rule` that
+    reads successes of attempts there are these, and nothing else.
     """
+    of_attempts = bool(rule) and "attempts" in build(rule, {}).signals
     random, reference_random = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     for sequence in itertools.count(first):
         ids = random.integers(0, num_examples, batch)
-        statistics = aggregate(
-            ids,
-            contributions=(random.standard_normal(batch) + 0.3 * np.sin(ids)).astype(np.float32),
-            losses=random.random(batch).astype(np.float32),
-            scored=None,
-            reference_losses=reference_random.random(batch).astype(np.float32),
-        )
+        if of_attempts:
+            tried = random.integers(1, 9, batch)
+            statistics = aggregate(ids, successes=random.binomial(tried, 0.5), attempts=tried)
+        else:
+            statistics = aggregate(
+                ids,
+                contributions=(random.standard_normal(batch) + 0.3 * np.sin(ids)).astype(np.float32),
+                losses=random.random(batch).astype(np.float32),
+                scored=None,
+                reference_losses=reference_random.random(batch).astype(np.float32),
+            )
         yield Step(
             kind=Kind.STEP,
             trainer_id=trainer_id,

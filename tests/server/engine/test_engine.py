@@ -31,7 +31,8 @@ async def runner_of(engine: Engine, **options: object) -> PolicyRunner:
 
 async def feed(runner: PolicyRunner, count: int, *, first: int = 1, batch: int = 200) -> None:
     """`count` steps, all in flight at once."""
-    given = islice(steps(runner.policy.spec.num_examples, batch=batch), first - 1, first - 1 + count)
+    of = runner.policy.spec
+    given = islice(steps(of.num_examples, rule=of.rule, batch=batch), first - 1, first - 1 + count)
     futures = [await runner.submit(step) for step in given]
     answers = await asyncio.gather(*futures)
     assert [answer.outcome for answer in answers] == [Outcome.APPLIED] * count
@@ -64,7 +65,7 @@ async def test_a_second_server_takes_over_bit_for_bit_and_the_first_is_fenced(se
     assert_same(await everything(after), expected)
 
 
-@pytest.mark.parametrize("rule", ["ema_sign", "projected_gradient", "boltzmann"])
+@pytest.mark.parametrize("rule", ["ema_sign", "projected_gradient", "boltzmann", "learnability"])
 async def test_a_sweep_trims_the_log_and_loses_nothing(servers: Servers, redis: EmbeddedRedis, rule: str) -> None:
     engine = await servers.make()
     runner = await runner_of(engine, rule=rule)
@@ -80,10 +81,11 @@ async def test_a_sweep_trims_the_log_and_loses_nothing(servers: Servers, redis: 
     await store.close()
 
 
-async def test_a_sweep_that_dies_half_way_loses_nothing(servers: Servers, redis: EmbeddedRedis) -> None:
+@pytest.mark.parametrize("rule", ["ema_sign", "learnability"])
+async def test_a_sweep_that_dies_half_way_loses_nothing(servers: Servers, redis: EmbeddedRedis, rule: str) -> None:
     slow = 1.0  # after its first page it waits for days
     engine = await servers.make(sweep_bytes_per_s=slow)
-    runner = await runner_of(engine)
+    runner = await runner_of(engine, rule=rule)
     await feed(runner, 10)
     store = RedisStore.connect(redis.url)
     sweeping = asyncio.create_task(runner.sweep())

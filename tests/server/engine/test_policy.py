@@ -36,7 +36,7 @@ def same_bits(left: Policy, right: Policy) -> bool:
 def test_the_log_replays_to_the_same_bits(rule: str) -> None:
     of = spec(rule=rule, num_examples=5000)
     live, replayed = fresh(of), fresh(of)
-    for entry in run(live, list(islice(steps(of.num_examples), 30))):
+    for entry in run(live, list(islice(steps(of.num_examples, rule=rule), 30))):
         replay(replayed, entry)
     assert same_bits(live, replayed)
     assert replayed.state.scalars == live.state.scalars
@@ -50,7 +50,7 @@ def test_the_log_replays_to_the_same_bits(rule: str) -> None:
 def test_pages_captured_at_different_versions_replay_to_the_same_bits(rule: str) -> None:
     of = spec(rule=rule)
     live, restored = fresh(of), fresh(of)
-    given = list(islice(steps(of.num_examples, batch=2000), 12))
+    given = list(islice(steps(of.num_examples, rule=rule, batch=2000), 12))
     entries = run(live, given[:4])
     pages = range(live.state.num_pages)
     captured = {index: live.capture_page(index) for index in pages if index == 0}

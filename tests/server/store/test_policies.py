@@ -229,6 +229,7 @@ async def test_ownership_outlives_a_new_client(store: RedisStore, admin: Redis) 
     again = RedisStore(admin)
     await again.append(dataclasses.replace(owner), entries(1, 1))
     assert await logged(store) == entries(1, 1)
+    await again.close()
 
 
 async def test_an_owner_at_the_same_address_is_a_former_self_unless_it_is_seen_to_live(

@@ -70,6 +70,7 @@ from equipoise.torch.errors import (
 )
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.losses import causal_lm_losses, token_losses, weighted_mean
+from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
@@ -91,6 +92,7 @@ __all__ = [
     "GhostContributions",
     "JvpContributions",
     "LastLayerContributions",
+    "Mixture",
     "OnePassContributions",
     "SketchContributions",
     "TargetDirection",

@@ -137,6 +137,11 @@ class Mixture(DistributedSampler[int]):
         """How often that was so."""
         return self._newest.fallbacks
 
+    @property
+    def given(self) -> int:
+        """Draws of this epoch that were given: to this process, or where something else shares them out, to all."""
+        return (self._position - self._origin) // self._by + self._origin // self._by
+
     def __len__(self) -> int:
         """Draws in an epoch, of this process where nothing else shares them out; at most, where streams may end."""
         parts = self._parts(sharer_of(self))
@@ -201,7 +206,7 @@ class Mixture(DistributedSampler[int]):
         Raises:
             InvalidRequestError: `trained` is more than was given, or more than `READ_AHEAD` less.
         """
-        given = (self._position - self._origin) // self._by + self._origin // self._by
+        given = self.given
         ahead = 0 if trained is None else given - trained
         rule = f"must be from {max(0, given - READ_AHEAD)} to {given}, the draws given in this epoch"
         require(0 <= ahead <= min(given, READ_AHEAD), field="trained", value=trained, rule=rule)

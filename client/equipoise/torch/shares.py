@@ -47,7 +47,8 @@ def shares_of(
         raised |= below
         rest = wanted[~raised].sum()
         if not rest > 0:  # the minima are all there is
-            return np.divide(minimum, minimum.sum())
+            shares = minimum / minimum.sum()
+            break
         shares = np.where(raised, minimum, wanted / rest * max(0.0, 1 - minimum[raised].sum()))
     return shares
 

@@ -25,7 +25,8 @@ class MixedDataset(Dataset[Any]):
         self.length = 0
         """Draws in an epoch."""
         self._names = list(sources)
-        self._id_column = id_column
+        self.id_column = id_column
+        """Where rows that are mappings have the id of their source."""
         self._sources: list[Any] = [None] * len(sources)
         for name, source in sources.items():
             if source is not None:
@@ -63,10 +64,10 @@ class MixedDataset(Dataset[Any]):
         row = source[index]
         if not isinstance(row, Mapping):
             return number, row
-        if self._id_column in row:
+        if self.id_column in row:
             rule = "is where the id of a row's source goes, and its rows have it: give another id_column"
-            raise InvalidRequestError(field=f"sources[{self._names[number]!r}]", value=self._id_column, rule=rule)
-        return {**row, self._id_column: number}
+            raise InvalidRequestError(field=f"sources[{self._names[number]!r}]", value=self.id_column, rule=rule)
+        return {**row, self.id_column: number}
 
     def place_of(self, number: int, index: Any) -> Any:
         """The place here of what stands at `index`, an integer or an array of them, of source `number`."""

@@ -50,6 +50,8 @@ likely cause; `WeightedSteps` has four examples of the first step verified by gr
 length, since to lower the target loss by longer steps along what all examples share is no merit of one. Plain ones, the
 default, are those of the Learning Law.
 
+`Mixture` draws rows of several sources by the weights of a policy whose examples are the sources.
+
 Needs PyTorch: `pip install 'equipoise[torch]'`.
 """
 

@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from equipoise import Backoff, PolicyClient, Timeout
 from equipoise.errors import InvalidRequestError
+from equipoise.results import Source
 from equipoise.torch import Mixture
 from equipoise.torch.shares import Proportions
 from tests.client.torch.mixtures import NAMES, Places, Policy, SharedStream, Stream, places
+from tests.servers import serve
 
 ROWS = [60, 25, 15]
 
@@ -393,3 +396,31 @@ def test_weights_of_zero_are_followed_and_if_all_are_so_shares_are_natural() -> 
     assert proportions.shares(np.array([0.0, 0.0]), lengths, open_).tolist() == [0.75, 0.25]
     assert proportions.shares(np.array([1.0, 1.0]), lengths, np.array([False, True])).tolist() == [0, 1]
     assert proportions.shares(np.array([1.0, 1.0]), lengths, ~open_).tolist() == [0, 0]
+
+
+def test_with_a_real_server_that_is_lost() -> None:
+    timeout, backoff = Timeout(step=0.2), Backoff(first=0.01, longest=0.05)
+    with (
+        serve() as server,
+        PolicyClient(
+            server.address,
+            policy="mix",
+            num_examples=3,
+            rule="exponentiated_gradient",
+            timeout=timeout,
+            backoff=backoff,
+        ) as client,
+    ):
+        mixture = Mixture(places(200, 200, 200), client=client, num_samples=600, refresh_every=100)
+        while client.step([0, 1, 2], contributions=[-1.0, 0.0, 1.0]).source is not Source.SERVED:
+            pass
+        while mixture.lost or not mixture.metrics():  # a slow machine may miss its deadline
+            next(iter(mixture))
+        weights = client.read_weights()
+        assert weights[0] < weights[1] < weights[2]
+        shares = [mixture.metrics()[f"policy/share/{name}"] for name in NAMES]
+        np.testing.assert_allclose(shares, weights / 3, rtol=1e-5)
+        server.kill()
+        assert len(list(mixture)) == 600
+        assert mixture.lost
+        assert [mixture.metrics()[f"policy/share/{name}"] for name in NAMES] == shares

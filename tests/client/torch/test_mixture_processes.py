@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 from tests.client.torch import two_mixtures
+from tests.client.torch.mixtures import NAMES
 from tests.client.torch.two_mixtures import BATCH, EVERY, TOTAL, mixture_of
 
 
@@ -29,7 +30,7 @@ def alone() -> list[str]:
     return [mixture.dataset[place][1] for place in mixture]
 
 
-def interleaved(parts: list[list[str]], count: int = 1) -> list[str]:
+def interleaved(parts: list[list[Any]], count: int = 1) -> list[Any]:
     """The processes' rows in turn, so many at a time."""
     chunks = [[part[start : start + count] for start in range(0, len(part), count)] for part in parts]
     return list(chain.from_iterable(chain.from_iterable(zip(*chunks, strict=True))))
@@ -44,6 +45,11 @@ def test_processes_take_turns_in_one_sequence(results: list[dict[str, Any]], alo
 def test_accelerate_shares_out_batches_of_the_same_sequence(results: list[dict[str, Any]], alone: list[str]) -> None:
     assert interleaved([result["accelerate"] for result in results], BATCH) == alone
     assert [result["accelerate, length"] for result in results] == [TOTAL // 2 // BATCH] * 2
+
+
+def test_one_process_may_read_for_both(results: list[dict[str, Any]], alone: list[str]) -> None:
+    found = interleaved([result["dispatched"] for result in results], BATCH)
+    assert found == [NAMES.index(row.split()[0]) * 1000 + int(row.split()[1]) for row in alone]
 
 
 def test_the_first_process_asks_for_all(results: list[dict[str, Any]]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -59,6 +60,20 @@ def resumed(rank: int, workers: int) -> dict[str, Any]:
     client.version += mixture.client.reads  # type: ignore[union-attr]
     fresh.load_state_dict(state)
     return {"before": before, "after": rows_of(loader_of(fresh)), "state": state}
+
+
+def numbered(rows: list[tuple[int, str]]) -> Tensor:
+    """Rows as numbers, which can be sent to another process."""
+    return torch.tensor([NAMES.index(row.split()[0]) * 1000 + int(row.split()[1]) for _, row in rows])
+
+
+def dispatched(rank: int) -> list[int]:
+    """Batches that the first process reads for both."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    mixture = mixture_of(rank)
+    loader = DataLoader(mixture.dataset, batch_size=BATCH, sampler=mixture, collate_fn=numbered)  # type: ignore[arg-type]
+    return [number for batch in accelerator.prepare(loader) for number in batch.tolist()]
 
 
 class Module(lightning.LightningModule):
@@ -110,6 +125,7 @@ def process(rank: int, folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(loader_of(mixture_of(rank)))
     results["accelerate"], results["accelerate, length"] = rows_of(prepared), len(prepared)
+    results["dispatched"] = dispatched(rank)
     wrong = Mixture({"a": Places("a", 9 + rank)}, num_samples=8)
     try:
         list(wrong)

@@ -288,6 +288,8 @@ class Mixture(DistributedSampler[int]):
             same = -1 in (length, here) or length == here
             rule = f"has {length} in the first process: must be the same in all"
             require(same, field=f"sources[{name!r}]", value=f"{here} examples", rule=rule)
+            if here < 0 <= length:  # else an epoch of streams would be of another length here
+                self.dataset.know_length(self.names.index(name), length)
         self._told = told
         return told
 

@@ -47,6 +47,15 @@ def test_accelerate_shares_out_batches_of_the_same_sequence(results: list[dict[s
     assert [result["accelerate, length"] for result in results] == [TOTAL // 2 // BATCH] * 2
 
 
+def test_epochs_end_together_with_their_sources(results: list[dict[str, Any]]) -> None:
+    """Streams whose length the first process finds out, also in the epoch after that."""
+    mixture = mixture_of(0, ends="drop")
+    for epoch in range(2):
+        rows = [mixture.dataset[place][1] for place in mixture]
+        assert len(rows) == 100
+        assert interleaved([result["ending"][epoch] for result in results]) == rows
+
+
 def test_one_process_may_read_for_both(results: list[dict[str, Any]], alone: list[str]) -> None:
     found = interleaved([result["dispatched"] for result in results], BATCH)
     assert found == [NAMES.index(row.split()[0]) * 1000 + int(row.split()[1]) for row in alone]

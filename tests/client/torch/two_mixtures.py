@@ -22,13 +22,18 @@ from tests.client.torch.mixtures import NAMES, Places, Policy, SharedStream, Str
 TOTAL, BATCH, EVERY = 240, 6, 25
 
 
-def mixture_of(rank: int) -> Mixture:
+def mixture_of(rank: int, **options: Any) -> Mixture:
     """One whose weights move with every answer; the second process would be told others."""
     sources = {"books": Places("books", 60), "code": Stream("code", 25), "web": SharedStream("web", 15)}
     policy = Policy(1, 1, 1, moves=True)
     policy.version = 1000 * rank
     return Mixture(
-        sources, client=policy, num_samples=TOTAL, sizes=dict(zip(NAMES, (4, 2, 1), strict=True)), refresh_every=EVERY
+        sources,
+        client=policy,
+        num_samples=TOTAL,
+        sizes=dict(zip(NAMES, (4, 2, 1), strict=True)),
+        refresh_every=EVERY,
+        **options,
     )
 
 
@@ -125,6 +130,8 @@ def process(rank: int, folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(loader_of(mixture_of(rank)))
     results["accelerate"], results["accelerate, length"] = rows_of(prepared), len(prepared)
+    ending = mixture_of(rank, ends="drop")
+    results["ending"] = [trained(loader_of(ending)) for _ in range(2)]
     results["dispatched"] = dispatched(rank)
     wrong = Mixture({"a": Places("a", 9 + rank)}, num_samples=8)
     try:

@@ -13,6 +13,7 @@ from equipoise.client import PolicyClient
 from equipoise.errors import require
 from equipoise.torch.direction import ExampleLoss
 from equipoise.torch.errors import CaptureError
+from equipoise.torch.mixture import Mixture
 from equipoise.torch.processes import num_processes, rank
 from equipoise.torch.resume import resume_run
 from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
@@ -45,8 +46,8 @@ class PolicyCallback(Callback):
         guard: batches of guard B, on which only the loss is computed.
         options: how contributions are found and weights are used. With `sampled=True` give `sampler`.
         sampler: the sampler of the training loader, to be kept in checkpoints: the ids that workers took ahead of the
-            step are given again. Of several processes a `DistributedWeightedSampler`; in a `batch_sampler=` it needs
-            `Trainer(use_distributed_sampler=False)`.
+            step are given again. Of several processes a `DistributedWeightedSampler`, or a `Mixture`; in a
+            `batch_sampler=` it needs `Trainer(use_distributed_sampler=False)`.
 
     Lightning itself begins a loader anew when it resumes in mid-epoch, unless the loader has a state, as torchdata's
     `StatefulDataLoader` has: what is trained on then is left to it, and each row has the weight of its id.
@@ -63,7 +64,7 @@ class PolicyCallback(Callback):
         *,
         guard: Iterable[Any] | None = None,
         options: TrainingOptions | None = None,
-        sampler: WeightedSampler | None = None,
+        sampler: WeightedSampler | Mixture | None = None,
     ) -> None:
         self.client = client
         self._losses = losses
@@ -174,7 +175,8 @@ class PolicyCallback(Callback):
         if step is not None and self._steps is not None:
             step.end()
             if _logs_now(trainer):
-                pl_module.log_dict(self._steps.metrics(), batch_size=1)
+                mixed = self._sampler.metrics() if isinstance(self._sampler, Mixture) else {}
+                pl_module.log_dict(self._steps.metrics() | mixed, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing more is weighted."""
@@ -208,7 +210,7 @@ class PolicyCallback(Callback):
     def _check_sampler(self, trainer: Trainer) -> None:
         """Of a loader with a `batch_sampler=` Lightning exchanges the sampler within it, and says nothing."""
         found: Any = getattr(trainer.train_dataloader, "sampler", None)
-        ours = isinstance(self._sampler, DistributedWeightedSampler)
+        ours = isinstance(self._sampler, DistributedWeightedSampler | Mixture)
         if ours and isinstance(found, DistributedSampler) and found is not self._sampler:
             raise CaptureError(
                 f"PolicyCallback.sampler: {type(found).__name__} was put in its place by Lightning, as of a "

@@ -50,6 +50,8 @@ likely cause; `WeightedSteps` has four examples of the first step verified by gr
 length, since to lower the target loss by longer steps along what all examples share is no merit of one. Plain ones, the
 default, are those of the Learning Law.
 
+`Mixture` draws rows of several sources by the weights of a policy whose examples are the sources.
+
 Needs PyTorch: `pip install 'equipoise[torch]'`.
 """
 
@@ -70,6 +72,7 @@ from equipoise.torch.errors import (
 )
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.losses import causal_lm_losses, token_losses, weighted_mean
+from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
@@ -91,6 +94,7 @@ __all__ = [
     "GhostContributions",
     "JvpContributions",
     "LastLayerContributions",
+    "Mixture",
     "OnePassContributions",
     "SketchContributions",
     "TargetDirection",

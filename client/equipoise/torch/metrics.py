@@ -39,6 +39,7 @@ class Metrics:
     | `guard_trials_won`, `guard_trials_lost` | trials of the weights against uniform ones | the policy |
     | `unanswered` | steps that wait for their answer: more and more while the server is lost | this client |
     | `fallbacks`, `dropped` | answers given without the server, and steps of which it will never know | this client |
+    | `share/NAME`, `mixture_version`, `mixture_fallbacks` | see `Mixture.metrics` | its newest draws |
     | `batches_discarded` | batches of which nothing was sent | this process |
     | `steps_left_out` | steps that were unlike the one surveyed | this process |
     | `identity_checks`, `identity_gaps` | steps on which Σ s·c and ⟨V, gradient⟩ were compared, and differed | same |

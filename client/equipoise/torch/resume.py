@@ -10,6 +10,7 @@ from equipoise.client import PolicyClient
 from equipoise.errors import EquipoiseError, PolicyNotFoundError, UnavailableError
 from equipoise.policies import PolicyStatus
 from equipoise.torch.direction import TargetDirection
+from equipoise.torch.mixture import Mixture
 from equipoise.torch.processes import barrier, rank, same_everywhere
 from equipoise.torch.sampler import WeightedSampler
 
@@ -24,7 +25,7 @@ def run_state(
     client: PolicyClient,
     *,
     direction: TargetDirection | None = None,
-    sampler: WeightedSampler | None = None,
+    sampler: WeightedSampler | Mixture | None = None,
     trained: int | None = None,
     keep: int | None = 3,
 ) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def run_state(
         client: the client of the run.
         direction: its target direction, which is refreshed at the next step, here as in a run that resumes from this
             checkpoint: no vectors are stored. None: a resumed run begins with a refresh, and this one goes on as it is.
-        sampler: its sampler.
-        trained: as in `WeightedSampler.state_dict`.
+        sampler: its sampler, or mixture.
+        trained: as in `WeightedSampler.state_dict`, or `Mixture.state_dict`.
         keep: how many forks of this run stay on the server, the newest; None: all.
 
     Returns:
@@ -67,7 +68,7 @@ def resume_run(
     state: Mapping[str, Any],
     *,
     direction: TargetDirection | None = None,
-    sampler: WeightedSampler | None = None,
+    sampler: WeightedSampler | Mixture | None = None,
 ) -> PolicyClient:
     """Goes on from a checkpoint, before the first step.
 

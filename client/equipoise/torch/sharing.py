@@ -27,6 +27,11 @@ def is_idle(sharer: Any) -> bool:
     return issubclass(type(sharer), _of_accelerate("DataLoaderDispatcher")) and sharer.state.process_index > 0
 
 
+def is_dispatched(sharer: Any) -> bool:
+    """Whether the first process reads for all."""
+    return issubclass(type(sharer), _of_accelerate("DataLoaderDispatcher"))
+
+
 def skips_batches() -> bool:
     """Whether the batches that a sampler is being asked for are skipped, as by `accelerator.skip_first_batches`."""
     skippers = _of_accelerate("SkipBatchSampler")

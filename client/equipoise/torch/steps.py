@@ -13,6 +13,7 @@ from equipoise.results import Source
 from equipoise.torch.capture import Contributions, join
 from equipoise.torch.errors import CaptureError
 from equipoise.torch.metrics import Metrics
+from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import WeightedSampler
@@ -76,7 +77,7 @@ class WeightedSteps:
         accumulate: micro-batches to an optimizer's step: each loss is divided by it, and their statistics are sent
             together; earlier where the parameters have moved. None: the loop scales losses itself and calls `submit`.
         accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
-        sampled: the examples come from a `WeightedSampler`, so that losses are not weighted again.
+        sampled: the examples come from a `WeightedSampler` or `Mixture`, so that losses are not weighted again.
         measure_every: contributions are measured of every k-th batch, or micro-batch, alone, from the first on: for
             rules that need them of a share of the rows, as `strata` does. Losses are sent of all.
         verify: whether the first step's first four examples are compared with gradients of their own, at a backward
@@ -241,7 +242,7 @@ class WeightedSteps:
         return self._metrics.line(self.client)
 
     def state(
-        self, *, sampler: WeightedSampler | None = None, trained: int | None = None, keep: int | None = 3
+        self, *, sampler: WeightedSampler | Mixture | None = None, trained: int | None = None, keep: int | None = 3
     ) -> dict[str, Any]:
         """What belongs into the trainer's checkpoint; see `run_state`."""
         if self._taken and self._moved():
@@ -250,7 +251,7 @@ class WeightedSteps:
         client: Any = self.client
         return run_state(client, direction=self.contributions.direction, sampler=sampler, trained=trained, keep=keep)
 
-    def resume(self, state: Mapping[str, Any], *, sampler: WeightedSampler | None = None) -> PolicyClient:
+    def resume(self, state: Mapping[str, Any], *, sampler: WeightedSampler | Mixture | None = None) -> PolicyClient:
         """Goes on from a checkpoint, before the first step, with the client that it returns; see `resume_run`."""
         client: Any = self.client
         self.client = resumed = resume_run(client, state, direction=self.contributions.direction, sampler=sampler)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from equipoise.client import PolicyClient
 from equipoise.errors import InvalidRequestError, PolicyNotFoundError, UnavailableError, require
 from equipoise.keys import ExampleKeys
 from equipoise.torch.direction import ExampleLoss
+from equipoise.torch.mixture import Mixture
 from equipoise.torch.processes import rank
 from equipoise.torch.sampler import WeightedSampler
 from equipoise.torch.step import WeightedStep
@@ -23,6 +24,7 @@ from equipoise.torch.steps import WeightedSteps
 from equipoise.torch.training import HostBatches, TrainingOptions
 from equipoise.transformers.data import GROUP, ID, IdCollator, TrainingData, own_batches, with_ids
 from equipoise.transformers.losses import model_losses, output_losses
+from equipoise.transformers.mixed import MixedTraining
 from equipoise.transformers.trl.training import trl_training, without_lengths
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class PolicyTraining:
         keys: the names of the policy's examples, if names are not all in the column, or it cannot be read as a whole,
             as in a stream.
         options: how contributions are found and weights are used.
+        mixture: draws the rows of `train_dataset`, which is its `dataset`: the policy's examples are its sources, and
+            losses are not weighed. Checkpoints hold where it stands. Not for TRL's trainers.
     """
 
     client: PolicyClient
@@ -58,6 +62,11 @@ class PolicyTraining:
     group_column: str | None = field(default=None, kw_only=True)
     keys: ExampleKeys | None = field(default=None, kw_only=True)
     options: TrainingOptions = field(default_factory=TrainingOptions, kw_only=True)
+    mixture: Mixture | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.mixture is not None and not self.options.sampled:
+            object.__setattr__(self, "options", replace(self.options, sampled=True))
 
 
 class PolicyMixin(_Base):
@@ -101,20 +110,27 @@ class PolicyMixin(_Base):
     def __init__(self, *args: Any, policy: PolicyTraining, **kwargs: Any) -> None:
         self._policy = policy  # TRL's trainers prepare their datasets before they are trainers
         self._trl = trl_training(self, column=policy.id_column, custom=policy.losses is not None)
+        self._mixed: MixedTraining | None = None
+        if policy.mixture is not None and self._trl is not None:
+            rule = "is not for TRL's trainers, whose rows hold several examples or pairs"
+            raise InvalidRequestError(field="mixture", rule=rule)
         super().__init__(*args, **kwargs)
         self.policy_client = policy.client
         self._steps: WeightedSteps | None = None
         self._step: WeightedStep | None = None
         self._resume_from: str | None = None
-        self._weighted_sampler: WeightedSampler | None = None
+        self._weighted_sampler: WeightedSampler | Mixture | None = None
         self._check_loss()
+        if policy.mixture is not None:
+            self._mixed = MixedTraining(policy.mixture, self.train_dataset, id_column=policy.id_column)
+            self.add_callback(self._mixed)
         data = (
             self._numbered(self.train_dataset)
             if self._trl is None
             else self._trl.begin(getattr(super(), "_prepare_dataset", None), super().compute_loss)
         )
         self.train_dataset, self.example_keys = data.dataset, data.keys
-        if policy.options.sampled and data.dataset is not None and not data.by_place:
+        if policy.options.sampled and policy.mixture is None and data.dataset is not None and not data.by_place:
             rule = (
                 "draws places of a dataset with a length, and an example's id must be its place: no "
                 f"{policy.id_column}, and no rows of TRL that are packed, shuffled, or were dropped"
@@ -139,6 +155,8 @@ class PolicyMixin(_Base):
             self._resume_from = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call]
         else:
             self._resume_from = resume_from_checkpoint or None
+        if self._mixed is not None:
+            self._mixed.begin(None if self._resume_from is None else _saved(self._resume_from)["sampler"])
         try:
             with nullcontext() if self._trl is None else self._trl.observed():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -160,6 +178,8 @@ class PolicyMixin(_Base):
             )
             if not step.weighed:
                 raise self._unweighed()
+        if self._mixed is not None:
+            self._mixed.note_batch(self.args.train_batch_size)
         if self.accelerator.sync_gradients:
             self._steps.submit(step=self.state.global_step + 1)
         return loss
@@ -198,7 +218,8 @@ class PolicyMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`: a training's numbers with those of the policy."""
         training = self._steps is not None and "loss" in logs
-        super().log(logs | self._steps.metrics() if training and self._steps else logs, *args, **kwargs)
+        mixed = {} if self._mixed is None else self._mixed.mixture.metrics()
+        super().log(logs | self._steps.metrics() | mixed if training and self._steps else logs, *args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, *given: Any) -> Any:
         """TRL's trainers prepare their datasets by this, that of the training first; the last argument is its name."""
@@ -209,6 +230,8 @@ class PolicyMixin(_Base):
 
     def _numbered(self, dataset: Any) -> TrainingData:
         policy = self._policy
+        if self._mixed is not None:
+            return self._mixed.data
         if self._trl is not None and getattr(dataset, "_indices", None) is not None:
             dataset = dataset.flatten_indices()  # so that TRL gets a dataset of `datasets`, with a column of ids
         return with_ids(dataset, policy.id_column, num_examples=_num_examples(policy.client), keys=policy.keys)
@@ -324,7 +347,10 @@ class PolicyMixin(_Base):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if not self._policy.options.sampled:
             return super()._get_train_sampler(*args, **kwargs)
-        self._weighted_sampler = WeightedSampler(self.policy_client, len(self.train_dataset), seed=self.args.seed)
+        if self._policy.mixture is not None:
+            self._weighted_sampler = self._policy.mixture
+        else:
+            self._weighted_sampler = WeightedSampler(self.policy_client, len(self.train_dataset), seed=self.args.seed)
         return self._weighted_sampler
 
     def _names(self) -> str | None:
@@ -332,7 +358,8 @@ class PolicyMixin(_Base):
 
     def _save_run(self, folder: Path) -> None:
         if self._steps is not None:
-            state = self._steps.state(keep=self._policy.options.keep)
+            mixed = {} if self._mixed is None else self._mixed.fields()
+            state = self._steps.state(keep=self._policy.options.keep, **mixed)
             torch.save(state | {"names": self._names()}, folder / _file(rank()))
 
 

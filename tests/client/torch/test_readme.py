@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_transformers(client: PolicyClient, run: Any, tmp_path: Path) -> None:
         dataloader_pin_memory=False,
     )
     run(
-        "PolicyTrainer(",
+        "PolicyTraining(client, target=target, guard=guard)",
         client=client,
         model=gpt2(),
         arguments=arguments,
@@ -128,7 +129,7 @@ class Module(lightning.LightningModule):
 def test_lightning(client: PolicyClient, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(
-        "lightning.Trainer(",
+        "PolicyCallback(client, example_losses",
         client=client,
         example_losses=lm_losses,
         target_batches=list(batches(8, seed=1)),
@@ -173,3 +174,71 @@ def test_sampling_and_resuming(client: PolicyClient, run: Any, tmp_path: Path) -
     assert resumed.policy != client.policy
     assert (np.diff(resumed.read_weights("score")) > 0).all()
     resumed.close()
+
+
+def test_mixing_sources(server: ServerProcess, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain loop, Hugging Face and Lightning, one after the other."""
+    monkeypatch.chdir(tmp_path)
+
+    def sources() -> dict[str, Any]:
+        table = {name: values.tolist() for name, values in tokens(24, seed=2).items()}
+        stream = datasets.Dataset.from_dict(table).to_iterable_dataset().with_format("torch")
+        rows = [{k: v for k, v in row.items() if k != "id"} for row in examples(40, seed=1)]
+        return {"books": rows[:24], "code": rows[24:], "web": stream}
+
+    def connected(address: str, **options: Any) -> PolicyClient:
+        assert address == "localhost:50051"
+        return PolicyClient(server.address, when_lost="wait", **options)
+
+    def mixed(given: dict[str, Any], **options: Any) -> Any:
+        sizes = {"books": 24, "code": 16, "web": 24}
+        return equipoise.torch.Mixture(given, num_samples=64, refresh_every=16, sizes=sizes, **options)
+
+    model = gpt2()
+    names = {
+        "model": model,
+        "direction": equipoise.torch.TargetDirection(model, lm_losses, list(batches(8, seed=3))),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    known = run("temperature=", PolicyClient=connected, Mixture=mixed, DataLoader=DataLoader, **sources(), **names)
+    client, mixture = known["client"], known["mixture"]
+    assert client.flush(30)
+    assert (client.status().version, client.status().scored_examples) == (8, 3)
+    shares = [mixture.metrics()[f"policy/share/{name}"] for name in ("books", "code", "web")]
+    assert sum(shares) == pytest.approx(1)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    run(
+        "mixture=mixture",
+        client=client,
+        mixture=mixture,
+        model=gpt2(),
+        arguments=arguments,
+        target=examples(8, seed=3),
+        PolicyTraining=PolicyTraining,
+        PolicyTrainer=PolicyTrainer,
+    )
+    assert client.flush(30)
+    assert client.status().version == 16
+    run(
+        "options=TrainingOptions(sampled=True)",
+        client=client,
+        mixture=mixture,
+        losses=lm_losses,
+        target_batches=list(batches(8, seed=3)),
+        DataLoader=DataLoader,
+        PolicyCallback=PolicyCallback,
+        lightning=lightning,
+        Model=Module,
+    )
+    assert client.flush(30)
+    assert client.status().version == 24
+    client.close()

@@ -34,7 +34,7 @@ _LARGEST_LOSS = 1e300
 _LARGEST_NUMBER = 4 * _LARGEST_LOSS
 """A decrease is the difference of two levels."""
 _LARGEST_COUNT = 2**53
-_ADDED = ("trials_won", "trials_lost", "change", "noise")
+_ADDED = ("trials_won", "trials_lost", "waiting", "change", "noise")
 """Zero in what earlier releases wrote; the last loss was near the level."""
 
 
@@ -60,6 +60,7 @@ class Guard:
         lost: trials lost since the incumbent became it.
         next_trial: `count` from which on there may be a trial.
         next_alarm: `count` from which on a rising loss brings a trial at once.
+        waiting: rows until training has the weights that are served: a trial is not judged before.
         trials_won: trials after which the policy's weights were served.
         trials_lost: trials after which uniform ones were.
     """
@@ -78,6 +79,7 @@ class Guard:
     lost: int = 0
     next_trial: int = FIRST_TRIAL
     next_alarm: int = FIRST_TRIAL
+    waiting: int = 0
     trials_won: int = 0
     trials_lost: int = 0
 
@@ -86,7 +88,7 @@ class Guard:
         """g: 1 while uniform weights are served, else 0; 0 before the first guard loss, which may never come."""
         return float(self.count > 0 and self.uniform != self.trial)
 
-    def after(self, loss: float, *, stretch: float) -> "Guard":
+    def after(self, loss: float, *, stretch: float, lag: int = 0) -> "Guard":
         """The guard after a guard loss that was measured under the weights served so far.
 
         Sums, products and quotients of float64 alone: one result on every machine.
@@ -94,11 +96,22 @@ class Guard:
         Args:
             loss: mean loss on guard B, nats, finite.
             stretch: length of a stretch as a share of all guard losses so far.
+            lag: rows from the answer with an example's weight to its use: a pass where it is used at the next visit.
         """
         seen = self._with_level(min(max(loss, -_LARGEST_LOSS), _LARGEST_LOSS))
+        if seen.waiting:
+            seen = seen._postponed()
         if seen.trial:
-            return seen._judged(stretch)
-        return seen if seen.count < seen.end else seen._at_end(stretch)
+            after = seen._judged(stretch)
+        else:
+            after = seen if seen.count < seen.end else seen._at_end(stretch)
+        return after if after.strength == self.strength else replace(after, waiting=lag)
+
+    def after_rows(self, rows: int) -> "Guard":
+        """The guard after a step with so many rows."""
+        if self.waiting > rows:
+            return replace(self, waiting=self.waiting - rows)
+        return replace(self, waiting=0, earlier=self.level) if self.waiting else self
 
     def to_scalars(self) -> dict[str, float]:
         """All of it by name."""
@@ -128,6 +141,10 @@ class Guard:
             noise += (abs(change - self.change) - noise) / (1.0 + self.count / MEMORY)
         return replace(self, count=self.count + 1, level=level, last=loss, change=change, noise=noise)
 
+    def _postponed(self) -> "Guard":
+        """The stretch begins when training has the weights."""
+        return replace(self, begin=self.begin + 1, end=self.end + 1)
+
     def _at_end(self, stretch: float) -> "Guard":
         """The end of a stretch of the incumbent."""
         decrease = self.earlier - self.level
@@ -141,6 +158,8 @@ class Guard:
             doubt = MARGIN * abs(self.decrease) + self.noise
             return self._decided(decrease > self.decrease + (-doubt if self.uniform else doubt), stretch)
         long_enough = self.count - self.begin >= max(SHORTEST, length / LEAST_OF_TRIAL)
+        if self.waiting:
+            long_enough = self.uniform  # what rises then is not the fault of uniform weights, which training lacks yet
         if long_enough and -decrease > GIVEN_UP * abs(self.decrease) + self.noise:
             return self._decided(False, stretch)
         return self

@@ -19,6 +19,8 @@ SMOOTHING = 4
 """The level of the loss looks back over this part of a stretch."""
 MARGIN = 0.1
 """What the weights may fall short by, as a share of the other's decrease, beside what noise explains."""
+DOUBT = 0.5
+"""How much of the noise of single guard losses a difference of levels must exceed, to count."""
 MEMORY = 4
 """The noise of single guard losses is averaged over this part of those so far."""
 GIVEN_UP = 0.5
@@ -105,7 +107,7 @@ class Guard:
             after = seen._judged(stretch)
         else:
             after = seen if seen.count < seen.end else seen._at_end(stretch)
-        return after if after.strength == self.strength else replace(after, waiting=lag)
+        return replace(after, waiting=lag) if self.count and after.strength != self.strength else after
 
     def after_rows(self, rows: int) -> "Guard":
         """The guard after a step with so many rows."""
@@ -148,14 +150,14 @@ class Guard:
     def _at_end(self, stretch: float) -> "Guard":
         """The end of a stretch of the incumbent."""
         decrease = self.earlier - self.level
-        due = self.count >= self.next_trial or (decrease < -self.noise and self.count >= self.next_alarm)
+        due = self.count >= self.next_trial or (decrease < -DOUBT * self.noise and self.count >= self.next_alarm)
         return replace(self, decrease=decrease, trial=due)._next_stretch(stretch)
 
     def _judged(self, stretch: float) -> "Guard":
         """A trial, which may be over."""
         decrease, length = self.earlier - self.level, self.end - self.begin
         if self.count >= self.end:
-            doubt = MARGIN * abs(self.decrease) + self.noise
+            doubt = MARGIN * abs(self.decrease) + DOUBT * self.noise
             return self._decided(decrease > self.decrease + (-doubt if self.uniform else doubt), stretch)
         long_enough = self.count - self.begin >= max(SHORTEST, length / LEAST_OF_TRIAL)
         if self.waiting:
@@ -173,7 +175,7 @@ class Guard:
             lost=lost,
             trials_won=self.trials_won + (self.uniform == won),
             trials_lost=self.trials_lost + (self.uniform != won),
-            next_trial=self.count * min(2 ** (lost + 1), MAX_GROWTH),
+            next_trial=self.count * min(2 ** max(lost, 1), MAX_GROWTH),
         )._next_stretch(stretch)
         recovered = max(self.count * RECOVERY, decided.end + 1)
         return replace(decided, next_alarm=self.count if won else recovered)

@@ -19,6 +19,8 @@ SMOOTHING = 4
 """The level of the loss looks back over this part of a stretch."""
 MARGIN = 0.1
 """What the weights may fall short by, as a share of the other's decrease, beside what noise explains."""
+LAGS = 8
+"""Nor is there a trial before so many lags: weights that came late also stay for one lag after a trial was lost."""
 DOUBT = 0.5
 """How much of the noise of single guard losses a difference of levels must exceed, to count."""
 MEMORY = 4
@@ -101,19 +103,23 @@ class Guard:
             lag: rows from the answer with an example's weight to its use: a pass where it is used at the next visit.
         """
         seen = self._with_level(min(max(loss, -_LARGEST_LOSS), _LARGEST_LOSS))
-        if seen.waiting:
+        if seen.waiting and seen._was_tried:
             seen = seen._postponed()
         if seen.trial:
             after = seen._judged(stretch)
         else:
             after = seen if seen.count < seen.end else seen._at_end(stretch)
-        return replace(after, waiting=lag) if self.count and after.strength != self.strength else after
+        if self.count == 0:
+            return replace(after, waiting=min(LAGS * lag, _LARGEST_COUNT))
+        return after if after.strength == self.strength else replace(after, waiting=lag)
 
     def after_rows(self, rows: int) -> "Guard":
         """The guard after a step with so many rows."""
         if self.waiting > rows:
             return replace(self, waiting=self.waiting - rows)
-        return replace(self, waiting=0, earlier=self.level) if self.waiting else self
+        if self.waiting:
+            return replace(self, waiting=0, earlier=self.level if self._was_tried else self.earlier)
+        return self
 
     def to_scalars(self) -> dict[str, float]:
         """All of it by name."""
@@ -143,6 +149,10 @@ class Guard:
             noise += (abs(change - self.change) - noise) / (1.0 + self.count / MEMORY)
         return replace(self, count=self.count + 1, level=level, last=loss, change=change, noise=noise)
 
+    @property
+    def _was_tried(self) -> bool:
+        return self.trial or self.trials_won + self.trials_lost > 0
+
     def _postponed(self) -> "Guard":
         """The stretch begins when training has the weights."""
         return replace(self, begin=self.begin + 1, end=self.end + 1)
@@ -150,7 +160,8 @@ class Guard:
     def _at_end(self, stretch: float) -> "Guard":
         """The end of a stretch of the incumbent."""
         decrease = self.earlier - self.level
-        due = self.count >= self.next_trial or (decrease < -DOUBT * self.noise and self.count >= self.next_alarm)
+        alarm = decrease < -DOUBT * self.noise and self.count >= self.next_alarm
+        due = (alarm or self.count >= self.next_trial) and not self.waiting
         return replace(self, decrease=decrease, trial=due)._next_stretch(stretch)
 
     def _judged(self, stretch: float) -> "Guard":

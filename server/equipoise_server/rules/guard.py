@@ -1,4 +1,4 @@
-"""The guard: it tries uniform weights against the policy's, and serves what lowers the guard loss faster.
+"""The guard: it starts from uniform weights, tries the policy's, and serves what lowers the guard loss faster.
 
 Settled by measurement (trainer/RESULTS.md, "The guard"): neither the gap between target and guard loss nor a
 first-order test on guard data tells helpful weights from harmful ones; what the loss does over a stretch does.
@@ -105,10 +105,8 @@ class Guard:
         seen = self._with_level(min(max(loss, -_LARGEST_LOSS), _LARGEST_LOSS))
         if seen.waiting and seen._was_tried:
             seen = seen._postponed()
-        if seen.trial:
-            after = seen._judged(stretch)
-        else:
-            after = seen if seen.count < seen.end else seen._at_end(stretch)
+        running = seen if seen.count < seen.end else seen._at_end(stretch)
+        after = seen._judged(stretch) if seen.trial else running
         if self.count == 0:
             return replace(after, waiting=min(LAGS * lag, _LARGEST_COUNT))
         return after if after.strength == self.strength else replace(after, waiting=lag)

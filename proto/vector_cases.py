@@ -109,13 +109,13 @@ def _from_contributions(rule: str) -> Iterator[Asked]:
         ],
     )
     trainer = Trainer(3)
-    # Slowly down under uniform weights, faster in a trial of the rule's, which win; up again, until uniform ones win.
-    falls = [0.01] * 24 + [0.1] * 12 + [-0.1] * 12 + [0.1] * 20
+    # Slowly down under the weights, then faster in a trial of uniform ones, which win; up again, until the weights win.
+    falls = [0.01] * 8 + [0.1] * 4 + [-0.02] * 10 + [0.15] * 16
     guard_losses = [round(3.0 - sum(falls[:turn]), 3) for turn in range(len(falls))]
     yield Asked(
         rule=rule,
         name="guard",
-        about="guard losses: uniform weights turn to the rule's and back",
+        about="guard losses: the served weights turn to uniform and back",
         requests=[trainer.step() | {"guard_loss": loss} for loss in guard_losses],
     )
 

@@ -108,8 +108,7 @@ class Metrics:
         elif "policy/guard_strength" in values:
             won, lost = values["policy/guard_trials_won"], values["policy/guard_trials_lost"]
             served = "uniform ones are" if values["policy/guard_strength"] == 1 else "they are"
-            trials = f"won {won:.0f} of {won + lost:.0f} guard trials" if won + lost else "had no guard trial yet"
-            parts.append(f"its weights {trials} and {served} served")
+            parts.append(f"its weights won {won:.0f} of {won + lost:.0f} guard trials and {served} served")
         for name, text in _LINE.items():
             if f"policy/{name}" in values:
                 parts.append(text.format(values[f"policy/{name}"]))

@@ -291,11 +291,8 @@ class Policy:
 
     def _watch_guard(self, step: Step) -> None:
         if step.guard_loss is not None and self._guard_stretch is not None:
-            lag = 0 if self.rule.weighs_at_once else self.spec.num_examples
-            self.state.guard = self.state.guard.after(step.guard_loss, stretch=self._guard_stretch, lag=lag)
+            self.state.guard = self.state.guard.after(step.guard_loss, stretch=self._guard_stretch)
             self.state.guard_strength = self.state.guard.strength
-        if self.state.guard.waiting and step.statistics is not None:
-            self.state.guard = self.state.guard.after_rows(step.statistics.size)
 
     def _mark(self, statistics: Statistics, *, version: int, among: NDArray[np.bool_] | None = None) -> None:
         if len(self._changed_at):

@@ -1,4 +1,4 @@
-"""The guard: it starts from uniform weights, tries the policy's, and serves what lowers the guard loss faster.
+"""The guard: it tries uniform weights against the policy's, and serves what lowers the guard loss faster.
 
 Settled by measurement (trainer/RESULTS.md, "The guard"): neither the gap between target and guard loss nor a
 first-order test on guard data tells helpful weights from harmful ones; what the loss does over a stretch does.
@@ -8,9 +8,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-FIRST_TRIAL = 16
-"""Guard losses under uniform weights before the first trial: early, a stretch of bad weights costs more than good ones
-could bring."""
+FIRST_TRIAL = 8
+"""Guard losses before the first trial."""
 SHORTEST = 2
 """Guard losses of a stretch, at least."""
 WEIGHTS_PATIENCE = 2.0
@@ -18,13 +17,7 @@ WEIGHTS_PATIENCE = 2.0
 SMOOTHING = 4
 """The level of the loss looks back over this part of a stretch."""
 MARGIN = 0.1
-"""What the weights may fall short by, as a share of the other's decrease, beside what noise explains."""
-LAGS = 8
-"""Nor is there a trial before so many lags: weights that came late also stay for one lag after a trial was lost."""
-DOUBT = 0.5
-"""How much of the noise of single guard losses a difference of levels must exceed, to count."""
-MEMORY = 4
-"""The noise of single guard losses is averaged over this part of those so far."""
+"""What uniform may fall short by, and the weights must win by, as a share of the other's decrease."""
 GIVEN_UP = 0.5
 """A trial of uniform ends early when the loss has risen by this share of what it fell by in the stretch before."""
 LEAST_OF_TRIAL = 8
@@ -38,8 +31,7 @@ _LARGEST_LOSS = 1e300
 _LARGEST_NUMBER = 4 * _LARGEST_LOSS
 """A decrease is the difference of two levels."""
 _LARGEST_COUNT = 2**53
-_ADDED = ("trials_won", "trials_lost", "waiting", "change", "noise")
-"""Zero in what earlier releases wrote; the last loss was near the level."""
+_COUNTS = ("trials_won", "trials_lost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +39,13 @@ class Guard:
     """What the guard remembers: plain numbers, so that state, log and exports keep every bit.
 
     Training is cut into stretches, each a share of all guard losses so far. In most of them the incumbent is served:
-    uniform weights, at first, or the policy's. In a trial the other one is.
+    the policy's weights or uniform ones. In a trial the other one is.
 
     Attributes:
         count: guard losses so far.
         level: smoothed guard loss, nats.
         begin: `count` at the start of this stretch.
         end: `count` at its end.
-        last: the guard loss before, nats.
-        change: what it had changed by since the one before it, nats.
-        noise: average of how much single changes differ from the change before, nats.
         earlier: level at the start of the stretch, nats.
         decrease: by how much the level fell in the stretch before this trial, nats.
         uniform: whether uniform weights are the incumbent.
@@ -64,7 +53,6 @@ class Guard:
         lost: trials lost since the incumbent became it.
         next_trial: `count` from which on there may be a trial.
         next_alarm: `count` from which on a rising loss brings a trial at once.
-        waiting: rows until training has the weights that are served: a trial is not judged before.
         trials_won: trials after which the policy's weights were served.
         trials_lost: trials after which uniform ones were.
     """
@@ -73,26 +61,22 @@ class Guard:
     level: float = 0.0
     begin: int = 0
     end: int = SHORTEST
-    last: float = 0.0
-    change: float = 0.0
-    noise: float = 0.0
     earlier: float = 0.0
     decrease: float = 0.0
-    uniform: bool = True
+    uniform: bool = False
     trial: bool = False
     lost: int = 0
     next_trial: int = FIRST_TRIAL
     next_alarm: int = FIRST_TRIAL
-    waiting: int = 0
     trials_won: int = 0
     trials_lost: int = 0
 
     @property
     def strength(self) -> float:
-        """g: 1 while uniform weights are served, else 0; 0 before the first guard loss, which may never come."""
-        return float(self.count > 0 and self.uniform != self.trial)
+        """g: 1 while uniform weights are served, else 0."""
+        return float(self.uniform != self.trial)
 
-    def after(self, loss: float, *, stretch: float, lag: int = 0) -> "Guard":
+    def after(self, loss: float, *, stretch: float) -> "Guard":
         """The guard after a guard loss that was measured under the weights served so far.
 
         Sums, products and quotients of float64 alone: one result on every machine.
@@ -100,24 +84,11 @@ class Guard:
         Args:
             loss: mean loss on guard B, nats, finite.
             stretch: length of a stretch as a share of all guard losses so far.
-            lag: rows from the answer with an example's weight to its use: a pass where it is used at the next visit.
         """
         seen = self._with_level(min(max(loss, -_LARGEST_LOSS), _LARGEST_LOSS))
-        if seen.waiting and seen._was_tried:
-            seen = seen._postponed()
-        running = seen if seen.count < seen.end else seen._at_end(stretch)
-        after = seen._judged(stretch) if seen.trial else running
-        if self.count == 0:
-            return replace(after, waiting=min(LAGS * lag, _LARGEST_COUNT))
-        return after if after.strength == self.strength else replace(after, waiting=lag)
-
-    def after_rows(self, rows: int) -> "Guard":
-        """The guard after a step with so many rows."""
-        if self.waiting > rows:
-            return replace(self, waiting=self.waiting - rows)
-        if self.waiting:
-            return replace(self, waiting=0, earlier=self.level if self._was_tried else self.earlier)
-        return self
+        if seen.trial:
+            return seen._judged(stretch)
+        return seen if seen.count < seen.end else seen._at_end(stretch)
 
     def to_scalars(self) -> dict[str, float]:
         """All of it by name."""
@@ -125,8 +96,8 @@ class Guard:
 
     @classmethod
     def from_scalars(cls, scalars: Mapping[str, float]) -> "Guard":
-        """What `to_scalars` gave, now or in earlier releases. Raises ValueError naming field, value and rule."""
-        scalars = {**dict.fromkeys(_ADDED, 0.0), "last": scalars.get("level", 0.0), **scalars}
+        """What `to_scalars` gave, the counts of trials or not. Raises ValueError naming field, value and rule."""
+        scalars = {**dict.fromkeys(_COUNTS, 0.0), **scalars}
         kinds = {name: type(value) for name, value in asdict(cls()).items()}
         if set(scalars) != set(kinds):
             raise ValueError(f"guard has {sorted(scalars)}: must have {sorted(kinds)}")
@@ -141,37 +112,22 @@ class Guard:
     def _with_level(self, loss: float) -> "Guard":
         horizon = 1.0 + (self.end - self.begin) / SMOOTHING
         level = loss if self.count == 0 else self.level + (loss - self.level) / horizon
-        change = loss - self.last if self.count else 0.0
-        noise = self.noise
-        if self.count > 1:
-            noise += (abs(change - self.change) - noise) / (1.0 + self.count / MEMORY)
-        return replace(self, count=self.count + 1, level=level, last=loss, change=change, noise=noise)
-
-    @property
-    def _was_tried(self) -> bool:
-        return self.trial or self.trials_won + self.trials_lost > 0
-
-    def _postponed(self) -> "Guard":
-        """The stretch begins when training has the weights."""
-        return replace(self, begin=self.begin + 1, end=self.end + 1)
+        return replace(self, count=self.count + 1, level=level)
 
     def _at_end(self, stretch: float) -> "Guard":
         """The end of a stretch of the incumbent."""
         decrease = self.earlier - self.level
-        alarm = decrease < -DOUBT * self.noise and self.count >= self.next_alarm
-        due = (alarm or self.count >= self.next_trial) and not self.waiting
+        due = self.count >= self.next_trial or (decrease < 0 and self.count >= self.next_alarm)
         return replace(self, decrease=decrease, trial=due)._next_stretch(stretch)
 
     def _judged(self, stretch: float) -> "Guard":
         """A trial, which may be over."""
         decrease, length = self.earlier - self.level, self.end - self.begin
         if self.count >= self.end:
-            doubt = MARGIN * abs(self.decrease) + DOUBT * self.noise
-            return self._decided(decrease > self.decrease + (-doubt if self.uniform else doubt), stretch)
+            margin = MARGIN * abs(self.decrease)
+            return self._decided(decrease > self.decrease + (margin if self.uniform else -margin), stretch)
         long_enough = self.count - self.begin >= max(SHORTEST, length / LEAST_OF_TRIAL)
-        if self.waiting:
-            long_enough = self.uniform  # what rises then is not the fault of uniform weights, which training lacks yet
-        if long_enough and -decrease > GIVEN_UP * abs(self.decrease) + self.noise:
+        if not self.uniform and long_enough and -decrease > GIVEN_UP * abs(self.decrease):
             return self._decided(False, stretch)
         return self
 
@@ -184,7 +140,7 @@ class Guard:
             lost=lost,
             trials_won=self.trials_won + (self.uniform == won),
             trials_lost=self.trials_lost + (self.uniform != won),
-            next_trial=self.count * min(2 ** max(lost, 1), MAX_GROWTH),
+            next_trial=self.count * min(2 ** (lost + 1), MAX_GROWTH),
         )._next_stretch(stretch)
         recovered = max(self.count * RECOVERY, decided.end + 1)
         return replace(decided, next_alarm=self.count if won else recovered)

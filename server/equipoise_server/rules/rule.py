@@ -44,9 +44,6 @@ class Rule(ABC):
     """Whether a step may have rows without a contribution; else such rows are as good as not scored."""
     touches_all_rows: ClassVar[bool] = False
     """Whether a step may change rows other than its own."""
-    weighs_at_once: ClassVar[bool] = True
-    """Whether a step's loss is weighted with what its own losses bring; else with an earlier answer, in general that to
-    the visit before."""
     kept: ClassVar[tuple[str, ...]] = ()
     """Names of what `read_kept` reads."""
 

@@ -36,8 +36,6 @@ class TableRule(Rule):
     raw_range: tuple[int, int]
     """Smallest (the floor) and largest raw weight, fixed point."""
 
-    weighs_at_once = False
-
     def __init__(self, settings: RuleSettings, *, scale: Scale, statistic: str = "ema") -> None:
         super().__init__(settings)
         self.name = scale.rule

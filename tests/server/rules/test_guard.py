@@ -1,7 +1,7 @@
 """The guard: against a second implementation, in worlds where one of the two ways is better, and at its edges."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -22,55 +22,33 @@ def guarded(losses: Iterable[float], *, stretch: float = STRETCH, start: Guard |
     return seen[1:]
 
 
-def guard_by_hand(
-    losses: list[float], stretch: float, *, lag: int = 0, rows: Sequence[int] | None = None
-) -> tuple[list[float], list[float]]:
-    """g after each loss, and who was served after each trial, told as a story over the whole list.
-
-    `rows` come after each loss and before the next.
-    """
-    level, levels, noise, strengths, outcomes = math.nan, [], 0.0, [], []
-    incumbent, lost, allowed, alarmed = 1.0, 0, 16, 16
+def guard_by_hand(losses: list[float], stretch: float) -> tuple[list[float], list[float]]:
+    """g after each loss, and who was served after each trial, told as a story over the whole list."""
+    level, levels, strengths, outcomes = math.nan, [], [], []
+    incumbent, lost, allowed, alarmed = 0.0, 0, 8, 8
     start, stop, trial_of, fell = 0, 2, None, 0.0
-    away, base = 0, 0.0
     for count, loss in enumerate(losses, 1):
         level = loss if count == 1 else level + (loss - level) / (1 + (stop - start) / 4)
         levels.append(level)
-        if count > 2:
-            before, older = losses[count - 2], losses[count - 3]
-            noise += (abs((loss - before) - (before - older)) - noise) / (1 + (count - 1) / 4)
-        if away and (outcomes or trial_of is not None):
-            start, stop = start + 1, stop + 1
-        fall = base - level
+        fall = (levels[start - 1] if start else 0.0) - level
         over, won = count == stop, False
         if trial_of is not None:
-            doubt = 0.1 * abs(fell) + 0.5 * noise
-            won = over and fall > fell + (doubt if trial_of == 1.0 else -doubt)
-            long = trial_of == 0.0 if away else count - start >= max(2, (stop - start) / 8)
-            early = long and -fall > 0.5 * abs(fell) + noise
+            won = over and fall > fell + abs(fell) * (0.1 if trial_of == 0.0 else -0.1)
+            early = trial_of == 1.0 and count - start >= max(2, (stop - start) / 8) and -fall > abs(fell) / 2
             if over or early:
                 incumbent, lost = (trial_of, 0) if won else (incumbent, lost + 1)
-                allowed = count * {0: 2, 1: 2, 2: 4}.get(lost, 8)
+                allowed = count * {0: 2, 1: 4}.get(lost, 8)
                 pause = max(count, max(2, math.ceil(count * stretch * (1 + incumbent))) + 1)
                 alarmed = count if won else count + pause
                 trial_of, over = None, True
                 outcomes.append(incumbent)
         elif over:
             fell = fall
-            if not away and (count >= allowed or (fall < -0.5 * noise and count >= alarmed)):
+            if count >= allowed or (fall < 0 and count >= alarmed):
                 trial_of = 1.0 - incumbent
         if over:
             start, stop = count, count + max(2, math.ceil(count * stretch * (1 + incumbent)))
-            base = level
         strengths.append(incumbent if trial_of is None else trial_of)
-        if count == 1:
-            away = 8 * lag
-        elif strengths[-1] != strengths[-2]:
-            away = lag
-        if away and rows is not None:
-            away = max(0, away - rows[count - 1])
-            if away == 0 and (outcomes or trial_of is not None):
-                base = level
     return strengths, outcomes
 
 
@@ -96,18 +74,6 @@ def test_g_is_that_of_a_second_implementation(losses: list[float], stretch: floa
 
 
 @settings(deadline=None)
-@given(losses=walks, lag=st.integers(0, 60), rows=st.integers(1, 20))
-def test_g_is_that_of_a_second_implementation_where_weights_come_late(losses: list[float], lag: int, rows: int) -> None:
-    guard, strengths = Guard(), []
-    for loss in losses:
-        guard = guard.after(loss, stretch=STRETCH, lag=lag)
-        strengths.append(guard.strength)
-        guard = guard.after_rows(rows)
-        assert Guard.from_scalars(guard.to_scalars()) == guard
-    assert strengths == guard_by_hand(losses, STRETCH, lag=lag, rows=[rows] * len(losses))[0]
-
-
-@settings(deadline=None)
 @given(losses=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=60))
 @example([0.0] * 9 + [9.999999999999999e299, 0.0, -6.111111111111114e299])
 @example([1e308] * 10 + [-1e308] * 12)
@@ -117,10 +83,8 @@ def test_any_losses_give_a_g_in_0_1_and_numbers_that_travel(losses: list[float])
         scalars = guard.to_scalars()
         assert all(math.isfinite(value) for value in scalars.values())
         assert Guard.from_scalars(scalars) == guard
-        added = ("trials_won", "trials_lost", "last", "change", "noise", "waiting")
-        older = {name: value for name, value in scalars.items() if name not in added}
-        start = dict.fromkeys(added, 0) | {"last": guard.level}
-        assert Guard.from_scalars(older) == replace(guard, **start)
+        older = {name: value for name, value in scalars.items() if not name.startswith("trials_")}
+        assert Guard.from_scalars(older) == replace(guard, trials_won=0, trials_lost=0)
 
 
 @settings(deadline=None)
@@ -146,21 +110,13 @@ def test_a_trial_that_goes_better_is_never_judged_worse(losses: list[float], low
     assert won([loss - lower for loss in trial]) >= won(trial)
 
 
-def in_world(
-    fall: Callable[[float, int], float], *, steps: int, noise: float = 0.0, lag: int = 0, every: int = 1
-) -> list[float]:
-    """g over a run in which the loss falls each step by `fall` of the g of `lag` steps before, and the step.
-
-    There is a guard loss every so many steps.
-    """
+def in_world(fall: Callable[[float, int], float], *, steps: int, noise: float = 0.0) -> list[float]:
+    """g over a run in which the loss falls each step by `fall(g, step)`."""
     guard, loss, served = Guard(), 4.0, []
     for step in range(steps):
-        if step % every == 0:
-            seen = loss + noise * math.sin(12.9898 * step) * math.cos(78.233 * step)
-            guard = guard.after(seen, stretch=STRETCH, lag=lag)
-        guard = guard.after_rows(1)
+        guard = guard.after(loss + noise * math.sin(12.9898 * step) * math.cos(78.233 * step), stretch=STRETCH)
         served.append(guard.strength)
-        loss -= fall(served[max(0, step - lag)], step)
+        loss -= fall(guard.strength, step)
     return served
 
 
@@ -171,46 +127,21 @@ def share(served: list[float]) -> float:
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_where_weights_hurt_uniform_weights_are_served(noise: float) -> None:
     served = in_world(lambda g, t: (0.4 + 0.6 * g) / (t + 10), steps=500, noise=noise)
-    assert share(served[:16]) == 1.0
-    assert share(served) > 0.8
+    assert share(served[:7]) == 0.0
+    assert share(served) > 0.85
     assert served[-1] == 1.0
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_where_weights_help_the_guard_stays_out_of_the_way(noise: float) -> None:
     served = in_world(lambda g, t: (1.0 - 0.6 * g) / (t + 10), steps=500, noise=noise)
-    assert share(served[:16]) == 1.0
-    assert share(served[30:]) < 0.3
+    assert share(served) < 0.15
     assert served[-1] == 0.0
 
 
-def test_a_run_of_fewer_guard_losses_than_a_trial_needs_is_that_of_uniform_weights() -> None:
-    assert share(in_world(lambda g, t: 1.0 / (t + 10) if g else -1.0, steps=16)) == 1.0
-
-
-def test_noise_alone_does_not_take_the_weights_away() -> None:
-    kept = []
-    for seed in range(40):
-        rng, guard, served = np.random.default_rng(seed), Guard(), []
-        for step in range(
-            70
-        ):  # the loss falls alike under both, as it may do for a while where wrong labels are learnt
-            guard = guard.after(0.5 - 0.002 * step + 0.04 * float(rng.standard_normal()), stretch=STRETCH)
-            served.append(guard.strength)
-        kept.append(1.0 - share(served[20:]))
-    assert np.mean(kept) > 0.5
-
-
-def test_a_trial_of_weights_that_come_late_is_not_judged_before_they_come() -> None:
-    fall = lambda g, t: (1.0 if g else 0.2) / (t + 10)  # noqa: E731
-    served = in_world(fall, steps=2000, lag=60, every=5)
-    assert share(served[:480]) == 1.0  # eight lags
-    assert 0.5 < share(served) < 1.0
-
-
 def test_where_uniform_weights_undo_what_was_learned_trials_end_early() -> None:
-    served = in_world(lambda g, t: (-0.05 if t > 40 else 1.0 / (t + 10)) if g else 1.0 / (t + 10), steps=1000)
-    assert 0.0 < share(served[40:]) < 0.05
+    served = in_world(lambda g, t: -0.05 if g else 1.0 / (t + 10), steps=1000)
+    assert 0.0 < share(served) < 0.02
 
 
 def test_when_the_target_is_being_overfitted_the_policy_goes_back_to_uniform() -> None:
@@ -218,14 +149,14 @@ def test_when_the_target_is_being_overfitted_the_policy_goes_back_to_uniform() -
         return 0.5 / (t + 10) if g else (1.0 / (t + 10) if t < 200 else -0.002)
 
     served = in_world(fall, steps=600)
-    assert share(served[20:200]) < 0.3
-    assert share(served[280:]) > 0.7
+    assert share(served[:200]) < 0.1
+    assert share(served[260:]) > 0.8
 
 
 def test_a_policy_that_helps_later_is_found_later() -> None:
     served = in_world(lambda g, t: (0.2 if (g == 0.0) == (t < 100) else 1.0) / (t + 10), steps=1000)
-    assert share(served[:100]) > 0.8
-    assert share(served[500:]) < 0.2
+    assert share(served[30:100]) > 0.8
+    assert share(served[500:]) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -245,7 +176,6 @@ def test_scalars_that_no_guard_has_are_refused(changed: dict[str, float], messag
 
 
 def test_g_follows_from_incumbent_and_trial() -> None:
-    weights, uniform = Guard(count=1, uniform=False), Guard(count=1)
-    assert Guard().strength == 0.0  # without guard losses the weights are served
-    assert [guard.strength for guard in (weights, replace(weights, trial=True))] == [0.0, 1.0]
+    uniform = Guard(uniform=True)
+    assert [guard.strength for guard in (Guard(), Guard(trial=True))] == [0.0, 1.0]
     assert [guard.strength for guard in (uniform, replace(uniform, trial=True))] == [1.0, 0.0]

@@ -16,6 +16,8 @@ from equipoise_server.rules import names
 NUM_EXAMPLES, NUM_FEATURES, NUM_TARGETS = 512, 32, 128
 ROWS = 20
 """Of a trajectory."""
+ATTEMPTS = 8
+"""At each example, for the rule that reads outcomes."""
 
 SETTINGS: Mapping[str, Mapping[str, SettingValue]] = {
     "trajectory": {"rows": ROWS, "learning_rate": 3e-4},
@@ -86,7 +88,10 @@ class Classifier:
         fields = StepFields(target_loss=float(_losses(self._held[0] @ self.model, self._held_labels[0]).mean()))
         if job.guards:
             fields["guard_loss"] = float(_losses(self._held[1] @ self.model, self._held_labels[1]).mean())
-        if job.rule in ("rho", "loss_linear_upper"):
+        if job.rule == "learnability":
+            fields["attempts"] = np.full(len(ids), ATTEMPTS)
+            fields["successes"] = self.random.binomial(ATTEMPTS, np.exp(-losses))
+        elif job.rule in ("rho", "loss_linear_upper"):
             fields["losses"] = losses
         else:
             fields["contributions"] = contributions

@@ -31,7 +31,7 @@ PICTURES = FOLDER.with_name("pictures")
 ROW, WIDTH, SCALE = 34, 1516, 0.8
 """Of a picture: height of a row of Grafana's grid and width of the page, pixels; and what is left of both."""
 COLOURS = 256
-CHOSEN = dict.fromkeys(("learning", "trainers"), "run-ema-sign|run-trajectory|run-boltzmann|run-collapsed|run-rho")
+CHOSEN = dict.fromkeys(("learning", "trainers"), "run-ema-sign|run-trajectory|run-boltzmann|run-collapsed|run-strata")
 """Policies that are chosen at the top of a dashboard; else all."""
 
 

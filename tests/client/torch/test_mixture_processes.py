@@ -1,25 +1,21 @@
 """Two processes, whatever shares a mixture out among them, draw one sequence under weights that they agree on."""
 
 from itertools import chain
-from time import monotonic
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.client.torch import two_mixtures
 from tests.client.torch.mixtures import NAMES
 from tests.client.torch.two_mixtures import BATCH, EVERY, TOTAL, mixture_of
+from tests.pairs import run_pair
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixtures")
-    processes = mp.spawn(two_mixtures.process, args=(str(folder),), nprocs=2, join=False)
-    end = monotonic() + 300
-    while not processes.join(1):
-        assert monotonic() < end, "the processes wait for each other"
+    run_pair(two_mixtures.process, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

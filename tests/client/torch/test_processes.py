@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from equipoise.torch import FiniteDifferenceContributions, GhostContributions
 from tests.client.torch import two_processes
 from tests.client.torch.models import gpt2, lm_losses, relative_error
 from tests.client.torch.two_processes import COUNT, alone, training
+from tests.pairs import run_pair
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(two_processes.process, args=(str(folder),), nprocs=2)
+    run_pair(two_processes.process, str(folder))
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

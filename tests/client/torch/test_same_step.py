@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from equipoise.torch import (
 )
 from tests.client.torch.models import reference, relative_error
 from tests.client.torch.recording import Recording
+from tests.pairs import run_pair
 from tests.patience import PATIENT
 from tests.servers import ServerProcess
 
@@ -332,7 +332,6 @@ def test_what_cannot_be_measured_sparsely_is_refused(options: dict[str, str], ev
 
 def replica(rank: int, address: str, folder: str) -> None:
     """One of two processes that train a model together: what it asked, was told, trained under and sent."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     (x, y), target = data()
     model = DistributedDataParallel(network())
@@ -356,12 +355,10 @@ def replica(rank: int, address: str, folder: str) -> None:
             optimizer.zero_grad()
         asked, sent = client.asked, client.sent
     torch.save({"steps": found, "asked": asked, "sent": sent}, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_replicas_train_on_the_mean_of_what_each_was_told(server: ServerProcess, tmp_path: Path) -> None:
-    mp.spawn(replica, args=(server.address, str(tmp_path)), nprocs=2)
+    run_pair(replica, server.address, str(tmp_path))
     (x, y), _ = data()
     both: list[Any] = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     model = network()

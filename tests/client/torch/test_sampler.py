@@ -3,13 +3,11 @@
 import re
 import threading
 from itertools import islice
-from time import monotonic
 from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +17,7 @@ from equipoise.errors import AccessDeniedError, InvalidRequestError, PolicyNotFo
 from equipoise.torch import DistributedWeightedSampler, WeightedSampler
 from tests.client.torch import two_shares
 from tests.client.torch.two_shares import HEAVY, PREPARED, Epochs
+from tests.pairs import run_pair
 from tests.patience import PATIENT
 from tests.servers import serve
 
@@ -240,10 +239,7 @@ Shares: TypeAlias = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory: pytest.TempPathFactory) -> Shares:
     folder = tmp_path_factory.mktemp("shares")
-    processes = mp.spawn(two_shares.process, args=(str(folder),), nprocs=2, join=False)
-    end = monotonic() + 300
-    while not processes.join(1):
-        assert monotonic() < end, "the processes wait for each other"
+    run_pair(two_shares.process, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from equipoise.torch import TargetDirection
 from tests.client.torch import two_trainers
 from tests.client.torch.models import gpt2, lm_losses, reference, relative_error, tokens
 from tests.client.torch.two_trainers import TRAINERS, N, target_batches
-from tests.ports import free_port
+from tests.pairs import run_pair
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainers")
-    mp.spawn(two_trainers.process, args=(str(folder), free_port()), nprocs=2)
+    run_pair(two_trainers.process, str(folder))
     return folder
 
 

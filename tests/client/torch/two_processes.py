@@ -213,7 +213,6 @@ def of_a_kind(case: Case, rank: int) -> Result:
 
 def process(rank: int, folder: str) -> None:
     """All of it, in one of two processes."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {
         "ghost": replicated(GhostContributions, rank),
@@ -227,5 +226,3 @@ def process(rank: int, folder: str) -> None:
         "kinds": kinds(rank),
     }
     torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()

@@ -18,17 +18,8 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def process(index: int, folder: str, port: int) -> None:
-    os.environ |= {
-        "RANK": str(index),
-        "LOCAL_RANK": str(index),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "HF_DATASETS_CACHE": f"{folder}/cache",
-    }
-    torch.set_num_threads(1)
+def process(index: int, folder: str) -> None:
+    os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
     for name, (kind, data, options) in JOBS.items():
         client = Notebook()
         policy = PolicyTraining(client, target=dataset(data, 7, 1))

@@ -82,9 +82,9 @@ def trainer_of(kind: str, client: Any, folder: Path, judge: Any, train: Any = No
     )
 
 
-def process(index: int, folder: str, port: int, address: str) -> None:
+def process(index: int, folder: str, address: str) -> None:
     """One of two processes: what it was asked, and what the first one told."""
-    _enter(index, folder, port)
+    os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
     judge = Judge()
     with client_of(address, "two") as client:
         sent = recorded(client)
@@ -94,23 +94,9 @@ def process(index: int, folder: str, port: int, address: str) -> None:
         torch.save((judge.asked, sent), Path(folder) / f"{rank()}.pt")
 
 
-def _enter(index: int, folder: str, port: int) -> None:
-    """Makes this process one of two."""
-    os.environ |= {
-        "RANK": str(index),
-        "LOCAL_RANK": str(index),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "HF_DATASETS_CACHE": f"{folder}/cache",
-    }
-    torch.set_num_threads(1)
-
-
-def other_prompts(index: int, folder: str, port: int, kind: str) -> None:
+def other_prompts(index: int, folder: str, kind: str) -> None:
     """One of two processes, whose prompts are in another order or of another number; what it was told."""
-    _enter(index, folder, port)
+    os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
     train = prompts()
     if index:
         train = train.select(range(PROMPTS - 1)) if kind == "number" else train.select(range(PROMPTS)[::-1])

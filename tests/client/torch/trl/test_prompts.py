@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from datasets import IterableDataset
 from torch import Tensor
 from trl.trainer.utils import RepeatSampler
@@ -29,6 +28,7 @@ from tests.client.torch.trl.prompt_jobs import (
     recorded,
     trainer_of,
 )
+from tests.pairs import run_pair
 from tests.ports import free_port
 from tests.servers import serve
 
@@ -264,7 +264,7 @@ def test_a_client_is_no_policy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["order", "number"])
 def test_two_processes_with_different_prompts_are_both_refused(kind: str, tmp_path: Path) -> None:
-    mp.spawn(other_prompts, args=(str(tmp_path), free_port(), kind), nprocs=2)
+    run_pair(other_prompts, str(tmp_path), kind)
     for index in range(2):
         assert "the same prompts in the same order in every process" in (tmp_path / f"{index}.txt").read_text()
 
@@ -288,7 +288,7 @@ def test_under_uniform_the_same_lines_draw_uniformly(server: ServerProcess, tmp_
 def test_two_processes_share_each_group_and_tell_once(server: ServerProcess, tmp_path: Path) -> None:
     with PolicyAdmin(server.address), PolicyClient(server.address, policy="two", num_examples=PROMPTS):
         pass
-    mp.spawn(process, args=(str(tmp_path), free_port(), server.address), nprocs=2)
+    run_pair(process, str(tmp_path), server.address)
     first, second = (torch.load(tmp_path / f"{index}.pt", weights_only=False) for index in range(2))
     assert second[1] == []
     asked = [first[0], second[0]]

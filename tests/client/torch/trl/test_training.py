@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F  # noqa: N812
 
 from equipoise.testing import ServerProcess
@@ -23,7 +22,7 @@ from tests.client.torch.trl.jobs import (
     plain,
     under_policy,
 )
-from tests.ports import free_port
+from tests.pairs import run_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -138,7 +137,7 @@ def test_the_model_is_left_as_it_was(server: ServerProcess, tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(processes_of.process, args=(str(folder), free_port()), nprocs=2)
+    run_pair(processes_of.process, str(folder))
     return folder
 
 

@@ -1,0 +1,48 @@
+"""Two processes of one training, as a launcher starts them, for the tests of what ranks do together."""
+
+import os
+import sys
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.ports import free_port
+
+
+def run_pair(job: Callable[..., None], *arguments: Any, within_s: float = 400.0) -> None:
+    """Runs `job(rank, *arguments)` in two processes under the environment of a launcher; raises what one of them does.
+
+    The job may form the process group, or let its framework do so, and need not take it down.
+    """
+    processes = mp.spawn(_run, args=(free_port(), job, arguments), nprocs=2, join=False)
+    end = monotonic() + within_s
+    while not processes.join(1):
+        assert monotonic() < end, f"the two processes of {job.__module__} did not end within {within_s:.0f} s"
+
+
+def _run(rank: int, port: int, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "NODE_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    job(rank, *arguments)
+    if dist.is_initialized():
+        dist.barrier()  # the first one keeps what the others look each other up in
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A framework's C++ threads may still run where they are not asked to end, and the interpreter's way out then
+    # aborts, once in some thousand exits. What a job has to say is on the disk.
+    os._exit(0)

@@ -93,7 +93,7 @@ def test_probes_ask_what_the_server_answers() -> None:
     probes = {kind: container(rendered(TRIAL))[f"{kind}Probe"] for kind in ("startup", "liveness", "readiness")}
     assert {probe["httpGet"]["port"] for probe in probes.values()} == {"metrics"}
     with serve() as server:
-        until(lambda: page(server.metrics_address, "/readyz")[0] == 200, within_s=30, what=lambda: server.log[-2000:])
+        until(lambda: page(server.metrics_address, "/readyz")[0] == 200, what=lambda: server.log[-2000:])
         for probe in probes.values():
             assert page(server.metrics_address, probe["httpGet"]["path"]) == (200, "ok\n")
     assert probes["startup"]["httpGet"]["path"] == probes["liveness"]["httpGet"]["path"] == "/livez"

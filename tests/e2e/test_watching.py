@@ -51,7 +51,7 @@ def test_a_server_that_loads_lives_and_says_what_it_waits_for(tmp_path: Path, mo
     def run() -> None:
         with serve(metrics_listen=address):
             served.set()
-            done.wait(60)
+            done.wait(300)
 
     def answers() -> bool:
         try:

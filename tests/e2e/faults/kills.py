@@ -200,7 +200,7 @@ class KillRun:
 
     def _kill_at(self, at: At) -> None:
         with self.to_redis.trap(APPENDING, at) as trap:
-            self._wait_for(trap.caught.is_set, within_s=30, what="an append comes")
+            self._wait_for(trap.caught.is_set, within_s=120, what="an append comes")
             self._kill()
             self._let_go(trap)
             self.server.start()
@@ -211,7 +211,7 @@ class KillRun:
 
     def _kill_before_acknowledgement(self) -> None:
         with self.to_redis.trap(APPENDING, At.REPLY) as trap:
-            self._wait_for(trap.caught.is_set, within_s=30, what="an append comes")
+            self._wait_for(trap.caught.is_set, within_s=120, what="an append comes")
             self.to_server.hold(Way.DOWN)
             before = self.to_server.taken[Way.DOWN]
             self.to_redis.free(trap)
@@ -237,7 +237,7 @@ class KillRun:
         at = (At.REQUEST, At.REPLY)[int(self.random.integers(2))]
         with self.to_redis.trap(pattern, at) as trap:
             self.server.start()
-            self._wait_for(trap.caught.is_set, within_s=30, what="a restore comes")
+            self._wait_for(trap.caught.is_set, within_s=120, what="a restore comes")
             self._kill()
             self._let_go(trap)
         self.server.start()

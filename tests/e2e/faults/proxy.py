@@ -350,7 +350,7 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def until(condition: Callable[[], object], *, within_s: float = 30.0, what: str | Callable[[], str] = "") -> float:
+def until(condition: Callable[[], object], *, within_s: float = 120.0, what: str | Callable[[], str] = "") -> float:
     """Waits for a condition; seconds it took. Fails when it does not come about, and says `what` did not.
 
     Time in which the machine stood still, as virtual ones do, is not held against the condition.

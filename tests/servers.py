@@ -31,10 +31,13 @@ def close() -> None:
 
 @contextmanager
 def serve(**settings: str | float | Path) -> Iterator[ServerProcess]:
-    """Runs a server with a Redis of its own, and removes its files at the end; see `equipoise.testing.serve`."""
+    """Runs a server with a Redis of its own, and removes its files at the end; see `equipoise.testing.serve`.
+
+    It is patient with its Redis, which a busy machine may not run for a second.
+    """
     # A short path: the server's Redis listens on a socket in it, whose path is limited to about 100 bytes.
     directory = Path(tempfile.mkdtemp(prefix="equipoise-"))
-    server = ServerProcess(zygote(), directory, **settings)
+    server = ServerProcess(zygote(), directory, **{"redis_timeout_s": 30.0, **settings})
     try:
         server.start()
         yield server

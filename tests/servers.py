@@ -33,11 +33,14 @@ def close() -> None:
 def serve(**settings: str | float | Path) -> Iterator[ServerProcess]:
     """Runs a server with a Redis of its own, and removes its files at the end; see `equipoise.testing.serve`.
 
-    It is patient with its Redis, which a busy machine may not run for a second.
+    It is patient with a Redis of its own, which a busy machine may not run for a second; one that a test brings
+    may be there to be stalled.
     """
     # A short path: the server's Redis listens on a socket in it, whose path is limited to about 100 bytes.
     directory = Path(tempfile.mkdtemp(prefix="equipoise-"))
-    server = ServerProcess(zygote(), directory, **{"redis_timeout_s": 30.0, **settings})
+    if "redis_url" not in settings:
+        settings = {"redis_timeout_s": 30.0, **settings}
+    server = ServerProcess(zygote(), directory, **settings)
     try:
         server.start()
         yield server

@@ -139,7 +139,8 @@ def test_several_processes_give_what_one_gives(server: ServerProcess, tmp_path: 
     ) as workers:
         together = run_experiment(config, workers)
     assert len(steps) == config.total_steps
-    alone = run_experiment(config, Runs(config, directory=tmp_path / "one", address=server.address))
+    with working(config, directory=tmp_path / "one", address=server.address, jobs=1) as workers:
+        alone = run_experiment(config, workers)
     assert [run.curve for run in together] == [run.curve for run in alone]
 
 

@@ -171,8 +171,8 @@ def test_it_is_its_paper_s_algorithm(name: str, given: dict[str, float], at_once
     rule, state = begun(name, given)
     definition = Definition(name, rule.settings)
     random = np.random.default_rng(1)
-    for turn in range(150):
-        rows = None if turn in (0, 70) and at_once else int(random.integers(1, 5))
+    for turn in range(60):
+        rows = None if turn in (0, 40) and at_once else int(random.integers(1, 5))
         step = drawn(rule, random, rows)
         state = rule.update(state, step)
         definition.step(step)
@@ -188,7 +188,7 @@ def test_it_is_its_paper_s_algorithm(name: str, given: dict[str, float], at_once
 @pytest.mark.parametrize("name", NAMES)
 def test_the_hopeless_have_the_floor_and_no_less(name: str) -> None:
     rule, state = begun(name, {"floor": 0.25} | ({"learning_rate": 1.0} if name == "group_dro" else {}))
-    for _ in range(600):
+    for _ in range(500):
         state = rule.update(state, a_step(rule, np.linspace(0.0, 100.0, N)))
     weights = rule.weights(state, None)
     assert weights.min() == pytest.approx(0.25)
@@ -258,16 +258,16 @@ def test_the_bandit_is_uniform_until_every_source_may_have_been_drawn() -> None:
 
 def test_the_bandit_makes_up_for_a_source_that_is_seldom_drawn() -> None:
     """Drawn by their shares, sources have estimates in proportion to their losses."""
-    rule, state = begun("exp3", {"reward_decay": 0.999, "temperature": 0.3}, num_examples=4)
+    rule, state = begun("exp3", {"reward_decay": 0.98, "temperature": 0.3}, num_examples=4)
     random, losses = np.random.default_rng(5), np.array([1.0, 2.0, 3.0, 4.0])
     found = []
-    for turn in range(8000):
+    for turn in range(1500):
         shares = rule.weights(state, None).astype(np.float64) / 4
         source = int(random.choice(4, p=shares / shares.sum()))
         state = rule.update(state, a_step(rule, {source: losses[source]}))
-        if turn >= 4000:
+        if turn >= 750:
             found.append(np.nan_to_num(rule.scores(state, None)))
-    # A visit keeps 0.999 of an estimate and adds a 0.001th of loss/share: without the division all would be losses.
+    # A visit keeps 0.98 of an estimate and adds a 50th of loss/share: without the division all would be losses.
     mean = np.mean(found, axis=0)
     assert (np.diff(mean) > 0).all()
     assert mean[3] > 4.0
@@ -288,7 +288,7 @@ def test_a_source_that_is_huge_once_has_all_but_the_floors_and_gives_it_back(nam
     if loss == 1e30:
         np.testing.assert_allclose(np.delete(weights, 3), weights.min(), rtol=1e-6)
     back = None
-    for turn in range(3000):
+    for turn in range(1000):
         state = rule.update(state, a_step(rule, {**dict(enumerate(usual.tolist())), 3: 0.5}))
         if rule.weights(state, None)[3] < 1.0:
             back = turn

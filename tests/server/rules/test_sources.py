@@ -189,7 +189,7 @@ def test_it_is_its_paper_s_algorithm(name: str, given: dict[str, float], at_once
 def test_the_hopeless_have_the_floor_and_no_less(name: str) -> None:
     rule, state = begun(name, {"floor": 0.25} | ({"learning_rate": 1.0} if name == "group_dro" else {}))
     for _ in range(500):
-        state = rule.update(state, a_step(rule, np.linspace(0.0, 100.0, N)))
+        state = rule.update(state, a_step(rule, np.linspace(0.0, 1000.0, N)))
     weights = rule.weights(state, None)
     assert weights.min() == pytest.approx(0.25)
     assert weights.argmax() == N - 1

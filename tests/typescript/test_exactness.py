@@ -30,8 +30,8 @@ RULES: dict[str, dict[str, float]] = {
     "strata": {"strata": 4.0, "groups": 3.0, "min_count": 5.0},
 }
 STATISTICS = {
-    **dict.fromkeys(("excess_loss", "rho"), {"losses", "reference_losses"}),
-    **dict.fromkeys(("exp3", "group_dro", "group_softmax", "learnability", "loss_linear_upper"), {"losses"}),
+    **{key: {"losses", "reference_losses"} for key in ("excess_loss", "rho")},
+    **{key: {"losses"} for key in ("exp3", "group_dro", "group_softmax", "learnability", "loss_linear_upper")},
 }
 """What rules read, where that is not contributions; some refuse what they do not read."""
 VECTORS = sorted((Path(__file__).parents[2] / "proto" / "vectors").glob("*.json"))

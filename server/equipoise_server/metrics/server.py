@@ -1,5 +1,6 @@
 """All metrics of one server: what the engine reports as it works, and what is read at scrape time."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 
 from prometheus_client import (
@@ -149,6 +150,12 @@ class Metrics:
         self._now.show(status)
         self._policies.show(status.policies)
         self._tenants.show(status.tenants)
+
+    async def page(self, take: Callable[[], ServerStatus], *, accept: str = "") -> tuple[bytes, str]:
+        """All series as of now: the status is taken on the event loop, where nothing moves meanwhile, and the text is
+        made in a thread."""
+        self.scrape(take)
+        return await asyncio.to_thread(self.exposition, accept)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """All series in the format that an HTTP `Accept` header asks for, and its content type. Any thread may call."""

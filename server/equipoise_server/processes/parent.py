@@ -72,19 +72,19 @@ class Parent:
             if not serving.done():
                 self._stopping = True
                 log.info("stopping", grace_s=self._settings.drain_grace_s)
+            await self._end_children()
+            serving.cancel()  # what is left of it waits to start a process again
             try:
-                await self._end_children()
-            finally:
-                if not serving.done():
-                    serving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
                 await serving
+            except asyncio.CancelledError:
+                pass
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
         log.info("stopped")
 
     async def _serve(self) -> None:
         settings = self._settings
-        redis_access = settings.redis  # raises for a file that cannot be read
-        settings.redis_access  # noqa: B018 - the same
+        url, _ = settings.redis, settings.redis_access  # raise for what cannot be used, once instead of by each process
         directory = tempfile.mkdtemp(prefix="equipoise-")
         self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
         metrics_address = await self._start_metrics()
@@ -93,7 +93,7 @@ class Parent:
             (self._port(listen, setting=f"processes: the address of process {number}"), advertise)
             for number, (listen, advertise) in enumerate(own_addresses(settings))
         ]
-        url = await self._start_redis() if redis_access is None else ""
+        own_redis_url = await self._start_redis() if url is None else ""
         self._children = [
             Child(
                 Part(
@@ -102,7 +102,7 @@ class Parent:
                     shared=shared.address,
                     own=port.address,
                     advertise=advertise,
-                    redis_url=url,
+                    redis_url=own_redis_url,
                     directory=directory,
                 ),
                 settings,
@@ -179,6 +179,8 @@ class Parent:
             await child.start()
             if self._together:
                 child.meet_others()
+            if self._stopping:  # while it was being started
+                child.send_signal(signal.SIGTERM)
             serving = asyncio.create_task(child.served())
             status = await child.wait()
             serving.cancel()
@@ -195,7 +197,7 @@ class Parent:
             pause_s = min(2 * pause_s, longest_s)
 
     async def _end_children(self) -> None:
-        """All drain at once; one that does not end is killed. Raises ProcessFailed."""
+        """All drain at once; one that does not end is killed."""
         self._stopping = True
         for child in self._children:
             child.send_signal(signal.SIGTERM)
@@ -272,10 +274,9 @@ def run_all(settings: Settings) -> int:
     logs.configure(level=settings.log_level, form=settings.log_format)
     try:
         asyncio.run(_run(settings))
-    except* (SettingsError, StoreError, OSError, ValueError, ProcessFailed) as errors:
-        for error in errors.exceptions:
-            log.error("the server did not start", error=str(error))
-            print(f"equipoise serve: {error}", file=sys.stderr)
+    except (SettingsError, StoreError, OSError, ValueError, ProcessFailed) as error:
+        log.error("the server did not start", error=str(error))
+        print(f"equipoise serve: {error}", file=sys.stderr)
         return START_FAILED
     return 0
 

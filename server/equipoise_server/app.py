@@ -247,9 +247,7 @@ class Server:
         return ports[0]
 
     async def _start_metrics(self) -> str:
-        endpoint = Endpoint(
-            lambda accept: self._metrics.page(self._overview.status, accept=accept), ready=self._health.ready
-        )
+        endpoint = Endpoint(self._page, ready=self._health.ready)
         if self._part is not None:
             await endpoint.start_private(self._part.socket)
             self._stack.push_async_callback(endpoint.stop)
@@ -263,6 +261,11 @@ class Server:
             raise SettingsError(message) from error
         self._stack.push_async_callback(endpoint.stop)
         return address
+
+    async def _page(self, accept: str) -> tuple[bytes, str]:
+        if self._part is not None:
+            return await self._metrics.told(self._overview.status)
+        return await self._metrics.page(self._overview.status, accept=accept)
 
     async def _drain(self) -> None:
         log.info("stopping", grace_s=self._settings.drain_grace_s)
@@ -398,10 +401,9 @@ class Server:
 def run(settings: Settings, *, part: Part | None = None) -> int:
     """Serves until SIGTERM or SIGINT; a second one ends at once. Returns the exit status.
 
-    One of several processes ends when its parent does, at once, and otherwise in order: it takes the first signal alone.
+    One of several processes ends at once when its parent does, and otherwise in order, however many signals it gets.
     """
-    facts = {} if part is None else {"process": part.number}
-    logs.configure(level=settings.log_level, form=settings.log_format, **facts)
+    logs.configure(level=settings.log_level, form=settings.log_format, process=part.number if part else None)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     cores = (os.cpu_count() or 1) // (part.processes if part else 1)
     torch.set_num_threads(max(1, cores - 1))  # a core is left to the event loop during long work
@@ -429,7 +431,7 @@ async def _run(settings: Settings, part: Part | None) -> None:
 def _hear_parent(loop: asyncio.AbstractEventLoop, server: Server) -> None:
     """Reads what the parent says: one line once all processes serve, and the end of the pipe when it has ended.
 
-    It then ends at once, as one process does that is killed: nothing stands in the way of a server that is started anew.
+    It then ends at once, as if it had been killed, too: nothing is in the way of a server that is started anew.
     """
     if os.read(sys.stdin.fileno(), 1):
         asyncio.run_coroutine_threadsafe(server.meet_others(), loop)

@@ -7,7 +7,7 @@ Modules log with `structlog.get_logger(name)` and pass facts as keywords, or wit
 import logging
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, TextIO
 
@@ -20,16 +20,16 @@ QUIET = ("asyncio", "grpc")
 
 
 def configure(
-    *, level: str, form: Literal["auto", "json", "console"], stream: TextIO | None = None, **facts: object
+    *, level: str, form: Literal["auto", "json", "console"], stream: TextIO | None = None, process: int | None = None
 ) -> None:
     """Sends everything logged in this process, by whatever library, to `stream` (default: standard error).
 
-    With `auto` a terminal gets `console`, anything else `json`. Every event has `facts`, such as `process`.
+    With `auto` a terminal gets `console`, anything else `json`. Every event has the number of the `process`, if given.
     """
     stream = stream or sys.stderr
     common: list[Processor] = [
         structlog.contextvars.merge_contextvars,
-        *([_adder(facts)] if facts else []),
+        *([] if process is None else [_numbered(process)]),
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
@@ -58,9 +58,9 @@ def configure(
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
-def _adder(facts: Mapping[str, object]) -> Processor:
+def _numbered(process: int) -> Processor:
     def add(_: object, __: str, event: EventDict) -> EventDict:
-        return {**facts, **event}
+        return {"process": process, **event}
 
     return add
 

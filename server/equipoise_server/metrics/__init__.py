@@ -2,7 +2,7 @@
 
 from equipoise_server.metrics.endpoint import Endpoint
 from equipoise_server.metrics.event_loop import measure_lag
-from equipoise_server.metrics.merging import EXACT, MergedMetrics, ParentMetrics
+from equipoise_server.metrics.merging import MergedMetrics, ParentMetrics
 from equipoise_server.metrics.rpc import RpcMetrics
 from equipoise_server.metrics.server import Metrics
 from equipoise_server.metrics.status import LoadingStatus, ServerStatus, Use
@@ -10,7 +10,6 @@ from equipoise_server.metrics.store import StoreMetrics
 from equipoise_server.metrics.tenants import TenantStatus
 
 __all__ = [
-    "EXACT",
     "Endpoint",
     "LoadingStatus",
     "MergedMetrics",

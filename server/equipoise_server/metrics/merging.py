@@ -4,23 +4,20 @@ Counters and histograms are added up, and never fall: what a process had counted
 a rule. A policy's gauges are those of the process that serves it: while it moves, the one that has its newest version.
 """
 
+import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disable_created_metrics
 from prometheus_client import Counter as CounterFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from equipoise_server.metrics.names import OTHER, PREFIX
 from equipoise_server.metrics.status import ServerStatus, StatusCollector
 from equipoise_server.metrics.store import StoreMetrics
-
-EXACT = "application/openmetrics-text; version=1.0.0"
-"""The format in which processes are asked: it tells the type of each family."""
 
 Rule: TypeAlias = Callable[[Iterable[float]], float]
 
@@ -110,9 +107,16 @@ class MergedMetrics:
         self._pages: dict[int, _Page] = {}
         self._ended: dict[str, _Samples] = {}
 
-    def told(self, process: int, page: str) -> None:
-        """Takes a page in the format `EXACT`. Raises ValueError for another."""
-        self._take(process, read_page(page))
+    def told(self, process: int, page: bytes) -> None:
+        """Takes what a process tells: its families, as `told` writes them."""
+        families = json.loads(page)
+        self._take(
+            process,
+            {
+                name: _Family(kind, help_text, {(sample, _labels(labels)): value for sample, labels, value in samples})
+                for name, kind, help_text, samples in families
+            },
+        )
 
     def ended(self, process: int) -> None:
         """A process has ended; one that comes in its place begins at 0."""
@@ -182,6 +186,7 @@ class ParentMetrics:
     """
 
     def __init__(self, *, processes: int) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # as `Metrics` does
         self.merged = MergedMetrics()
         self._registry = CollectorRegistry()
         self.store = StoreMetrics(self._registry)
@@ -227,9 +232,18 @@ class _Shown(Collector):
         return self._families
 
 
-def read_page(page: str) -> _Page:
-    """The families of a page in the format `EXACT`, by name. Raises ValueError for another format."""
-    return _page(text_string_to_metric_families(page))
+def told(families: Iterable[Metric]) -> bytes:
+    """Families as one process tells its parent: as JSON, since Prometheus' own text takes ten times as long to read."""
+    rows = [
+        (
+            each.name,
+            each.type,
+            each.documentation,
+            [(sample.name, sample.labels, sample.value) for sample in each.samples],
+        )
+        for each in families
+    ]
+    return json.dumps(rows).encode()
 
 
 def _page(families: Iterable[Metric]) -> _Page:
@@ -237,10 +251,14 @@ def _page(families: Iterable[Metric]) -> _Page:
         family.name: _Family(
             family.type,
             family.documentation,
-            {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in family.samples},
+            {(sample.name, _labels(sample.labels)): sample.value for sample in family.samples},
         )
         for family in families
     }
+
+
+def _labels(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))
 
 
 def _without(page: _Page, names: Container[str]) -> _Page:

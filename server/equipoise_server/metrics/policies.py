@@ -82,7 +82,7 @@ class PolicyCollector(Collector):
 
     def __init__(self, labels: PolicyLabels) -> None:
         self._labels = labels
-        self._policies: "tuple[ServiceStatus, ...]" = ()
+        self._policies: tuple[ServiceStatus, ...] = ()
 
     def show(self, policies: "Iterable[ServiceStatus]") -> None:
         """Takes the policies as they stand: those in memory, and those that left it because nobody used them."""

@@ -70,7 +70,7 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
-    async def ask(self, path: str, *, accept: str = "", timeout_s: float) -> tuple[bool, str]:
+    async def ask(self, path: str, *, timeout_s: float) -> tuple[bool, bytes]:
         """Whether a page of its side door is well (status 200), and the page.
 
         Raises:
@@ -80,11 +80,11 @@ class Child:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(self._part.socket)
             try:
-                writer.write(f"GET {path} HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode("ascii"))
+                writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode("ascii"))
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             finally:
                 writer.close()
-        return head.split(b" ")[1:2] == [str(HTTPStatus.OK.value).encode()], body.decode()
+        return head.split(b" ")[1:2] == [str(HTTPStatus.OK.value).encode()], body
 
     def _say(self, line: bytes) -> None:
         assert self._process is not None

@@ -9,12 +9,11 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import structlog
 
 from equipoise_server import logs
-from equipoise_server.metrics import EXACT, Endpoint, ParentMetrics, ServerStatus
+from equipoise_server.metrics import Endpoint, ParentMetrics, ServerStatus
 from equipoise_server.part import Part, own_addresses
 from equipoise_server.processes.child import Child
 from equipoise_server.processes.ports import Port
@@ -230,7 +229,7 @@ class Parent:
             return "it is starting"
         except (OSError, TimeoutError):
             return "it does not answer"
-        return "" if well else page.strip()
+        return "" if well else page.decode().strip()
 
     async def _alive(self) -> Mapping[str, str]:
         """Every process that has begun answers; one that has ended is the parent's to replace."""
@@ -256,7 +255,7 @@ class Parent:
     async def _hear(self, child: Child) -> None:
         pid = child.pid
         with contextlib.suppress(OSError, TimeoutError):
-            well, page = await child.ask("/metrics", accept=EXACT, timeout_s=ANSWER_S)
+            well, page = await child.ask("/metrics", timeout_s=ANSWER_S)
             if well and child.serves and child.pid == pid:
                 self._metrics.merged.told(child.number, page)
 

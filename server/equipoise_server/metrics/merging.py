@@ -235,12 +235,7 @@ class _Shown(Collector):
 def told(families: Iterable[Metric]) -> bytes:
     """Families as one process tells its parent: as JSON, since Prometheus' own text takes ten times as long to read."""
     rows = [
-        (
-            each.name,
-            each.type,
-            each.documentation,
-            [(sample.name, sample.labels, sample.value) for sample in each.samples],
-        )
+        (each.name, each.type, each.documentation, [(name, labels, value) for name, labels, value, *_ in each.samples])
         for each in families
     ]
     return json.dumps(rows).encode()

@@ -1,4 +1,4 @@
-"""One of the processes: `python -m equipoise_server.processes`, started by the parent, which says the rest on a pipe."""
+"""One of the processes: `python -m equipoise_server.processes`, started by the parent; a pipe tells it the rest."""
 
 import os
 import sys

@@ -53,9 +53,9 @@ class Child:
 
     async def served(self) -> None:
         """Returns once it answers calls."""
-        while not self._part.ready_file.exists():
+        while not self.serves:
             await asyncio.sleep(POLL_S)
-        self.serves = True
+            self.serves = self._part.ready_file.exists()
 
     async def wait(self) -> int:
         """Waits until it has ended; its exit status, negative for a signal."""

@@ -8,9 +8,10 @@ from equipoise_server.settings import SettingsError
 
 
 class Port:
-    """An address that is bound here and at which others listen (SO_REUSEPORT): the kernel shares connections out among them.
+    """An address that is bound here and at which others listen (SO_REUSEPORT).
 
-    A socket that is bound and does not listen gets none; it keeps other programs away.
+    The kernel shares connections out among those who listen. A socket that is bound and does not listen gets none; it
+    keeps other programs away.
 
     Args:
         address: HOST:PORT; port 0: a free one.

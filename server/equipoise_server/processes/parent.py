@@ -84,7 +84,7 @@ class Parent:
     async def _serve(self) -> None:
         settings = self._settings
         url, _ = settings.redis, settings.redis_access  # raise for what cannot be used, once instead of by each process
-        directory = tempfile.mkdtemp(prefix="equipoise-")
+        directory = _private_directory()
         self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
         metrics_address = await self._start_metrics()
         shared = self._port(settings.listen, setting="listen")
@@ -266,6 +266,14 @@ class Parent:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
         unfinished.write_text(json.dumps(facts), encoding="utf-8")
         unfinished.replace(path)
+
+
+def _private_directory() -> str:
+    """For sockets and ready files; in a container that has no disk to write to, in its shared memory."""
+    try:
+        return tempfile.mkdtemp(prefix="equipoise-")
+    except OSError:
+        return tempfile.mkdtemp(prefix="equipoise-", dir="/dev/shm")
 
 
 def run_all(settings: Settings) -> int:

@@ -52,7 +52,9 @@ def training(server: ServerProcess, *, num_steps: int = STEPS) -> Iterator[Any]:
     with ExitStack() as stack:
         clients = [
             stack.enter_context(
-                PolicyClient(server.address, policy=name, num_examples=4, trainer_id="t", when_lost="wait", timeout=PATIENT)
+                PolicyClient(
+                    server.address, policy=name, num_examples=4, trainer_id="t", when_lost="wait", timeout=PATIENT
+                )
             )
             for name in POLICIES
         ]

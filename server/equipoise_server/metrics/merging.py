@@ -67,11 +67,14 @@ POLICY_STATES = frozenset(
 )  # fmt: skip
 """What tells of a policy's state, and moves with it, counters too."""
 
-OF_PARENT = frozenset(
+OF_SEVERAL = tuple(PREFIX + name for name in ("process_exits", "processes_running", "processes_wanted"))
+"""What there is of several processes alone."""
+
+OF_PARENT = frozenset(OF_SEVERAL) | frozenset(
     PREFIX + name
     for name in (
         "draining", "not_ready", "own_redis_disk_free_bytes", "own_redis_exits", "own_redis_file_bytes",
-        "own_redis_memory_bytes", "process_exits", "processes_running", "processes_wanted", "ready",
+        "own_redis_memory_bytes", "ready",
         "redis_sync_failing",
     )
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Several processes as one server: one port, exact steps, one `/metrics`, one signal to end, and a process that dies."""
+"""Several processes as one server: one port, exact steps, one `/metrics`, one signal to end, and one that dies."""
 
 import json
 import os
@@ -183,9 +183,9 @@ def test_what_cannot_start_says_why_and_leaves_nobody(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_refused() -> None:
-    with several() as server, pytest.raises(UnavailableError, match="listen: .* cannot be bound"):
-        with several(listen=server.address):
-            pass
+    refused = pytest.raises(UnavailableError, match=r"listen: .* cannot be bound")
+    with several() as server, refused, several(listen=server.address):
+        pass
 
 
 def _version(admin: PolicyAdmin, name: str) -> int:

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
+from equipoise_server.engine import ServiceStatus
 from equipoise_server.engine.progress import Progress
 from equipoise_server.metrics import Metrics, ParentMetrics, ServerStatus, Use
 from equipoise_server.metrics.merging import OF_PARENT, POLICY_STATES, told
-from tests.server.metrics.exposed import OWN, Series, full_house, scraped, series_of, served, value
+from tests.server.metrics.exposed import OWN, Series, full_house, policy, scraped, series_of, value
 
 
 def one(**facts: Any) -> Metrics:
@@ -106,7 +107,9 @@ def test_a_process_that_does_not_answer_is_told_as_it_was(parent: ParentMetrics)
 
 def policies(*names: str, version: int, **facts: Any) -> ServerStatus:
     progress = Progress(version=version, sim=float(version))
-    return ServerStatus(policies=tuple(served(name, progress=progress) for name in names), **facts)
+    return ServerStatus(
+        policies=tuple(ServiceStatus(policy=policy(name, progress=progress)) for name in names), **facts
+    )
 
 
 def test_a_policy_is_shown_by_the_process_that_has_its_newest_version(parent: ParentMetrics) -> None:

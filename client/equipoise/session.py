@@ -215,6 +215,10 @@ class Session:
         """When the next stream may be opened; None: there is one, or nobody has asked for anything yet."""
         return self._link.connect_at
 
+    def replans(self, connect_at: float | None) -> bool:
+        """Whether a transport that waits until then must look again."""
+        return self.failure is not None or self._link.connect_at != connect_at
+
     def connect(self, now: float) -> None:
         """Asks for a stream, unless there is one or one is planned."""
         if self.failure is None:

@@ -211,7 +211,9 @@ def oversize(request: Request, bounds: Bounds) -> InvalidRequestError | None:
     if request.size <= bounds.max_message_bytes - FRAME_BYTES:
         return None
     rule = f"a message holds at most {bounds.max_message_bytes} bytes (max_message_bytes of the server)"
-    return InvalidRequestError(field="ids", value=f"a message of {request.size} bytes", rule=f"{rule}; send fewer rows at once")
+    return InvalidRequestError(
+        field="ids", value=f"a message of {request.size} bytes", rule=f"{rule}; send fewer rows at once"
+    )
 
 
 def float32s(data: bytes) -> NDArray[np.float32]:

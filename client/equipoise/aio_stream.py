@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -107,7 +108,7 @@ class Stream:
             now = monotonic()
             if at is not None and at <= now:
                 return self._session.begin()
-            await self._waiters.wait_for(lambda at=at: self._session.replans(at), None if at is None else at - now)
+            await self._waiters.wait_for(partial(self._session.replans, at), None if at is None else at - now)
         return None
 
     async def _converse(self, opening: Opening, server: Server, stub: Any) -> None:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -104,7 +105,7 @@ class Stream:
                 now = monotonic()
                 if at is not None and at <= now:
                     return self._session.begin()
-                self._waiters.wait_for(lambda at=at: self._session.replans(at), None if at is None else at - now)
+                self._waiters.wait_for(partial(self._session.replans, at), None if at is None else at - now)
         return None
 
     def _converse(self, opening: Opening, server: Server, stub: Any) -> None:

@@ -63,7 +63,7 @@ class Applier:
         self._wall_clock = wall_clock
         self._loop = asyncio.get_running_loop()
         self._called_at = 0.0
-        """When the last call on the device ended, loop time."""
+        """When the last call on the device was over and its steps answered, loop time."""
         self._call_s = 0.0
         """How long it took, seconds."""
 
@@ -77,8 +77,8 @@ class Applier:
                 await self._persistence.room()
                 if self._queue.closed is None:
                     batch = batch[await self._apply(batch) :]
-                if batch:
-                    await asyncio.sleep(0)
+                if batch or len(self._queue):
+                    await asyncio.sleep(0)  # the turn of everybody else
 
     async def _gather(self) -> None:
         """Lets more steps come where they follow each other quickly: a call for several costs little more than for one.
@@ -92,7 +92,7 @@ class Applier:
         end, quiet = now + self._call_s, 0
         while True:
             waiting = len(self._queue)
-            await asyncio.sleep(0)  # also the turn of everybody else
+            await asyncio.sleep(0)
             quiet = 0 if len(self._queue) > waiting else quiet + 1
             full = len(self._queue) >= INLINE_STEPS
             if full or quiet == QUIET_TURNS or self._queue.closed is not None or self._loop.time() >= end:
@@ -114,8 +114,7 @@ class Applier:
         )
         self.status = status
         self._telemetry.batch(steps=len(results))
-        self._called_at = self._loop.time()
-        self._call_s = seconds = self._called_at - started
+        self._call_s = seconds = self._loop.time() - started
         for pending, result in zip(batch, results, strict=False):
             self._telemetry.stage(method="Exchange", stage="queue", seconds=started - pending.since)
             self._telemetry.stage(method="Exchange", stage="compute", seconds=seconds)
@@ -131,6 +130,7 @@ class Applier:
             self._answer(pending, result.answer)
         for event in self.changed:
             event.set()
+        self._called_at = self._loop.time()
         return len(results)
 
     def _rows_of_work(self, step: Step) -> float:

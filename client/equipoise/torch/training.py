@@ -9,11 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from equipoise.client import PolicyClient
-from equipoise.errors import InvalidRequestError, is_integer, require
+from equipoise.errors import InvalidRequestError, require
 from equipoise.torch.capture import Contributions
 from equipoise.torch.direction import ExampleLoss, TargetDirection
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.processes import world
+from equipoise.torch.schedule import Schedule
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.steps import WeightedSteps
@@ -59,8 +60,10 @@ class TrainingOptions:
             has of what is sent, is logged of plain ones as `policy/plain_sim`. Checkpoints hold an average of the
             gradients, as large as the trainable parameters.
         sampled: whether examples are drawn by weight instead of weighing their losses.
-        measure_every: contributions are measured of every k-th batch, or micro-batch, alone: for rule `strata`, which
-            is content with a share of the rows. Losses are sent of all.
+        measure_every, measure_from, measure_until: which batches are measured, as in `WeightedSteps`: contributions of
+            every k-th batch, or micro-batch, alone, for rule `strata`, and for others with `sampled`.
+        guard_every: as in `WeightedSteps`: batches between two losses on guard B after `measure_until`.
+        relative: as in `WeightedSteps`: contributions are sent relative to their batch.
         verify: whether contributions of the first step's first examples are compared with gradients of their own, at
             a backward pass for each of four; a job whose contributions are wrong stops there.
         keep: forks of the policy that stay on the server for checkpoints; None: all.
@@ -79,6 +82,10 @@ class TrainingOptions:
     norm_matched: bool = False
     sampled: bool = False
     measure_every: int = 1
+    measure_from: int = 0
+    measure_until: int | None = None
+    guard_every: int | None = None
+    relative: bool = False
     verify: bool = True
     keep: int | None = 3
 
@@ -86,12 +93,24 @@ class TrainingOptions:
         if not callable(self.method) and self.method not in METHODS:
             rule = f"must be one of {', '.join(METHODS)}, or a function from a model and a direction"
             raise InvalidRequestError(field="method", value=repr(self.method), rule=rule)
-        fits = is_integer(self.measure_every, 1, 1 << 31)
-        require(fits, field="measure_every", value=self.measure_every, rule="must be an integer of at least 1")
+        self.schedule  # noqa: B018 - raises what is wrong with it
+        require(
+            not self.relative or self.method != "sketch",
+            field="relative",
+            value=self.relative,
+            rule="is not for method sketch, which leaves it to the server to find contributions",
+        )
         for name, given, methods in (("also", self.also, ("ghost",)), ("shared", self.shared, ("ghost", "sketch"))):
             if given and self.method not in methods:
                 rule = f"is for method {' and '.join(methods)} alone; give a function as method for others"
                 raise InvalidRequestError(field=name, value=repr(given), rule=rule)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which batches are measured."""
+        return Schedule(
+            every=self.measure_every, start=self.measure_from, until=self.measure_until, guard_every=self.guard_every
+        )
 
     def direction(
         self,
@@ -130,6 +149,10 @@ class TrainingOptions:
             accumulate=None,
             sampled=self.sampled,
             measure_every=self.measure_every,
+            measure_from=self.measure_from,
+            measure_until=self.measure_until,
+            guard_every=self.guard_every,
+            relative=self.relative,
             verify=self.verify,
         )
 

@@ -1,18 +1,17 @@
 """What a caller can make the server hold, or say, is bounded: names, trainers, imports, answers that nobody reads."""
 
 import threading
-import urllib.request
 from collections.abc import Iterator
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from prometheus_client.parser import text_string_to_metric_families
 
 from equipoise import PolicyAdmin, PolicyClient, PolicySpec, Security
 from equipoise.errors import QuotaError
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
+from tests.e2e.faults.gauges import refusals
 from tests.e2e.faults.proxy import until
 from tests.e2e.security.conftest import Tokens
 from tests.servers import ServerProcess, serve
@@ -102,18 +101,11 @@ def test_a_policy_knows_so_many_trainers_and_those_go_on(server: ServerProcess) 
         assert stub.GetPolicy(pb.GetPolicyRequest(policy="crowd")).status.version == 6
 
 
-def ended_unread(server: ServerProcess) -> float:
-    """How many calls the server has given up since nobody read their answers."""
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=60) as page:
-        families = text_string_to_metric_families(page.read().decode())
-    samples = (sample for family in families for sample in family.samples)
-    return sum(s.value for s in samples if s.name.endswith("_total") and s.labels.get("reason") == "NOT_READ")
-
-
 def test_whoever_does_not_read_an_export_holds_no_place_among_the_readers(server: ServerProcess) -> None:
     with PolicyAdmin(server.address) as admin, grpc.insecure_channel(server.address) as channel:
         admin.create(PolicySpec(name="wide", num_examples=4_000_000))
         stub = PolicyServiceStub(channel)
+        before = refusals(server, "NOT_READ")
         unread = [stub.ExportPolicy(pb.ExportPolicyRequest(policy="wide")) for _ in range(8)]
         for call in unread:
             next(call)
@@ -127,7 +119,7 @@ def test_whoever_does_not_read_an_export_holds_no_place_among_the_readers(server
                 return refusal(error)
 
         until(lambda: exported() == 4_000_000 * 8, what=lambda: f"all of it comes; {exported()}")
-        until(lambda: ended_unread(server) >= len(unread), what="the server ends all of them")
+        until(lambda: refusals(server, "NOT_READ") - before >= len(unread), what="the server gives all of them up")
         for call in unread:
             with pytest.raises(grpc.RpcError) as caught:
                 list(call)

@@ -1,7 +1,8 @@
 """Runs of made-up trainers for engine tests."""
 
+import asyncio
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,13 @@ from equipoise_server.rules import aggregate, build, exhaust
 from equipoise_server.store import LogEntry
 
 PAGE = 65_536
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Returns once the condition holds. Raises TimeoutError after a minute."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 def spec(

@@ -15,7 +15,7 @@ from equipoise_server.engine.log import ENTRY_MEMORY_BYTES
 from equipoise_server.errors import draining
 from equipoise_server.store import EmbeddedRedis, LogLost, RedisStore, StoreError, Unavailable
 from tests.server.engine.conftest import Servers
-from tests.server.engine.runs import PAGE, everything, send, spec, steps
+from tests.server.engine.runs import PAGE, everything, send, spec, steps, until
 
 NUM_EXAMPLES = 2 * PAGE + 100
 
@@ -26,8 +26,11 @@ class BadStore(RedisStore):
     append_s = 0.0
     page_s = 0.0
     pages = 0
-    most_pages = 1 << 30
+    waiting = 0
+    """Pages that wait now."""
+    max_pages = 1 << 30
     """Beyond so many, pages wait."""
+    holds_republication = False
     full = False
     after_trim: Callable[[], None] | None = None
 
@@ -41,14 +44,18 @@ class BadStore(RedisStore):
         if self.full:
             raise Unavailable("injected", kind="oom")
         await asyncio.sleep(self.page_s)
-        while self.pages >= self.most_pages:
+        self.waiting += 1
+        while self.pages >= self.max_pages:
             await asyncio.sleep(0.001)
+        self.waiting -= 1
         self.pages += 1
         await super().write_page(*arguments, **options)
 
     async def republish(self, *arguments: Any, **options: Any) -> Any:
         if self.full:
             raise Unavailable("injected", kind="oom")
+        while self.holds_republication:
+            await asyncio.sleep(0.001)
         return await super().republish(*arguments, **options)
 
     async def trim(self, *arguments: Any, **options: Any) -> None:
@@ -180,18 +187,23 @@ async def test_a_sweep_that_ends_beside_a_republication_does_not_leave_pages_cle
     for _ in range(5):
         await send(runner, next(given))
     assert await runner.log.flush(timeout_s=60)
-    for republishes_first in (True, False):
-        runner.log._rewind(None)  # as when Redis was flushed
-        runner.log._wake.set()
-        store.page_s = 0.1
-        if republishes_first:
-            while not runner.log.record.republishing:
-                await asyncio.sleep(0)
+    for sweeps_first in (False, True):
         for _ in range(3):
             await send(runner, next(given))
+        assert await runner.log.flush(timeout_s=60)
+        store.holds_republication = True
+        store.max_pages = store.pages  # the next page waits
+        sweeping = asyncio.create_task(runner.sweep()) if sweeps_first else None
+        if sweeping:
+            await until(lambda: store.waiting)
+        runner.log.lose(None)  # as when Redis was flushed
+        await until(lambda: runner.log.record.republishing)
+        for _ in range(3):
+            await send(runner, next(given))
+        store.max_pages = 1 << 30
         with pytest.raises(StoreError):
-            await runner.sweep()
-        store.page_s = 0.0
+            await asyncio.wait_for(sweeping or runner.sweep(), 60)
+        store.holds_republication = False
         assert await runner.log.flush(timeout_s=60)
         await runner.sweep()
         await send(runner, next(given))
@@ -294,13 +306,13 @@ async def test_pages_that_redis_forgot_in_mid_sweep_are_written_again(servers: S
     for _ in range(3):
         await send(runner, next(given))
     assert await runner.log.flush(timeout_s=60)
-    store.most_pages = 2
+    store.max_pages = 2
     sweeping = asyncio.create_task(runner.sweep())
     while store.pages < 2:
         await asyncio.sleep(0.005)
     await store._commands.run("forget", "HSET", "equipoise:{policy}:owner", "batched", 0)
     await store._commands.run("forget", "UNLINK", f"equipoise:{{policy}}:{runner.owner.generation}:page:0")
-    store.most_pages = 1 << 30
+    store.max_pages = 1 << 30
     with pytest.raises(LogLost):
         await sweeping
     runner.log.lose(3)  # as the sweeper does

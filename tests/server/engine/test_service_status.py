@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,7 @@ from equipoise_server.engine.log import LogTail
 from equipoise_server.errors import ServiceError, draining
 from equipoise_server.store import EmbeddedRedis, LogEntry, Page, RedisStore, Unavailable
 from tests.server.engine.conftest import Servers
-from tests.server.engine.runs import PAGE, send, spec, steps
+from tests.server.engine.runs import PAGE, send, spec, steps, until
 
 NUM_EXAMPLES = 2 * PAGE + 100
 
@@ -66,12 +65,6 @@ def gate(redis: EmbeddedRedis) -> Gate:
     store = Gate.connect(redis.url)
     assert isinstance(store, Gate)
     return store
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def in_service(engine: Engine, name: str = "policy", *, count: int = 3, num_examples: int = 100) -> PolicyRunner:

@@ -26,6 +26,7 @@ class Decision:
         raise_above: z above which it gets full weight again.
         soft: weights rise smoothly with z instead, half-way at the middle of these two.
         floor: smallest weight, a multiple of 2^-30.
+        smoothing: weight of each neighbour of a stratum in its z, in [0, 1].
     """
 
     min_count: float
@@ -33,6 +34,7 @@ class Decision:
     raise_above: float
     soft: bool
     floor: float
+    smoothing: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +42,24 @@ class Merits:
     """Contributions of each stratum, older ones fading, and the weights that they led to. S strata of all groups.
 
     Attributes:
+        of_group: strata of one group: they lie one after another by rising loss, group after group.
         count: float64 [S], how many contributions.
         total: float64 [S], their sum, in units of the running RMS.
         square: float64 [S], the sum of their squares.
         weight: float64 [S], in [floor, 1].
     """
 
+    of_group: int
     count: NDArray[np.float64]
     total: NDArray[np.float64]
     square: NDArray[np.float64]
     weight: NDArray[np.float64]
 
     @classmethod
-    def none(cls, strata: int) -> "Merits":
-        """No contributions: all weights are 1."""
-        return cls(count=np.zeros(strata), total=np.zeros(strata), square=np.zeros(strata), weight=np.ones(strata))
+    def none(cls, *, strata: int, groups: int) -> "Merits":
+        """No contributions to so many strata of each group: all weights are 1."""
+        count, total, square = np.zeros((3, strata * groups))
+        return cls(of_group=strata, count=count, total=total, square=square, weight=np.ones(strata * groups))
 
     def after(
         self, contributions: NDArray[np.float64], strata: NDArray[np.int64], *, memory: float, decision: Decision
@@ -95,21 +100,33 @@ class Merits:
         middle = float((precision * means).sum()) / float(precision.sum())
         return float((precision * np.square(means - middle)).sum()) / (len(means) - 1)
 
-    def z(self, min_count: float) -> NDArray[np.float64]:
-        """Mean over error [S], times √(1 - 1/F): nearer to 0 where chance explains how strata differ.
+    def z(self, decision: Decision) -> NDArray[np.float64]:
+        """Mean over error [S], of each stratum and its neighbours; 0 where it has too few contributions.
 
-        Of means that spread about 0 this is the posterior mean over its deviation (empirical Bayes). 0 where a stratum
-        has too few contributions.
+        Strata of about the same loss are alike: a neighbour's contributions count for `smoothing` of one's own, so that
+        what is decided follows the loss smoothly, and has more than twice the evidence. The error is that of a weighted
+        mean: variance · Σk² / (Σk)², k the weights of its contributions.
         """
-        contrast = self.contrast(min_count)
-        if contrast is None or contrast <= 1.0:
-            return np.zeros(len(self.count))
-        told = self.count >= max(min_count, 1.0)
-        return np.where(told, math.sqrt(1.0 - 1.0 / contrast) * self.means / self.errors, 0.0)
+        share = decision.smoothing
+        count, total, square = (self._smoothed(values, share) for values in (self.count, self.total, self.square))
+        squares = self._smoothed(self.count, share * share)
+        told = self.count >= max(decision.min_count, 1.0)
+        some = np.maximum(count, 1.0)
+        means = total / some
+        variance = np.maximum(square / some - means * means, _LEAST_VARIANCE)
+        return np.where(told, means / np.sqrt(variance * squares / (some * some)).clip(min=1e-12), 0.0)
+
+    def _smoothed(self, values: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+        """Each value with that share of its neighbours' in the group."""
+        rows = values.reshape(-1, self.of_group)
+        found = rows.copy()
+        found[:, 1:] += rows[:, :-1] * share
+        found[:, :-1] += rows[:, 1:] * share
+        return found.ravel()
 
     def _weights(self, decision: Decision) -> NDArray[np.float64]:
         told = self.count >= max(decision.min_count, 1.0)
-        z = self.z(decision.min_count)
+        z = self.z(decision)
         if decision.soft:
             middle, width = (
                 0.5 * (decision.lower_below + decision.raise_above),

@@ -69,10 +69,14 @@ class StrataSettings(SignalSettings):
     """A stratum with fewer contributions has full weight. By default weights act after some 270 contributions to each:
     what strata differ in before that is mostly how a new model learns, and clean data are better left alone."""
 
-    lower_below: float = number(-2.0, low=-100.0, high=100.0)
+    smoothing: float = number(0.5, low=0.0, high=1.0)
+    """What a contribution to a neighbour, the stratum of the next higher or lower losses of the group, counts for in z:
+    what is decided then follows the loss smoothly."""
+
+    lower_below: float = number(-1.6, low=-100.0, high=100.0)
     """z, mean contribution over its standard error, below which a stratum loses its weight."""
 
-    raise_above: float = number(-1.0, low=-100.0, high=100.0)
+    raise_above: float = number(-0.3, low=-100.0, high=100.0)
     """z above which it has full weight, about; without `soft` it keeps between the two what it has."""
 
     soft: bool = flag(True)
@@ -109,6 +113,7 @@ class Strata(Rule):
             raise_above=settings.raise_above,
             soft=settings.soft,
             floor=fixed_point(settings.floor, ONE) / ONE,
+            smoothing=settings.smoothing,
         )
         self._names = _names(self._groups, self._strata)
 
@@ -229,7 +234,7 @@ class Strata(Rule):
 
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """z of the stratum, NaN where no loss was reported."""
-        z = self.merits(state.scalars).z(self._settings.min_count)
+        z = self.merits(state.scalars).z(self._decision)
         return np.asarray(np.append(z, np.nan).astype(np.float32)[_read(state, STRATUM, ids)])
 
     def above_floor(
@@ -258,7 +263,7 @@ class Strata(Rule):
         """All of them, as they stand."""
         quantiles, merits = self.quantiles(state.scalars), self.merits(state.scalars)
         errors = np.where(merits.count > 0.0, merits.errors, 0.0)
-        z, guard = merits.z(self._settings.min_count), state.guard_strength
+        z, guard = merits.z(self._decision), state.guard_strength
         served = self._served(state) * (1.0 - guard) + guard
         found = []
         for cell in range(self._cells):
@@ -289,9 +294,9 @@ class Strata(Rule):
     def merits(self, scalars: Mapping[str, float]) -> Merits:
         """What contributions say about the strata."""
         if _COUNT + "0" not in scalars:
-            return Merits.none(self._cells)
+            return Merits.none(strata=self._strata, groups=self._groups)
         count, total, square, weight = (_array(scalars, self._names[name]) for name in (_COUNT, _SUM, _SQUARE, _WEIGHT))
-        return Merits(count=count, total=total, square=square, weight=weight)
+        return Merits(of_group=self._strata, count=count, total=total, square=square, weight=weight)
 
     def _check_settings(self) -> None:
         """Raises RuleError where settings contradict each other."""

@@ -68,19 +68,18 @@ class Definition:
         )
 
     def z(self) -> list[float]:
-        told = [k for k, (count, _, _) in enumerate(self.sums) if count >= self.set["min_count"]]
-        means = {k: self.sums[k][1] / self.sums[k][0] for k in told}
-        errors = {}
-        for k in told:
-            count, _, square = self.sums[k]
-            errors[k] = math.sqrt(max(square / count - means[k] ** 2, 1e-9) / count)
-        if len(told) < 2:
-            return [0.0] * len(self.raw)
-        precision = {k: errors[k] ** -2 for k in told}
-        middle = sum(precision[k] * means[k] for k in told) / sum(precision.values())
-        f = sum(precision[k] * (means[k] - middle) ** 2 for k in told) / (len(told) - 1)
-        shrink = math.sqrt(1 - 1 / f) if f > 1 else 0.0
-        return [shrink * means[k] / errors[k] if k in means else 0.0 for k in range(len(self.raw))]
+        return [self._z(cell) if self.sums[cell][0] >= self.set["min_count"] else 0.0 for cell in range(len(self.raw))]
+
+    def _z(self, cell: int) -> float:
+        of_group = int(self.set["strata"])
+        weights = {cell: 1.0}
+        for neighbour in (cell - 1, cell + 1):
+            if 0 <= neighbour < len(self.raw) and neighbour // of_group == cell // of_group:
+                weights[neighbour] = self.set["smoothing"]
+        count, total, square = (sum(w * self.sums[k][i] for k, w in weights.items()) for i in range(3))
+        effective = count**2 / sum(w * w * self.sums[k][0] for k, w in weights.items())
+        mean = total / count
+        return mean / math.sqrt(max(square / count - mean**2, 1e-9) / effective)
 
     def _merge(self, group: int, new: list[float]) -> None:
         size = 4 * int(self.set["strata"])
@@ -162,7 +161,9 @@ def history(seed: int, steps: int = 60) -> list[Statistics]:
     return [told(rng, kind=KINDS[index % len(KINDS)]) for index in range(steps)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"soft": True}, {"floor": 0.001, "raise_above": -2.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"soft": True}, {"smoothing": 0.0}, {"floor": 0.001, "raise_above": -1.6, "smoothing": 1.0}]
+)
 def test_it_is_its_definition(settings: dict[str, float | bool]) -> None:
     rule = made(**settings)
     state, definition = start(rule), Definition({name: float(value) for name, value in rule.settings.items()})
@@ -220,7 +221,7 @@ def test_the_contrast_has_the_same_bits_on_every_machine() -> None:
     rng = np.random.default_rng(16)
     for _ in range(100):
         count, square = rng.uniform(20, 40, 5), rng.uniform(20, 40, 5)
-        merits = Merits(count=count, total=rng.normal(size=5) * 9, square=square, weight=np.ones(5))
+        merits = Merits(of_group=5, count=count, total=rng.normal(size=5) * 9, square=square, weight=np.ones(5))
         means, errors = merits.means.tolist(), merits.errors.tolist()
         precision = [1.0 / (error * error) for error in errors]
         middle = sum(p * m for p, m in zip(precision, means, strict=True)) / sum(precision)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from equipoise.torch.direction import TargetDirection, checked_losses
+from equipoise.torch.direction import Noise, TargetDirection, checked_losses
 from equipoise.torch.errors import CaptureError, ContributionsDifferError
 from equipoise.torch.identity import product_of
 from equipoise.torch.processes import sharded_modules, unreduced
@@ -55,6 +55,9 @@ class Capture(ABC):
         self._to_verify: tuple[int, float] | None = None
         self._expected: Tensor | None = None
         self._seconds = 0.0
+        self._noise: Noise | None = None
+        self._trains = False
+        self._multiplier: Tensor | None = None
         self.verified: bool | None = None
         self.refreshed = False
 
@@ -109,23 +112,29 @@ class Capture(ABC):
             start = perf_counter()
             self._expected = self._by_definition(losses[: self._to_verify[0]])
             self._seconds = perf_counter() - start
+        if self._trains:
+            self._listen_to_multiplier(losses)
         return losses
 
     @property
     def contributions(self) -> Tensor:
         """∇L_target·∇l_n of the unweighted loss of each example, on the device: [B]; NaN where it is not known.
 
-        Of a norm-matched direction the product with that; before it is known, plain ones that `fields` does not score.
+        Of a norm-matched direction the product with that, less what the noise of a step counts there; before it is
+        known, plain ones that `fields` does not score.
 
         Raises:
             CaptureError: it is not known yet.
         """
         if self._losses is None:
             raise CaptureError(NO_LOSSES)
-        contributions = self._contributions()[0]
+        found = self._contributions()
+        contributions = found[0]
         self._check_sums(contributions)
         self._check_examples(contributions)
-        return contributions
+        if self._noise is None:
+            return contributions
+        return contributions - self._noise.factor.to(contributions) * found[-1].square()
 
     @property
     def plain_contributions(self) -> Tensor | None:
@@ -133,7 +142,7 @@ class Capture(ABC):
 
         It is what the Learning Law is about, and no more than a look at it: what is sent are `contributions`.
         """
-        return self._contributions()[-1] if len(self._along) > 1 else None
+        return self._contributions()[1] if self._looks_at_plain else None
 
     def fields(self) -> StepFields:
         """What `PolicyClient.step` and `submit` take: `client.step(ids, **capture.fields())`.
@@ -160,11 +169,22 @@ class Capture(ABC):
         return StepFields(losses=losses, scored=np.isfinite(losses))
 
     @property
-    def _along(self) -> tuple[Mapping[nn.Parameter, Tensor], ...]:
-        """What losses are differentiated along: the direction; when it was refreshed and is norm-matched, V too."""
+    def _looks_at_plain(self) -> bool:
         direction = self._direction
-        plain_too = self.refreshed and direction.vectors is not direction.plain and direction.norm_matched
-        return (direction.vectors, direction.plain) if plain_too else (direction.vectors,)
+        return (
+            self.refreshed
+            and direction.looks_closely
+            and direction.norm_matched
+            and direction.vectors is not direction.plain
+        )
+
+    @property
+    def _along(self) -> tuple[Mapping[nn.Parameter, Tensor], ...]:
+        """What losses are differentiated along: the direction; V too, where plain contributions are looked at; last
+        the random signs by which |∇l|² is seen."""
+        direction = self._direction
+        plain = (direction.plain,) if self._looks_at_plain else ()
+        return (direction.vectors, *plain, *(() if self._noise is None else (self._noise.signs,)))
 
     @abstractmethod
     def _contributions(self) -> Tensor:
@@ -180,6 +200,12 @@ class Capture(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
+        if self._multiplier is not None:
+            self._direction.note_backward(self._multiplier)
+
+    def trains(self, noise: Noise | None) -> None:
+        """The model is trained by its backward pass, and what is seen of the noise of a step comes into it."""
+        self._trains, self._noise = True, noise
 
     def note_losses(self) -> None:
         """The direction was refreshed for this capture, which carries the losses that were measured then."""
@@ -203,6 +229,15 @@ class Capture(ABC):
             tolerance: largest relative error ‖c − c*‖/‖c*‖ that passes.
         """
         self._to_verify = examples, tolerance
+
+    def _listen_to_multiplier(self, losses: Tensor) -> None:
+        """The gradient that arrives at the losses is what each of them was multiplied by."""
+
+        def see(gradient: Tensor) -> None:
+            mean = gradient.detach().double().mean()
+            self._multiplier = mean if self._multiplier is None else self._multiplier + mean
+
+        losses.register_hook(see)  # type: ignore[no-untyped-call]
 
     def _by_definition(self, losses: Tensor) -> Tensor | None:
         try:
@@ -273,12 +308,16 @@ class Contributions(ABC, Generic[CaptureT]):
 
     tolerance: ClassVar[float | None] = 0.05
     """Largest relative error that `verify_first` lets pass; None: the method is an approximation."""
+    sees_noise: ClassVar[bool] = True
+    """Whether it can find |∇l|²: see `TargetDirection.step_noise`."""
     watches: ClassVar[bool] = True
     """Whether `Capture.watch` takes losses of a forward pass of yours; else the method needs the batch."""
 
     def __init__(self, model: nn.Module, direction: TargetDirection) -> None:
         self.model = model
         self.direction = direction
+        if not self.sees_noise:
+            direction.leave_out_noise()
         self._verify_next = self._verify_again = 0
         self._verifying: Capture | None = None
 
@@ -295,6 +334,7 @@ class Contributions(ABC, Generic[CaptureT]):
         if refreshed:
             self._refreshed()
         capture = self._capture(ids)
+        capture.trains(self.direction.noise())
         if refreshed:
             capture.note_losses()
         if self._verifying is not None and self._verifying.verified is False:
@@ -311,7 +351,9 @@ class Contributions(ABC, Generic[CaptureT]):
             ids: as in `capture`.
         """
         self.direction.expect_gradients()
-        return LossCapture(self.direction, ids)
+        capture = LossCapture(self.direction, ids)
+        capture.trains(None)
+        return capture
 
     def verify_first(self, examples: int = 4) -> None:
         """Has the next step's first examples compared with gradients of their own, at a backward pass for each.

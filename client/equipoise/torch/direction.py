@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from equipoise.torch.processes import (
     Group,
     is_accumulating,
     num_averaged,
+    num_replicas,
     scratch_gradients,
     sharded_modules,
     total,
@@ -36,6 +38,25 @@ T = TypeVar("T")
 
 _SCALE = 1024.0
 """What a loss is multiplied by where gradients are float16, as a GradScaler does."""
+
+CLOSE_LOOK = 10
+"""Captures between two refreshes that are looked at closely: what is watched costs something."""
+
+SIGNS_SEED = 20_240_217
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How an example's own gradient lengthens the step that it is in.
+
+    Attributes:
+        signs: a random vector r by parameter, scaled as steps are: the mean of (∇l·r)² is |∇l|².
+        factor: what |∇l|² takes away from a contribution: float64, without dimensions.
+    """
+
+    signs: dict[nn.Parameter, Tensor]
+    factor: Tensor
+
 
 ExampleLoss: TypeAlias = Callable[[Any, Any], Tensor]
 """From a model and a batch to the loss of each example, nats: [B]."""
@@ -77,13 +98,20 @@ class TargetDirection:
             since longer steps along what all examples share are no merit of one. ḡ is read from `.grad` when a step of
             a torch optimizer is over, and the direction follows it from step to step: see `GradientAverage`. Before the
             first step nothing is scored. Takes the memory of the trainable parameters twice more.
+        step_noise: κ of norm-matched contributions. A step is as long as its gradient g, not as ḡ, and an example's own
+            gradient is a part of g: with q the average of |g|² and s what the loss of one example is multiplied by, a
+            contribution is V·∇l − (V·ḡ/q)·(ḡ·∇l + κ·s·|∇l|²). Examples with long gradients that point nowhere make
+            steps longer too. 0: they are V·∇l − (V·ḡ / ḡ·ḡ)·ḡ·∇l. |∇l|² is estimated by (∇l·r)², r random signs.
+            Where this can be seen: by `GhostContributions`, `OnePassContributions` and `JvpContributions`; others
+            leave it out.
+        guard_every: refreshes between two losses on guard B.
 
     Attributes:
         example_losses: as given.
         vectors: the direction by parameter, in float32 or better; empty before the first refresh.
         plain: V by parameter: the same, unless it is norm-matched.
         target_loss: mean loss on target A at the last refresh, nats: a tensor without dimensions.
-        guard_loss: mean loss on guard B at the last refresh, nats; None without guard batches.
+        guard_loss: mean loss on guard B at the last refresh, nats; None where it was not measured then.
         age: captures since the last refresh.
         unusable: target and guard losses that were left out because they were not finite.
     """
@@ -101,14 +129,23 @@ class TargetDirection:
         momentum: float = 0.0,
         group: Group = None,
         norm_matched: bool = False,
+        step_noise: float = 0.0,
+        guard_every: int = 1,
     ) -> None:
         _check_repeatable("target_batches", target_batches)
         _check_repeatable("guard_batches", guard_batches)
         _check_positive("refresh_every", refresh_every)
+        _check_positive("guard_every", guard_every)
         if batches_per_refresh is not None:
             _check_positive("batches_per_refresh", batches_per_refresh)
         if not 0.0 <= momentum < 1.0:
             raise DirectionError(f"momentum = {momentum}: must be in [0, 1)")
+        if not 0.0 <= step_noise < inf:
+            raise DirectionError(f"step_noise = {step_noise}: must be finite and not negative")
+        if step_noise and not norm_matched:
+            raise DirectionError(
+                f"step_noise = {step_noise}: is for norm-matched contributions: give norm_matched=True"
+            )
         self.model = model
         self.example_losses = losses
         self.vectors: dict[nn.Parameter, Tensor] = {}
@@ -129,7 +166,13 @@ class TargetDirection:
         self._parameters: list[nn.Parameter] = []
         self._differentiates: bool | None = None
         self._group = group
-        self._average = GradientAverage(model) if norm_matched else None
+        self._average: GradientAverage | None = None
+        if norm_matched:
+            self._average = GradientAverage(model, scaled=self._precondition, noisy=step_noise > 0)
+        self._step_noise = step_noise
+        self._guard_every = guard_every
+        self._refreshes = 0
+        self._drawn = 0
 
     @property
     def norm_matched(self) -> bool:
@@ -146,6 +189,38 @@ class TargetDirection:
         parameters that no torch optimizer makes. Without `norm_matched` nothing is read."""
         if self._average is not None:
             self._average.note(self.model.parameters())
+
+    @property
+    def looks_closely(self) -> bool:
+        """Whether the last refresh is one after which it is watched that all is right: not more than every tenth
+        capture."""
+        return (self._refreshes - 1) % max(1, CLOSE_LOOK // self._refresh_every) == 0
+
+    def note_backward(self, multiplier: Tensor) -> None:
+        """A captured backward pass is over.
+
+        Args:
+            multiplier: the mean of what the losses of its examples were multiplied by in it, without dimensions.
+        """
+        if self._average is not None:
+            self._average.note_backward(multiplier / num_replicas(self.model, self._group))
+
+    def leave_out_noise(self) -> None:
+        """The contributions are found by a way that does not see |∇l|²: `step_noise` is taken for 0."""
+        if self._step_noise:
+            self._step_noise = 0.0
+            self._average = GradientAverage(self.model, scaled=self._precondition)
+
+    def noise(self) -> Noise | None:
+        """What |∇l|² counts in the contributions of a capture; None: nothing, or it is not known yet."""
+        average = self._average
+        if average is None or not self._step_noise or average.multiplier is None:
+            return None
+        signs = {p: self._signs(p) for p in _trainable(self.model)}
+        self._drawn += 1
+        if self._precondition is not None:
+            signs = self._precondition(signs)
+        return Noise(signs, self._step_noise * average.share * average.multiplier)
 
     def expect_gradients(self) -> None:
         """A batch begins: the gradients of the next optimizer step are to be read, where `norm_matched` needs them."""
@@ -176,7 +251,9 @@ class TargetDirection:
             raise DirectionError("model: has no trainable parameter")
         with evaluating(self.model):
             gradients, self.target_loss = self._gradients(parameters)
-            self.guard_loss = None if self._guard is None else self._mean_loss(self._guard)
+            guarded = self._guard is not None and self._refreshes % self._guard_every == 0
+            self.guard_loss = self._mean_loss(self._guard) if guarded and self._guard is not None else None
+        self._refreshes += 1
         self.plain = self._averaged(self._precondition(gradients) if self._precondition else gradients)
         self._aim()
         self.age, self._due, self._parameters = 0, False, parameters
@@ -240,7 +317,9 @@ class TargetDirection:
         what cannot be computed again, and are part of it, as is the average of the training gradients of a norm-matched
         direction; of a sharded model those of this process.
         """
-        gradients = {} if self._average is None else {"gradients": self._average.state_dict()}
+        rest: dict[str, Any] = {"drawn": self._drawn, "refreshes": self._refreshes}
+        if self._average is not None:
+            rest |= {"gradients": self._average.state_dict(), "lengths": self._average.lengths()}
         if self._momentum:
             return {
                 "age": self.age,
@@ -248,10 +327,10 @@ class TargetDirection:
                 "target_loss": self.target_loss,
                 "guard_loss": self.guard_loss,
                 "vectors": named_vectors(self.model, self.plain),
-                **gradients,
+                **rest,
             }
         self._due = True
-        return {"batches_taken": self._taken, **gradients}
+        return {"batches_taken": self._taken, **rest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the direction stood that gave `state`, of a model of the same shape.
@@ -260,9 +339,10 @@ class TargetDirection:
             DirectionError: the vectors are not those of this model.
         """
         self._taken = state["batches_taken"]
+        self._drawn, self._refreshes = state.get("drawn", 0), state.get("refreshes", 0)
         self._due = "vectors" not in state
         if self._average is not None and "gradients" in state:
-            self._average.load_state_dict(state["gradients"])
+            self._average.load_state_dict(state["gradients"], state.get("lengths"))
         if not self._due:
             self.plain, self.age = load_vectors(self.model, state["vectors"]), state["age"]
             self._aim()
@@ -273,11 +353,15 @@ class TargetDirection:
     def _aim(self) -> None:
         """Makes the direction of V, and of ḡ where it is known."""
         average = self._average
-        self.vectors = (
-            self.plain
-            if average is None or not average.known
-            else average.without(self.plain, scaled=self._precondition)
-        )
+        self.vectors = self.plain if average is None or not average.known else average.without(self.plain)
+
+    def _signs(self, parameter: nn.Parameter) -> Tensor:
+        """Random signs for a parameter, of a generator of their own: alike wherever as many were drawn before."""
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(SIGNS_SEED + self._drawn)
+        real = torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter.detach()
+        signs = torch.empty_like(real, dtype=precise(real.dtype)).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+        return torch.view_as_complex(signs) if parameter.is_complex() else signs
 
     def _averaged(self, fresh: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """The fresh direction, with what is kept of those before."""

@@ -50,7 +50,7 @@ class GhostCapture(HookedCapture):
     def _watched(self) -> bool:
         """Whether contributions and gradient are compared on this step."""
         new = self._settled is not None and self._settled.surveyed
-        return (self.refreshed or new) and not self._coverage.partial
+        return ((self.refreshed and self._direction.looks_closely) or new) and not self._coverage.partial
 
     def __exit__(self, *error: Any) -> None:
         if self._identity is not None:
@@ -221,6 +221,7 @@ class LastLayerContributions(GhostContributions):
     """
 
     tolerance = None
+    sees_noise = False
 
     def __init__(self, model: nn.Module, direction: TargetDirection, *, layer: str | None = None) -> None:
         path = _last_linear(model) if layer is None else layer

@@ -28,20 +28,41 @@ class GradientAverage:
     two captures, so that optimizers within optimizers do not count twice, and steps of a model that is not captured not
     at all. Takes the memory of the trainable parameters once more, in float32 or better.
 
+    With `noisy` it keeps two numbers beside it: how long the gradients are, |P·g|², and what one example's loss is
+    multiplied by in them. The latter is what it was multiplied by at the end of the backward pass, times what the
+    gradient's norm was multiplied by since, as by clipping or a GradScaler.
+
     Args:
         model: the model in training.
+        scaled: multiplies a gradient by P, which is symmetric, where a step is P·gradient; None: it is the gradient.
+        noisy: whether the noise of a step counts in its length.
 
     Attributes:
         vectors: ḡ by parameter; empty before the first step.
         changed: whether it has changed since `without` was asked.
+        mean_square: average of |P·g|² over the steps: float64, without dimensions; None before the first.
+        multiplier: average of what one example's loss was multiplied by: float64, without dimensions; None where no
+            capture told.
+        share: V·ḡ over the squared length of a step, as of the last `without`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *, scaled: Callable[[Vectors], Vectors] | None = None, noisy: bool = False
+    ) -> None:
         self.vectors: Vectors = {}
         self.changed = False
+        self.mean_square: Tensor | None = None
+        self.multiplier: Tensor | None = None
+        self.share = torch.zeros((), dtype=torch.float64)
         self._model = model
+        self._scaled = scaled
+        self._noisy = noisy
+        self._backward: tuple[Tensor, Tensor] | None = None
+        """Of the newest backward pass the squared norm of `.grad` after it, and what a loss was multiplied by."""
+        self._stepped: list[tuple[Tensor, Tensor]] = []
+        """Squared norms of gradients and of their steps since the newest capture, by optimizer."""
         self._unread: set[nn.Parameter] = set()
-        step = weakref.WeakMethod(self._stepped)
+        step = weakref.WeakMethod(self._note_step)
 
         def stepped(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
             if (note := step()) is not None:
@@ -57,40 +78,53 @@ class GradientAverage:
     def expect(self) -> None:
         """A capture begins: the next step's gradients are to be read."""
         self._unread = {parameter for parameter in self._model.parameters() if parameter.requires_grad}
+        self._take_in()
+
+    @torch.no_grad()
+    def note_backward(self, multiplier: Tensor) -> None:
+        """A backward pass is over, in which the mean of what losses were multiplied by is `multiplier`."""
+        if self._noisy:
+            gradients = [p.grad for p in self._model.parameters() if p.requires_grad and p.grad is not None]
+            if gradients:
+                self._backward = _total([_square(gradient) for gradient in gradients]), multiplier.double()
 
     @torch.no_grad()
     def note(self, parameters: Iterable[nn.Parameter]) -> None:
         """Reads `.grad` of the parameters that were not read since the last capture."""
+        read: Vectors = {}
         for parameter in parameters:
             if parameter.grad is None or parameter not in self._unread:
                 continue
             self._unread.remove(parameter)
             gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-            gradient = gradient.detach().to(precise(gradient.dtype))
+            read[parameter] = gradient = gradient.detach().to(precise(gradient.dtype))
             if parameter in self.vectors:
                 self.vectors[parameter].lerp_(gradient, 1 - KEPT)
             else:
                 self.vectors[parameter] = gradient.clone()
             self.changed = True
+        if read and self._noisy:
+            plain = length = _total([_square(gradient) for gradient in read.values()])
+            if self._scaled is not None:
+                length = _total([_square(step) for step in self._scaled(read).values()])
+            self._stepped.append((plain, length))
 
     @torch.no_grad()
-    def without(
-        self, vectors: Mapping[nn.Parameter, Tensor], *, scaled: Callable[[Vectors], Vectors] | None
-    ) -> Vectors:
+    def without(self, vectors: Mapping[nn.Parameter, Tensor]) -> Vectors:
         """A direction V without its component along ḡ: V − (V·ḡ / ḡ·ḡ)·ḡ, orthogonal to ḡ.
 
         Where a step is P·gradient, its length is |P·ḡ|, and what V gains at equal length is along
-        V − (V·ḡ / |P·ḡ|²)·P²·ḡ, which is orthogonal to ḡ too.
+        V − (V·ḡ / |P·ḡ|²)·P²·ḡ, which is orthogonal to ḡ too. With `noisy` the length is that of the steps, of which ḡ
+        is the mean: V − (V·ḡ / mean |P·g|²)·P²·ḡ.
 
         Args:
             vectors: V by parameter.
-            scaled: multiplies by P, which is symmetric; None: a step is as the gradient.
         """
         self.changed = False
         average = {parameter: vector for parameter, vector in self.vectors.items() if parameter.requires_grad}
-        along = average if scaled is None else scaled(scaled(average))
-        size = _inner(along, average)
-        share = torch.where(size > 0, _inner(vectors, average) / size, 0.0)
+        along = average if self._scaled is None else self._scaled(self._scaled(average))
+        size = self.mean_square if self._noisy and self.mean_square is not None else _inner(along, average)
+        self.share = share = torch.where(size > 0, _inner(vectors, average) / size, 0.0)
         found = dict(vectors)
         for parameter, vector in along.items():
             part = vector * (float(share) if is_sharded(vector) else share.to(vector))
@@ -101,21 +135,53 @@ class GradientAverage:
         """For a checkpoint: ḡ by the names of the parameters."""
         return {name: vector.clone() for name, vector in named_vectors(self._model, self.vectors).items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on with the average that gave `state`.
+    def lengths(self) -> dict[str, Tensor | None]:
+        """For a checkpoint: the numbers beside ḡ."""
+        self._take_in()
+        return {"mean_square": self.mean_square, "multiplier": self.multiplier}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], lengths: Mapping[str, Tensor | None] | None = None) -> None:
+        """Goes on with the average that gave `state` and `lengths`.
 
         Raises:
             DirectionError: the vectors are not those of this model.
         """
         self.vectors = {p: vector.clone() for p, vector in load_vectors(self._model, state).items()}
+        if lengths is not None:
+            self.mean_square, self.multiplier = lengths["mean_square"], lengths["multiplier"]
         self.changed = True
 
-    def _stepped(self, optimizer: Optimizer) -> None:
+    def _take_in(self) -> None:
+        """What was noted of a step joins the averages."""
+        if not self._stepped:
+            return
+        plain, length = (_total([pair[index] for pair in self._stepped]) for index in (0, 1))
+        self._stepped.clear()
+        self.mean_square = _moved(self.mean_square, length)
+        if self._backward is not None:
+            before, multiplier = self._backward
+            passed = torch.where(before > 0, plain / before, 1.0).sqrt()
+            self.multiplier = _moved(self.multiplier, multiplier * passed)
+            self._backward = None
+
+    def _note_step(self, optimizer: Optimizer) -> None:
         # A fused optimizer is given the scale of a GradScaler, leaves `.grad` unscaled, and does nothing where it finds
         # infinities.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not float(found_inf):
             self.note(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _square(vector: Tensor) -> Tensor:
+    return vector.detach().abs().square().sum(dtype=torch.float64)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+
+def _moved(average: Tensor | None, new: Tensor) -> Tensor:
+    return new if average is None else torch.lerp(new, average.to(new), KEPT)
 
 
 def _inner(a: Mapping[nn.Parameter, Tensor], b: Mapping[nn.Parameter, Tensor]) -> Tensor:

@@ -54,9 +54,13 @@ class OnePassCapture(HookedCapture):
         assert self._losses is not None
         factors = as_weights(weights, self._losses) / len(self.ids)
         self._done = True
+        self._multiplier = factors.double().mean() * self._scale
         self._accumulate_rest(factors)
         while self._seen:
             self._accumulate(*self._seen.pop(), factors)
+
+    def _listen_to_multiplier(self, losses: Tensor) -> None:
+        """`backward` knows it."""
 
     def wants(self) -> bool:
         """As in `HookedCapture`; a pass that is recomputed has been seen."""

@@ -143,6 +143,13 @@ def num_processes() -> int:
     return dist.get_world_size() if is_initialized() else 1
 
 
+def num_replicas(model: nn.Module, group: Group) -> int:
+    """Over how many processes the gradients of a model are averaged: all it is replicated to, or those of a group."""
+    if replicated_modules(model):
+        return num_processes()
+    return 1 if group is None else dist.get_world_size(group)
+
+
 def world() -> Group:
     """All processes that train together; None when this one trains alone."""
     return dist.group.WORLD if num_processes() > 1 else None

@@ -113,6 +113,7 @@ class FiniteDifferenceContributions(Contributions[FiniteDifferenceCapture]):
     """
 
     tolerance = 0.5
+    sees_noise = False
     watches = False
 
     def __init__(self, model: nn.Module, direction: TargetDirection, *, step: float = 1e-3) -> None:

@@ -120,6 +120,7 @@ class SketchContributions(Contributions[SketchCapture]):
     """
 
     tolerance = None
+    sees_noise = False
 
     def __init__(
         self,

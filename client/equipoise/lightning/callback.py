@@ -125,17 +125,18 @@ class PolicyCallback(Callback):
                 'networks in it (`self.net = torch.compile(self.net)`), and give TrainingOptions(method="jvp")'
             )
         self._check_sampler(trainer)
-        direction = self._options.direction(
+        self._steps = self._options.steps(
+            self.client,
             pl_module,
             self._losses,
             _share(self._target, trainer, pl_module),
             guard=None if self._guard is None else _share(self._guard, trainer, pl_module),
             optimizer=trainer.optimizers[0] if trainer.optimizers else None,
             accumulate=trainer.accumulate_grad_batches,
+            by_trainer=True,
         )
-        self._steps = self._options.steps(self.client, pl_module, direction)
         if self._resumed is not None:
-            direction.load_state_dict(self._resumed["direction"])
+            self._steps.contributions.direction.load_state_dict(self._resumed["direction"])
             self._resumed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -1,8 +1,7 @@
 """Contributions of training examples from any PyTorch job, in five lines.
 
 Example:
-    >>> direction = TargetDirection(model, example_losses, target_batches)
-    >>> steps = WeightedSteps(client, GhostContributions(model, direction))
+    >>> steps = weighted_steps(client, model, example_losses, target_batches)
     >>> for ids, batch in loader:
     ...     with steps.capture(ids) as step:
     ...         step.loss(batch).backward()
@@ -11,6 +10,8 @@ Example:
 
 The same with everything in sight, for loops that need something else:
 
+    >>> direction = TargetDirection(model, example_losses, target_batches)
+    >>> contributions = GhostContributions(model, direction)
     >>> with contributions.capture(ids) as capture:
     ...     losses = capture.losses(batch)
     ...     weighted_mean(losses, client.weights(ids)).backward()
@@ -18,7 +19,7 @@ The same with everything in sight, for loops that need something else:
 
 Accelerate wraps the model and scales the loss; the rest is the same:
 
-    >>> steps = WeightedSteps(client, GhostContributions(model, direction), accelerator=accelerator)
+    >>> steps = weighted_steps(client, model, example_losses, target_batches, accelerator=accelerator)
     >>> with accelerator.accumulate(model), steps.capture(ids) as step:
     ...     accelerator.backward(step.loss(batch))
     >>> accelerator.log(steps.metrics())
@@ -47,8 +48,8 @@ them `JvpContributions` is exact. At every refresh Σ s·c = ⟨V, gradient⟩ i
 likely cause; `WeightedSteps` has four examples of the first step verified by gradients of their own.
 
 `TargetDirection(..., norm_matched=True)` makes them norm-matched: what an example does for the target at equal step
-length, since to lower the target loss by longer steps along what all examples share is no merit of one. Plain ones, the
-default, are those of the Learning Law.
+length, since to lower the target loss by longer steps along what all examples share is no merit of one. Plain ones are
+those of the Learning Law. Rule `strata` takes the former, of every third batch: `weighted_steps` and trainers know.
 
 `Mixture` draws rows of several sources by the weights of a policy whose examples are the sources.
 
@@ -80,7 +81,7 @@ from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContri
 from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.step import WeightedStep
 from equipoise.torch.steps import WeightedSteps, look_ahead
-from equipoise.torch.training import TrainingOptions
+from equipoise.torch.training import TrainingOptions, weighted_steps
 
 __all__ = [
     "Capture",
@@ -110,4 +111,5 @@ __all__ = [
     "run_state",
     "token_losses",
     "weighted_mean",
+    "weighted_steps",
 ]

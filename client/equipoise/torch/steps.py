@@ -310,7 +310,7 @@ class WeightedSteps:
         """Whether the policy's rule gives weights for losses; not, while nobody can say what rule it is."""
         if self._losses_first is not None or self._taken:  # what is sent together was begun alike
             return bool(self._losses_first)
-        rule = _rule_of(self.client)
+        rule = rule_of(self.client)
         if self._measure_every > 1 and rule not in LOSSES_FIRST:
             why = f"rule {rule} needs" if rule else "the policy's rule is not known, and may need"
             raise CaptureError(
@@ -335,7 +335,7 @@ class WeightedSteps:
         return sum(p._version for p in self.contributions.model.parameters() if p.requires_grad)
 
 
-def _rule_of(client: Any) -> str | None:
+def rule_of(client: Any) -> str | None:
     """The name of a policy's rule, of a client that was not given it from the server; None: that is lost."""
     rule: str | None = getattr(client, "rule", "")
     if rule or not hasattr(client, "admin"):

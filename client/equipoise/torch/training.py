@@ -1,9 +1,10 @@
 """How the trainer of a framework uses a policy: what its user says, and what follows from that."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from math import inf
+from typing import Any, Final, Literal, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,13 +17,16 @@ from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.processes import world
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 from equipoise.torch.sketch import SketchContributions
-from equipoise.torch.steps import WeightedSteps
+from equipoise.torch.steps import Accumulating, WeightedSteps, rule_of
 
 Method: TypeAlias = (
     Literal["ghost", "jvp", "finite_difference", "last_layer", "sketch"]
     | Callable[[nn.Module, TargetDirection], Contributions[Any]]
 )
 """A way to find contributions, by name, or what makes one from a model and a direction."""
+
+GUARD_EVERY: Final = 10
+"""Refreshes between two losses on guard B, where refreshes are frequent."""
 
 METHODS: dict[str, Callable[..., Contributions[Any]]] = {
     "ghost": GhostContributions,
@@ -34,8 +38,36 @@ METHODS: dict[str, Callable[..., Contributions[Any]]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measuring:
+    """How contributions are measured, as suits a rule; attributes are those of `TrainingOptions`."""
+
+    measure_every: int = 1
+    refresh_every: int = 10
+    batches_per_refresh: int | Literal["all"] = "all"
+    momentum: float = 0.0
+    norm_matched: bool = False
+    step_noise: float = 0.0
+
+
+MEASURING: Final[Mapping[str, Measuring]] = {
+    "strata": Measuring(
+        measure_every=3,
+        refresh_every=3,
+        batches_per_refresh=1,
+        momentum=0.85,
+        norm_matched=True,
+        step_noise=2.0,
+    )
+}
+"""By rule, where it is not `Measuring()`. Strata need some of the rows, and a direction that is the mean of many looks
+at a part of the target."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOptions:
     """How contributions are found and weights are used; good for most jobs as it is.
+
+    What is None is what suits the rule of the policy: see `MEASURING`.
 
     Example:
         >>> TrainingOptions(method="jvp", refresh_every=20)
@@ -50,7 +82,7 @@ class TrainingOptions:
         also: for `ghost`, as in `GhostContributions`: types of modules that are differentiated as a whole.
         shared: for `ghost` and `sketch`: paths of modules whose output all examples share.
         refresh_every: optimizer steps between two refreshes of the target direction.
-        batches_per_refresh: how many target batches one refresh takes, in turn; None: all of them.
+        batches_per_refresh: how many target batches one refresh takes, in turn, or `all` of them.
         momentum: share of the direction before that a refresh keeps, in [0, 1). With it, checkpoints hold a
             direction, as large as the trainable parameters.
         preconditioned: whether the direction is where the job's Adam optimizer would go.
@@ -58,6 +90,7 @@ class TrainingOptions:
             as in `TargetDirection`. Not for `trajectory`, whose weights move by plain ones; SIM, which the policy then
             has of what is sent, is logged of plain ones as `policy/plain_sim`. Checkpoints hold an average of the
             gradients, as large as the trainable parameters.
+        step_noise: how often an example's own gradient counts in the length of a step, as in `TargetDirection`; 0: not.
         sampled: whether examples are drawn by weight instead of weighing their losses.
         measure_every: contributions are measured of every k-th batch, or micro-batch, alone: for rule `strata`, which
             is content with a share of the rows. Losses are sent of all.
@@ -72,13 +105,14 @@ class TrainingOptions:
     method: Method = "ghost"
     also: tuple[type[nn.Module], ...] = ()
     shared: Sequence[str] = ()
-    refresh_every: int = 10
-    batches_per_refresh: int | None = None
-    momentum: float = 0.0
+    refresh_every: int | None = None
+    batches_per_refresh: int | Literal["all"] | None = None
+    momentum: float | None = None
     preconditioned: bool = False
-    norm_matched: bool = False
+    norm_matched: bool | None = None
+    step_noise: float | None = None
     sampled: bool = False
-    measure_every: int = 1
+    measure_every: int | None = None
     verify: bool = True
     keep: int | None = 3
 
@@ -86,39 +120,73 @@ class TrainingOptions:
         if not callable(self.method) and self.method not in METHODS:
             rule = f"must be one of {', '.join(METHODS)}, or a function from a model and a direction"
             raise InvalidRequestError(field="method", value=repr(self.method), rule=rule)
-        fits = is_integer(self.measure_every, 1, 1 << 31)
-        require(fits, field="measure_every", value=self.measure_every, rule="must be an integer of at least 1")
+        for name in ("measure_every", "refresh_every"):
+            every = getattr(self, name)
+            fits = every is None or is_integer(every, 1, 1 << 31)
+            require(fits, field=name, value=every, rule="must be an integer of at least 1")
+        batches = self.batches_per_refresh
+        fits = batches in (None, "all") or is_integer(batches, 1, 1 << 31)
+        require(fits, field="batches_per_refresh", value=batches, rule="must be all or an integer of at least 1")
+        fits = self.momentum is None or 0.0 <= self.momentum < 1.0
+        require(fits, field="momentum", value=self.momentum, rule="must be in [0, 1)")
+        fits = self.step_noise is None or 0.0 <= self.step_noise < inf
+        require(fits, field="step_noise", value=self.step_noise, rule="must be finite and not negative")
         for name, given, methods in (("also", self.also, ("ghost",)), ("shared", self.shared, ("ghost", "sketch"))):
             if given and self.method not in methods:
                 rule = f"is for method {' and '.join(methods)} alone; give a function as method for others"
                 raise InvalidRequestError(field=name, value=repr(given), rule=rule)
 
-    def direction(
+    def measuring(self, rule: str | None) -> Measuring:
+        """How contributions are measured for a rule; None: it is not known."""
+        suits = MEASURING.get(rule or "", Measuring())
+        given = {field.name: getattr(self, field.name) for field in fields(Measuring)}
+        if given["norm_matched"] is False and self.step_noise is None:
+            given["step_noise"] = 0.0
+        return replace(suits, **{name: value for name, value in given.items() if value is not None})
+
+    def steps(
         self,
+        client: PolicyClient,
         model: nn.Module,
         losses: ExampleLoss,
         target: Iterable[Any],
         *,
-        guard: Iterable[Any] | None,
-        optimizer: Optimizer | None,
+        guard: Iterable[Any] | None = None,
+        optimizer: Optimizer | None = None,
         accumulate: int = 1,
-    ) -> TargetDirection:
-        """The target direction of a job: shared by all its processes, each of which gives its part of the batches."""
-        return TargetDirection(
+        accelerator: Accumulating | None = None,
+        by_trainer: bool = False,
+    ) -> WeightedSteps:
+        """The steps of a job, and its target direction: shared by all its processes, each of which gives its batches.
+
+        Args:
+            client: the policy.
+            model: the model in training.
+            losses: from (model, batch) to the loss of each example, [B].
+            target: batches of target A: a list or a loader, anything that can be iterated again and again.
+            guard: batches of guard B.
+            optimizer: the job's, for `preconditioned`.
+            accumulate: micro-batches to an optimizer's step.
+            accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
+            by_trainer: whether a trainer scales losses, and says when a step is over.
+        """
+        measuring = self.measuring(rule_of(client))
+        every, batches = measuring.measure_every, measuring.batches_per_refresh
+        micro = accumulate if accelerator is None else getattr(accelerator, "gradient_accumulation_steps", 1)
+        direction = TargetDirection(
             model,
             losses,
             target,
-            refresh_every=max(1, self.refresh_every * accumulate // self.measure_every),  # of those measured
+            refresh_every=max(1, measuring.refresh_every * micro // every),  # of those measured
             guard_batches=guard,
+            guard_every=GUARD_EVERY if measuring.refresh_every < GUARD_EVERY else 1,
             preconditioner=optimizer if self.preconditioned else None,
-            batches_per_refresh=self.batches_per_refresh,
-            momentum=self.momentum,
+            batches_per_refresh=None if batches == "all" else batches,
+            momentum=measuring.momentum,
             group=world(),
-            norm_matched=self.norm_matched,
+            norm_matched=measuring.norm_matched,
+            step_noise=measuring.step_noise,
         )
-
-    def steps(self, client: PolicyClient, model: nn.Module, direction: TargetDirection) -> WeightedSteps:
-        """The steps of a trainer that scales losses and says when a step is over."""
         method: Callable[..., Contributions[Any]] = self.method if callable(self.method) else METHODS[self.method]
         if self.also:
             method = partial(method, also=self.also)
@@ -127,11 +195,48 @@ class TrainingOptions:
         return WeightedSteps(
             client,
             method(model, direction),
-            accumulate=None,
+            accumulate=None if by_trainer else accumulate,
+            accelerator=accelerator,
             sampled=self.sampled,
-            measure_every=self.measure_every,
+            measure_every=every,
             verify=self.verify,
         )
+
+
+def weighted_steps(
+    client: PolicyClient,
+    model: nn.Module,
+    losses: ExampleLoss,
+    target: Iterable[Any],
+    *,
+    guard: Iterable[Any] | None = None,
+    accumulate: int = 1,
+    accelerator: Accumulating | None = None,
+    options: TrainingOptions | None = None,
+) -> WeightedSteps:
+    """The steps of a loop under a policy, with what suits its rule.
+
+    Example:
+        >>> steps = weighted_steps(client, model, example_losses, target_batches)
+        >>> for ids, batch in loader:
+        ...     with steps.capture(ids) as step:
+        ...         step.loss(batch).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+
+    Args:
+        client: the policy.
+        model: the model in training.
+        losses: from (model, batch) to the loss of each example, [B].
+        target: batches of target A, as large as those of the training: a list or a loader, anything that can be
+            iterated again and again.
+        guard: batches of guard B, on which nothing but `guard_loss` is computed.
+        accumulate: micro-batches to an optimizer's step: each loss is divided by it.
+        accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
+        options: what is to be otherwise.
+    """
+    made = options or TrainingOptions()
+    return made.steps(client, model, losses, target, guard=guard, accumulate=accumulate, accelerator=accelerator)
 
 
 class HostBatches:

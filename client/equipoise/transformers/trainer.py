@@ -290,17 +290,18 @@ class PolicyMixin(_Base):
     def _begin(self, model: nn.Module) -> WeightedSteps:
         policy, options = self._policy, self._policy.options
         losses = model_losses if self._trl is None else self._trl.losses
-        direction = options.direction(
+        if self._resume_from is not None:
+            self.policy_client = policy.client
+        steps = options.steps(
+            self.policy_client,
             model,
             policy.losses or losses,
             self._batches("target", self._target),
             guard=None if self._guard is None else self._batches("guard", self._guard),
             optimizer=self.optimizer,
             accumulate=self.args.gradient_accumulation_steps,
+            by_trainer=True,
         )
-        if self._resume_from is not None:
-            self.policy_client = policy.client
-        steps = options.steps(self.policy_client, model, direction)
         own = super().compute_loss.__func__ is not Trainer.compute_loss  # type: ignore[attr-defined]
         if own and policy.losses is None and not self._weighs_trl and not steps.contributions.watches:
             raise self._unweighed()

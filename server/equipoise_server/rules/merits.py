@@ -1,6 +1,5 @@
 """What the contributions of a stratum say about it: mean over standard error, and the weight that follows."""
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np

@@ -49,6 +49,11 @@ small. A scale that rises for good is met all the same, tenfold a step and faste
 class StrataSettings(SignalSettings):
     """Settings of `strata`."""
 
+    guard: bool = flag(False)
+    """Whether guard losses decide between the policy's weights and uniform ones. Not by default: weights act only where
+    there is evidence, and a guard of 100 examples, which sees no more than noise of what they do in a short time, took
+    away what they gained."""
+
     strata: float = integer(8, low=2, high=64)
     """S, strata of each group: quantiles of its smoothed losses."""
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from equipoise import PolicySpec
+from equipoise.torch import TrainingOptions
 from equipoise_trainer.commands import train
 from equipoise_trainer.images.data import make_task
 from equipoise_trainer.images.network import Schedule, score
 from equipoise_trainer.images.report import summarise
 from equipoise_trainer.images.rivals import RIVALS, cleanlab_is_installed
 from equipoise_trainer.images.runs import TITLES, ExperimentConfig, parse_methods, run_experiment
-from equipoise_trainer.images.served import Scoring, served
+from equipoise_trainer.images.served import served
 from tests.servers import ServerProcess, serve
 
 
@@ -33,7 +34,7 @@ def test_under_uniform_weights_a_served_run_is_the_uniform_one(server: ServerPro
     schedule = Schedule(epochs=2, batch=32, learning_rate=1e-3, seed=1)
     spec = PolicySpec(name=f"as-uniform-{norm_matched}".lower(), num_examples=len(task.train), rule="uniform")
     outcome, facts = served(
-        task, schedule, address=server.address, spec=spec, scoring=Scoring(norm_matched=norm_matched)
+        task, schedule, address=server.address, spec=spec, options=TrainingOptions(norm_matched=norm_matched)
     )
     plain = RIVALS["uniform"](task, schedule, 0.3)
     expected = dict(plain.trained.network.state_dict())
@@ -63,9 +64,9 @@ def test_the_command_compares_all_methods(
         assert run["curve"][-1] == run["test"]
         assert run["seconds"] > 0
         if run["policy"]:
-            strata = run["method"].startswith("strata")
+            strata = run["method"] == "served"
             assert run["policy"]["rule"] == ("strata" if strata else "ema_sign")
-            assert run["policy"]["settings"]["floor"] == pytest.approx(0.02 if strata else 0.2)
+            assert run["policy"]["settings"]["floor"] == pytest.approx(0.2 if strata else 0.01)
             losses_first = 2 * (1100 // 32) if strata else 0
             assert run["policy"]["steps"] == losses_first + 2 * (1100 // 32) // (2 if strata else 1)
             assert run["policy"]["not_served"] == 0
@@ -94,9 +95,9 @@ def test_guard_b_chooses_the_learning_rate() -> None:
         (["--noise", "loud"], "noise: 'loud', must be one of confused, random"),
         (["--wrong", "1"], r"wrong: 1.0, must be at least 0 and below 1"),
         (["--epochs", "0"], "epochs: 0, must be at least 1"),
-        (["--measure-every", "0"], "measure_every: 0, must be at least 1"),
-        (["--refresh-every", "0"], "refresh_every: 0, must be at least 1"),
-        (["--momentum", "1"], "momentum: 1.0, must be at least 0 and below 1"),
+        (["--measure-every", "0"], "measure_every = 0: must be an integer of at least 1"),
+        (["--refresh-every", "0"], "refresh_every = 0: must be an integer of at least 1"),
+        (["--momentum", "1"], "momentum = 1.0: must be in [0, 1)"),
         (["--methods", "magic"], "methods: 'magic', must be among uniform, served"),
         (["--learning-rates", "2"], r"learning_rates: \[2.0\], must be at least one, in (0, 1)"),
     ],

@@ -8,13 +8,14 @@ import typer
 from rich.console import Console
 
 from equipoise import EquipoiseError
+from equipoise.torch import TrainingOptions
 from equipoise_trainer.commands.local_server import server_address
 from equipoise_trainer.commands.options import FAILED, USAGE_ERROR, parse_rates, parse_settings
 from equipoise_trainer.images.data import NOISES, Noise
 from equipoise_trainer.images.report import print_report, save_report
 from equipoise_trainer.images.rivals import cleanlab_is_installed
 from equipoise_trainer.images.runs import TITLES, ExperimentConfig, parse_methods, run_experiment
-from equipoise_trainer.images.served import SERVED, Scoring
+from equipoise_trainer.images.served import RULES
 from equipoise_trainer.progress import progress_bar
 
 
@@ -26,17 +27,21 @@ def images(
     wrong: Annotated[float, typer.Option(help="Share of the training labels that are wrong.")] = 0.3,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 20,
     batch: Annotated[int, typer.Option(help="Images per step.")] = 32,
-    rule: Annotated[str, typer.Option(help="Rule of served and served-matched.")] = "ema_sign",
+    rule: Annotated[str, typer.Option(help="Rule of the served policy.")] = "strata",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Setting of that rule; may repeat.")
     ] = None,
     measure_every: Annotated[
-        int, typer.Option(metavar="K", help="strata and strata-matched measure contributions of every K-th batch.")
-    ] = 1,
+        int | None,
+        typer.Option(metavar="K", help="Contributions are measured of every K-th batch. Default: what suits the rule."),
+    ] = None,
     refresh_every: Annotated[
-        int, typer.Option(metavar="K", help="The target direction is refreshed for every K-th batch that is measured.")
-    ] = 10,
-    momentum: Annotated[float, typer.Option(help="Share of the target direction before that a refresh keeps.")] = 0.0,
+        int | None,
+        typer.Option(metavar="K", help="The target direction is refreshed every K steps. Default: the same."),
+    ] = None,
+    momentum: Annotated[
+        float | None, typer.Option(help="Share of the direction before that a refresh keeps. Default: the same.")
+    ] = None,
     methods: Annotated[str, typer.Option(help=f"What is compared: {','.join(TITLES)}. Default: all.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first seed; the others follow.")] = 0,
@@ -64,14 +69,14 @@ def images(
             methods=parse_methods(methods),
             rule=rule,
             settings=parse_settings(settings or []),
-            scoring=Scoring(measure_every=measure_every, refresh_every=refresh_every, momentum=momentum),
+            options=TrainingOptions(measure_every=measure_every, refresh_every=refresh_every, momentum=momentum),
         )
     except ValueError as error:
         print(f"equipoise train images: {error}", file=sys.stderr)
         raise typer.Exit(USAGE_ERROR) from error
     if not methods and not cleanlab_is_installed():
         console.print("Without cleanlab, which is not installed: pip install cleanlab", highlight=False)
-    needed = any(method in SERVED for method in config.methods)
+    needed = any(method in RULES for method in config.methods)
     try:
         with server_address(server, needed=needed, console=console) as (address, words):
             with progress_bar(config.num_runs, titles=TITLES, console=console, unit="runs") as on_run:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from equipoise_trainer.images.data import GUARD, TARGET, TEST
 from equipoise_trainer.images.runs import TITLES, ExperimentConfig, Run
-from equipoise_trainer.images.served import SERVED
+from equipoise_trainer.images.served import RULES
 from equipoise_trainer.plots import STYLE
 from equipoise_trainer.provenance import finite, machine, versions
 from equipoise_trainer.report import ReportFiles
@@ -27,8 +27,7 @@ from equipoise_trainer.summary import Spread
 FORMAT = 1
 """Version of the layout of `report.json`."""
 COLORS = (
-    "#374151", "#0a66c2", "#7c3aed", "#0891b2", "#be185d", "#d1495b",
-    "#e08e0b", "#b08968", "#0f766e", "#9d4edd", "#9ca3af", "#2a9d5c",
+    "#374151", "#0a66c2", "#be185d", "#d1495b", "#e08e0b", "#b08968", "#0f766e", "#9d4edd", "#9ca3af", "#2a9d5c",
 )  # fmt: skip
 
 
@@ -111,7 +110,7 @@ def table(rows: Sequence[MethodSummary], config: ExperimentConfig) -> Table:
             "" if row.method == "uniform" else " ".join(f"{value:+.2f}" for value in row.minus_uniform),
             " ".join(f"{value:.2f}".removeprefix("0") for value in row.auroc),
             "" if row.cost is None else f"{row.cost:.1f}×",
-            style="bold green" if row.method in SERVED else "",
+            style="bold green" if row.method in RULES else "",
         )
     return result
 
@@ -164,7 +163,7 @@ def save_picture(runs: Sequence[Run], config: ExperimentConfig, *, path: Path) -
         figure.suptitle(describe(config), x=0.01, ha="left", fontweight="bold")
         for row in rows:
             losses = np.mean([[each.loss for each in run.curve] for run in runs if run.method == row.method], axis=0)
-            wide = 2.2 if row.method in SERVED else 1.2
+            wide = 2.2 if row.method in RULES else 1.2
             curves.plot(range(1, len(losses) + 1), losses, color=colors[row.method], lw=wide, label=TITLES[row.method])
         curves.xaxis.set_major_locator(MaxNLocator(integer=True))
         curves.set(title="test loss, nats, mean over seeds", xlabel="epoch", yscale="log")

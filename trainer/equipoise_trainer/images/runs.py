@@ -6,7 +6,7 @@ Shape legend: N training images.
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from time import perf_counter, process_time
 from typing import Any, Final, TypeAlias
@@ -15,18 +15,17 @@ import torch
 
 from equipoise import PolicySpec
 from equipoise.policies import SettingValue
+from equipoise.torch import TrainingOptions
 from equipoise_trainer.analysis import detection_auroc
 from equipoise_trainer.images.data import NOISES, ImageTask, Noise, make_task
 from equipoise_trainer.images.network import Schedule, Score, score, train
 from equipoise_trainer.images.rivals import RIVALS, cleanlab_is_installed
-from equipoise_trainer.images.served import SERVED, Scoring, served
+from equipoise_trainer.images.served import RULES, served
 
 TITLES: Final[Mapping[str, str]] = {
     "uniform": "uniform",
     "served": "served policy",
-    "served-matched": "served, norm-matched",
-    "strata": "strata",
-    "strata-matched": "strata, norm-matched",
+    "ema-sign": "ema_sign, plain contributions",
     "cleanlab": "cleanlab",
     "small-loss": "small losses, rate known",
     "mixture": "small losses, rate unknown",
@@ -53,9 +52,9 @@ class ExperimentConfig:
         learning_rates: of Adam; where there are several each method takes, seed by seed, what is best on guard B.
         seeds: of split, noise, network and order; distinct.
         methods: among `TITLES`.
-        rule: of the policies of methods without a rule of their own.
+        rule: of the policy of `served`.
         settings: of that rule.
-        scoring: how contributions of served methods are measured; `measure_every` is for `strata` and `strata-matched`.
+        options: how contributions of `served` are measured.
     """
 
     noise: Noise = "confused"
@@ -65,9 +64,9 @@ class ExperimentConfig:
     learning_rates: tuple[float, ...] = (1e-3,)
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = tuple(TITLES)
-    rule: str = "ema_sign"
+    rule: str = "strata"
     settings: Mapping[str, SettingValue] | None = None
-    scoring: Scoring = field(default_factory=Scoring)
+    options: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:
         if self.noise not in NOISES:
@@ -164,18 +163,17 @@ def _run(config: ExperimentConfig, task: ImageTask, *, method: str, seed: int, r
     schedule = Schedule(epochs=config.epochs, batch=config.batch, learning_rate=rate, seed=seed)
     policy: Mapping[str, Any] | None = None
     started, cpu_started = perf_counter(), process_time()
-    if method in SERVED:
+    if method in RULES:
         name = f"images-{method}-{seed}-{secrets.token_hex(4)}"
-        kind = SERVED[method]
+        own = RULES[method]
         spec = PolicySpec(
             name=name,
             num_examples=len(task.train),
-            rule=kind.rule or config.rule,
-            settings=dict(config.settings or {}) if kind.rule is None else {},
+            rule=own or config.rule,
+            settings={} if own else dict(config.settings or {}),
         )
-        every = config.scoring.measure_every if kind.rule == "strata" else 1
-        scoring = replace(config.scoring, norm_matched=kind.norm_matched, measure_every=every)
-        outcome, policy = served(task, schedule, address=address, spec=spec, scoring=scoring)
+        options = TrainingOptions() if own else config.options
+        outcome, policy = served(task, schedule, address=address, spec=spec, options=options)
     else:
         outcome = RIVALS[method](task, schedule, config.share)
     seconds, cpu_seconds = perf_counter() - started, process_time() - cpu_started

@@ -4,7 +4,6 @@ Shape legend: N training images.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -13,60 +12,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from equipoise import PolicyClient, PolicySpec, Timeout
-from equipoise.torch import GhostContributions, TargetDirection, WeightedSteps
+from equipoise.torch import TrainingOptions, weighted_steps
 from equipoise_trainer.images.data import ImageTask, order
 from equipoise_trainer.images.network import Losses, Schedule, Trained, build, example_losses, score
 from equipoise_trainer.images.rivals import Outcome
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """A method under a policy.
-
-    Attributes:
-        rule: its rule, with default settings; None: the experiment's rule and settings.
-        norm_matched: whether its contributions are norm-matched.
-    """
-
-    rule: str | None = None
-    norm_matched: bool = False
-
-
-SERVED: Final[Mapping[str, Served]] = {
-    "served": Served(),
-    "served-matched": Served(norm_matched=True),
-    "strata": Served(rule="strata"),
-    "strata-matched": Served(rule="strata", norm_matched=True),
-}
-"""Methods under a policy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scoring:
-    """How contributions are measured.
-
-    Attributes:
-        measure_every: of every k-th batch.
-        refresh_every: the target direction is computed anew for every so many of these.
-        momentum: share of the direction before that it keeps then, in [0, 1).
-        norm_matched: whether contributions are norm-matched.
-    """
-
-    measure_every: int = 1
-    refresh_every: int = 10
-    momentum: float = 0.0
-    norm_matched: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("measure_every", "refresh_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, must be at least 1")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"momentum: {self.momentum}, must be at least 0 and below 1")
+RULES: Final[Mapping[str, str | None]] = {"served": None, "ema-sign": "ema_sign"}
+"""Methods under a policy, and their rules; None: that of the experiment, with its settings."""
 
 
 def served(
-    task: ImageTask, schedule: Schedule, *, address: str, spec: PolicySpec, scoring: Scoring
+    task: ImageTask, schedule: Schedule, *, address: str, spec: PolicySpec, options: TrainingOptions
 ) -> tuple[Outcome, Mapping[str, Any]]:
     """A network trained under a policy by the lines of the README, and what the policy came to.
 
@@ -75,7 +31,7 @@ def served(
         schedule: as of any other method.
         address: `host:port` of the server.
         spec: the policy.
-        scoring: how contributions are measured.
+        options: how contributions are measured.
     """
     network: nn.Module = build(schedule.seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=schedule.learning_rate)
@@ -88,16 +44,14 @@ def served(
         settings=spec.settings,
         timeout=Timeout(step=30.0, call=60.0),
     ) as client:
-        direction = TargetDirection(
+        steps = weighted_steps(
+            client,
             network,
             example_losses,
             task.target.batches(schedule.batch),
-            guard_batches=task.guard.batches(schedule.batch),
-            refresh_every=scoring.refresh_every,
-            momentum=scoring.momentum,
-            norm_matched=scoring.norm_matched,
+            guard=task.guard.batches(schedule.batch),
+            options=options,
         )
-        steps = WeightedSteps(client, GhostContributions(network, direction), measure_every=scoring.measure_every)
         for epoch in range(schedule.epochs):
             for ids in order(len(task.train), batch=schedule.batch, seed=schedule.seed, epoch=epoch):
                 batch = task.train.take(ids)

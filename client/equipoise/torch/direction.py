@@ -90,7 +90,8 @@ class TargetDirection:
         preconditioner: the Adam optimizer of the job: the direction is then where its step would lead.
         guard_batches: batches of guard B, on which nothing but `guard_loss` is computed.
         batches_per_refresh: how many target batches one refresh takes, in turn; default: all of them.
-        momentum: share of the direction before that a refresh keeps, in [0, 1). Part of a fresh direction swings with
+        momentum: share of the direction before that a refresh keeps, in [0, 1); of fewer target examples than others
+            had a refresh keeps more, so that all count alike. Part of a fresh direction swings with
             the model from step to step and makes all examples seem harmful, then useful; the average keeps what lasts.
         group: the processes that share the work, such as `torch.distributed.group.WORLD`; default: each works alone.
         norm_matched: the direction is V − (V·ḡ / ḡ·ḡ)·ḡ, V the gradient of the target loss and ḡ the average of the
@@ -173,6 +174,8 @@ class TargetDirection:
         self._guard_every = guard_every
         self._refreshes = 0
         self._drawn = 0
+        self._largest = 0
+        """Target examples of the largest refresh."""
 
     @property
     def norm_matched(self) -> bool:
@@ -250,11 +253,11 @@ class TargetDirection:
         if not parameters:
             raise DirectionError("model: has no trainable parameter")
         with evaluating(self.model):
-            gradients, self.target_loss = self._gradients(parameters)
+            gradients, self.target_loss, count = self._gradients(parameters)
             guarded = self._guard is not None and self._refreshes % self._guard_every == 0
             self.guard_loss = self._mean_loss(self._guard) if guarded and self._guard is not None else None
         self._refreshes += 1
-        self.plain = self._averaged(self._precondition(gradients) if self._precondition else gradients)
+        self.plain = self._averaged(self._precondition(gradients) if self._precondition else gradients, count)
         self._aim()
         self.age, self._due, self._parameters = 0, False, parameters
 
@@ -317,7 +320,7 @@ class TargetDirection:
         what cannot be computed again, and are part of it, as is the average of the training gradients of a norm-matched
         direction; of a sharded model those of this process.
         """
-        rest: dict[str, Any] = {"drawn": self._drawn, "refreshes": self._refreshes}
+        rest: dict[str, Any] = {"drawn": self._drawn, "refreshes": self._refreshes, "largest": self._largest}
         if self._average is not None:
             rest |= {"gradients": self._average.state_dict(), "lengths": self._average.lengths()}
         if self._momentum:
@@ -339,7 +342,7 @@ class TargetDirection:
             DirectionError: the vectors are not those of this model.
         """
         self._taken = state["batches_taken"]
-        self._drawn, self._refreshes = state.get("drawn", 0), state.get("refreshes", 0)
+        self._drawn, self._refreshes, self._largest = (state.get(name, 0) for name in ("drawn", "refreshes", "largest"))
         self._due = "vectors" not in state
         if self._average is not None and "gradients" in state:
             self._average.load_state_dict(state["gradients"], state.get("lengths"))
@@ -363,16 +366,16 @@ class TargetDirection:
         signs = torch.empty_like(real, dtype=precise(real.dtype)).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
         return torch.view_as_complex(signs) if parameter.is_complex() else signs
 
-    def _averaged(self, fresh: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The fresh direction, with what is kept of those before."""
-        kept = self._momentum
-        if not kept:
+    def _averaged(self, fresh: dict[nn.Parameter, Tensor], count: int) -> dict[nn.Parameter, Tensor]:
+        """The fresh direction, of `count` examples, with what is kept of those before."""
+        if not self._momentum:
             return fresh
-        old = self.plain
+        old, self._largest = self.plain, max(self._largest, count)
+        kept = self._momentum ** (count / self._largest)
         return {p: torch.lerp(vector, old[p], kept) if p in old else vector for p, vector in fresh.items()}
 
-    def _gradients(self, parameters: list[nn.Parameter]) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
-        """Gradient of the mean loss over the target batches, and that loss."""
+    def _gradients(self, parameters: list[nn.Parameter]) -> tuple[dict[nn.Parameter, Tensor], Tensor, int]:
+        """Gradient of the mean loss over the target batches, that loss, and of how many examples it is."""
         sharded = bool(sharded_modules(self.model))
         group = world() if sharded else self._group
         sums: dict[nn.Parameter, Tensor] = {}
@@ -391,7 +394,7 @@ class TargetDirection:
         mean, count = means.over(group, field="target_batches")
         if not sharded:
             sums = {parameter: total(gradient, group) for parameter, gradient in sums.items()}
-        return {parameter: gradient / count for parameter, gradient in sums.items()}, mean
+        return {parameter: gradient / count for parameter, gradient in sums.items()}, mean, count
 
     def _reduced(self, losses: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
         """Gradients of the sum of the losses of all processes, each with its shards, by a backward pass of all."""

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from equipoise_server.rules.exponential import exponential
 from equipoise_server.rules.weights import ONE
 
+OWN_SHARE = 0.2
+"""Of `Decision.min_count`: what a stratum needs itself."""
+
 _LEAST_VARIANCE = 1e-9
 """Of contributions in units of their running RMS: equal ones have an error, too."""
 
@@ -20,7 +23,8 @@ class Decision:
     """How contributions decide.
 
     Attributes:
-        min_count: a stratum with fewer contributions keeps its weight.
+        min_count: strata of a group with fewer contributions in the mean keep their weights; a stratum with less than
+            a fifth of it does in any group.
         lower_below: z below which a stratum gets the floor.
         raise_above: z above which it gets full weight again.
         soft: weights rise smoothly with z instead, half-way at the middle of these two.
@@ -87,12 +91,17 @@ class Merits:
             variance = np.maximum(self.square / np.maximum(self.count, 1.0) - self.means**2, _LEAST_VARIANCE)
             return np.sqrt(variance / self.count)
 
-    def contrast(self, min_count: float) -> float | None:
+    def told(self, decision: Decision) -> NDArray[np.bool_]:
+        """Which strata have enough contributions [S]: those of a group begin together, so that none is alone."""
+        enough = self.count.reshape(-1, self.of_group).mean(axis=1) >= decision.min_count
+        return np.repeat(enough, self.of_group) & (self.count >= max(OWN_SHARE * decision.min_count, 1.0))
+
+    def contrast(self, decision: Decision) -> float | None:
         """F: how much more the means differ than their errors explain, among strata with enough contributions.
 
         About 1 where chance explains it all; None for fewer than two such strata.
         """
-        told = self.count >= max(min_count, 1.0)
+        told = self.told(decision)
         if told.sum() < 2:
             return None
         means, precision = self.means[told], 1.0 / np.square(self.errors[told])  # pow differs between processors
@@ -109,7 +118,7 @@ class Merits:
         share = decision.smoothing
         count, total, square = (self._smoothed(values, share) for values in (self.count, self.total, self.square))
         squares = self._smoothed(self.count, share * share)
-        told = self.count >= max(decision.min_count, 1.0)
+        told = self.told(decision)
         some = np.maximum(count, 1.0)
         means = total / some
         variance = np.maximum(square / some - means * means, _LEAST_VARIANCE)
@@ -124,7 +133,7 @@ class Merits:
         return found.ravel()
 
     def _weights(self, decision: Decision) -> NDArray[np.float64]:
-        told = self.count >= max(decision.min_count, 1.0)
+        told = self.told(decision)
         z = self.z(decision)
         if decision.soft:
             middle, width = (

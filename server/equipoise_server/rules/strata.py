@@ -63,7 +63,7 @@ class StrataSettings(SignalSettings):
     loss_decay: float = number(0.7, low=0.0, high=MAX_DECAY)
     """Decay per visit of an example's smoothed loss."""
 
-    window: float = number(512.0, low=16.0, high=1e6)
+    window: float = number(256.0, low=16.0, high=1e6)
     """How many losses of a group its quantiles remember: losses fall while a model learns, and only the present ones
     tell where an example stands."""
 
@@ -71,8 +71,9 @@ class StrataSettings(SignalSettings):
     """How many contributions a stratum remembers."""
 
     min_count: float = number(150.0, low=2.0, high=1e6)
-    """A stratum with fewer contributions has full weight. By default weights act after some 270 contributions to each:
-    what strata differ in before that is mostly how a new model learns, and clean data are better left alone."""
+    """The strata of a group have full weight until they have so many contributions in the mean; one with less than a
+    fifth of it keeps it. By default weights act after some 270 contributions to each: what strata differ in before that
+    is mostly how a new model learns."""
 
     smoothing: float = number(0.5, low=0.0, high=1.0)
     """What a contribution to a neighbour, the stratum of the next higher or lower losses of the group, counts for in z:
@@ -287,7 +288,7 @@ class Strata(Rule):
                     weight=float(served[cell]),
                 )
             )
-        return StrataReport(strata=tuple(found), contrast=merits.contrast(self._settings.min_count))
+        return StrataReport(strata=tuple(found), contrast=merits.contrast(self._decision))
 
     def quantiles(self, scalars: Mapping[str, float]) -> Quantiles:
         """The distribution of recent losses."""

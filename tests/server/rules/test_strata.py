@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from equipoise_server.engine.codec import LoggedStep, decode, encode
 from equipoise_server.engine.step import Kind, Step
 from equipoise_server.rules import Rule, RuleError, Statistics, TableState, aggregate, build, evidence
-from equipoise_server.rules.merits import Merits
+from equipoise_server.rules.merits import Decision, Merits
 
 N, S, G = 120, 4, 3
 SETTINGS: dict[str, float | bool] = {
@@ -68,7 +68,13 @@ class Definition:
         )
 
     def z(self) -> list[float]:
-        return [self._z(cell) if self.sums[cell][0] >= self.set["min_count"] else 0.0 for cell in range(len(self.raw))]
+        return [self._z(cell) if self._has_enough(cell) else 0.0 for cell in range(len(self.raw))]
+
+    def _has_enough(self, cell: int) -> bool:
+        of_group, least = int(self.set["strata"]), self.set["min_count"]
+        first = cell // of_group * of_group
+        counts = [self.sums[k][0] for k in range(first, first + of_group)]
+        return sum(counts) / of_group >= least and self.sums[cell][0] >= max(0.2 * least, 1.0)
 
     def _z(self, cell: int) -> float:
         of_group = int(self.set["strata"])
@@ -116,7 +122,7 @@ class Definition:
             old = [kept * value for value in self.sums[cell]]
             self.sums[cell] = [old[0] + len(new), old[1] + sum(new), old[2] + sum(c * c for c in new)]
         for cell, z in enumerate(self.z()):
-            if self.sums[cell][0] < self.set["min_count"]:
+            if not self._has_enough(cell):
                 continue
             lower, upper, floor = self.set["lower_below"], self.set["raise_above"], self.set["floor"]
             if self.set["soft"]:
@@ -226,7 +232,8 @@ def test_the_contrast_has_the_same_bits_on_every_machine() -> None:
         precision = [1.0 / (error * error) for error in errors]
         middle = sum(p * m for p, m in zip(precision, means, strict=True)) / sum(precision)
         squares = sum(p * ((m - middle) * (m - middle)) for p, m in zip(precision, means, strict=True))
-        assert merits.contrast(2.0) == squares / 4
+        decision = Decision(min_count=2.0, lower_below=-1.0, raise_above=1.0, soft=True, floor=0.1, smoothing=0.5)
+        assert merits.contrast(decision) == squares / 4
 
 
 def test_weights_have_mean_one_over_all_examples() -> None:

@@ -231,11 +231,10 @@ class Capture(ABC):
         self._to_verify = examples, tolerance
 
     def _listen_to_multiplier(self, losses: Tensor) -> None:
-        """The gradient that arrives at the losses is what each of them was multiplied by."""
+        """The gradient that arrives at the losses is what each was multiplied by; the training's pass is the last."""
 
         def see(gradient: Tensor) -> None:
-            mean = gradient.detach().double().mean()
-            self._multiplier = mean if self._multiplier is None else self._multiplier + mean
+            self._multiplier = gradient.detach().double().mean()
 
         losses.register_hook(see)  # type: ignore[no-untyped-call]
 

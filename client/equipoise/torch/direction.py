@@ -39,9 +39,6 @@ T = TypeVar("T")
 _SCALE = 1024.0
 """What a loss is multiplied by where gradients are float16, as a GradScaler does."""
 
-CLOSE_LOOK = 10
-"""Captures between two refreshes that are looked at closely: what is watched costs something."""
-
 SIGNS_SEED = 20_240_217
 
 
@@ -105,7 +102,8 @@ class TargetDirection:
             steps longer too. 0: they are V·∇l − (V·ḡ / ḡ·ḡ)·ḡ·∇l. |∇l|² is estimated by (∇l·r)², r random signs.
             Where this can be seen: by `GhostContributions`, `OnePassContributions` and `JvpContributions`; others
             leave it out.
-        guard_every: refreshes between two losses on guard B.
+        look_every: refreshes between two with a close look: the loss on guard B is measured, plain contributions are
+            found beside norm-matched ones, and contributions compared with the gradient.
 
     Attributes:
         example_losses: as given.
@@ -131,12 +129,12 @@ class TargetDirection:
         group: Group = None,
         norm_matched: bool = False,
         step_noise: float = 0.0,
-        guard_every: int = 1,
+        look_every: int = 1,
     ) -> None:
         _check_repeatable("target_batches", target_batches)
         _check_repeatable("guard_batches", guard_batches)
         _check_positive("refresh_every", refresh_every)
-        _check_positive("guard_every", guard_every)
+        _check_positive("look_every", look_every)
         if batches_per_refresh is not None:
             _check_positive("batches_per_refresh", batches_per_refresh)
         if not 0.0 <= momentum < 1.0:
@@ -171,7 +169,7 @@ class TargetDirection:
         if norm_matched:
             self._average = GradientAverage(model, scaled=self._precondition, noisy=step_noise > 0)
         self._step_noise = step_noise
-        self._guard_every = guard_every
+        self._look_every = look_every
         self._refreshes = 0
         self._drawn = 0
         self._largest = 0
@@ -195,9 +193,8 @@ class TargetDirection:
 
     @property
     def looks_closely(self) -> bool:
-        """Whether the last refresh is one after which it is watched that all is right: not more than every tenth
-        capture."""
-        return (self._refreshes - 1) % max(1, CLOSE_LOOK // self._refresh_every) == 0
+        """Whether the last refresh is one with a close look: see `look_every`."""
+        return (self._refreshes - 1) % self._look_every == 0
 
     def note_backward(self, multiplier: Tensor) -> None:
         """A captured backward pass is over.
@@ -219,8 +216,7 @@ class TargetDirection:
         average = self._average
         if average is None or not self._step_noise or average.multiplier is None:
             return None
-        signs = {p: self._signs(p) for p in _trainable(self.model)}
-        self._drawn += 1
+        signs = self._signs()
         if self._precondition is not None:
             signs = self._precondition(signs)
         return Noise(signs, self._step_noise * average.share * average.multiplier)
@@ -254,9 +250,11 @@ class TargetDirection:
             raise DirectionError("model: has no trainable parameter")
         with evaluating(self.model):
             gradients, self.target_loss, count = self._gradients(parameters)
-            guarded = self._guard is not None and self._refreshes % self._guard_every == 0
+            guarded = self._guard is not None and self._refreshes % self._look_every == 0
             self.guard_loss = self._mean_loss(self._guard) if guarded and self._guard is not None else None
         self._refreshes += 1
+        if self._average is not None:
+            self._average.agree(self._group)
         self.plain = self._averaged(self._precondition(gradients) if self._precondition else gradients, count)
         self._aim()
         self.age, self._due, self._parameters = 0, False, parameters
@@ -358,13 +356,20 @@ class TargetDirection:
         average = self._average
         self.vectors = self.plain if average is None or not average.known else average.without(self.plain)
 
-    def _signs(self, parameter: nn.Parameter) -> Tensor:
-        """Random signs for a parameter, of a generator of their own: alike wherever as many were drawn before."""
-        generator = torch.Generator(parameter.device)
-        generator.manual_seed(SIGNS_SEED + self._drawn)
-        real = torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter.detach()
-        signs = torch.empty_like(real, dtype=precise(real.dtype)).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-        return torch.view_as_complex(signs) if parameter.is_complex() else signs
+    def _signs(self) -> dict[nn.Parameter, Tensor]:
+        """Random signs by parameter, of generators of their own: alike wherever as many were drawn before."""
+        generators: dict[torch.device, torch.Generator] = {}
+        signs = {}
+        for parameter in _trainable(self.model):
+            device = parameter.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(SIGNS_SEED + self._drawn)
+            real = torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter.detach()
+            ones = torch.empty_like(real, dtype=precise(real.dtype))
+            ones.bernoulli_(0.5, generator=generators[device]).mul_(2).sub_(1)
+            signs[parameter] = torch.view_as_complex(ones) if parameter.is_complex() else ones
+        self._drawn += 1
+        return signs
 
     def _averaged(self, fresh: dict[nn.Parameter, Tensor], count: int) -> dict[nn.Parameter, Tensor]:
         """The fresh direction, of `count` examples, with what is kept of those before."""

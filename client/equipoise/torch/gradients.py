@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from equipoise.torch.processes import is_sharded, whole
+from equipoise.torch.processes import Group, is_sharded, total, whole
 from equipoise.torch.rows import precise
 from equipoise.torch.vectors import load_vectors, named_vectors
 
@@ -79,6 +79,12 @@ class GradientAverage:
         """A capture begins: the next step's gradients are to be read."""
         self._unread = {parameter for parameter in self._model.parameters() if parameter.requires_grad}
         self._take_in()
+
+    def agree(self, group: Group) -> None:
+        """Each process of a group saw its own losses: from now on `multiplier` is the mean of theirs."""
+        if group is not None and self.multiplier is not None:
+            both = total(torch.stack([self.multiplier, torch.ones_like(self.multiplier)]), group)
+            self.multiplier = both[0] / both[1]
 
     @torch.no_grad()
     def note_backward(self, multiplier: Tensor) -> None:

@@ -25,9 +25,6 @@ Method: TypeAlias = (
 )
 """A way to find contributions, by name, or what makes one from a model and a direction."""
 
-GUARD_EVERY: Final = 10
-"""Refreshes between two losses on guard B, where refreshes are frequent."""
-
 METHODS: dict[str, Callable[..., Contributions[Any]]] = {
     "ghost": GhostContributions,
     "jvp": JvpContributions,
@@ -43,6 +40,7 @@ class Measuring:
 
     measure_every: int = 1
     refresh_every: int = 10
+    look_every: int = 1
     batches_per_refresh: int | Literal["all"] = "all"
     momentum: float = 0.0
     norm_matched: bool = False
@@ -53,6 +51,7 @@ MEASURING: Final[Mapping[str, Measuring]] = {
     "strata": Measuring(
         measure_every=3,
         refresh_every=3,
+        look_every=10,
         batches_per_refresh=1,
         momentum=0.85,
         norm_matched=True,
@@ -82,6 +81,7 @@ class TrainingOptions:
         also: for `ghost`, as in `GhostContributions`: types of modules that are differentiated as a whole.
         shared: for `ghost` and `sketch`: paths of modules whose output all examples share.
         refresh_every: optimizer steps between two refreshes of the target direction.
+        look_every: refreshes between two at which the loss on guard B is measured, and contributions are checked.
         batches_per_refresh: how many target batches one refresh takes, in turn, or `all` of them.
         momentum: share of the direction before that a refresh keeps, in [0, 1). With it, checkpoints hold a
             direction, as large as the trainable parameters.
@@ -106,6 +106,7 @@ class TrainingOptions:
     also: tuple[type[nn.Module], ...] = ()
     shared: Sequence[str] = ()
     refresh_every: int | None = None
+    look_every: int | None = None
     batches_per_refresh: int | Literal["all"] | None = None
     momentum: float | None = None
     preconditioned: bool = False
@@ -120,7 +121,7 @@ class TrainingOptions:
         if not callable(self.method) and self.method not in METHODS:
             rule = f"must be one of {', '.join(METHODS)}, or a function from a model and a direction"
             raise InvalidRequestError(field="method", value=repr(self.method), rule=rule)
-        for name in ("measure_every", "refresh_every"):
+        for name in ("measure_every", "refresh_every", "look_every"):
             every = getattr(self, name)
             fits = every is None or is_integer(every, 1, 1 << 31)
             require(fits, field=name, value=every, rule="must be an integer of at least 1")
@@ -179,7 +180,7 @@ class TrainingOptions:
             target,
             refresh_every=max(1, measuring.refresh_every * micro // every),  # of those measured
             guard_batches=guard,
-            guard_every=GUARD_EVERY if measuring.refresh_every < GUARD_EVERY else 1,
+            look_every=measuring.look_every,
             preconditioner=optimizer if self.preconditioned else None,
             batches_per_refresh=None if batches == "all" else batches,
             momentum=measuring.momentum,

@@ -50,6 +50,7 @@ class Job:
             batches_per_refresh=3,
             momentum=momentum,
             norm_matched=matched,
+            step_noise=2.0 if matched else 0.0,
         )
         self.client = client
         self.sampler = WeightedSampler(client, N, num_samples=STEPS * BATCH, draw=BATCH, timeout=30)

@@ -59,6 +59,7 @@ def run(
         preconditioner=optimizer,
         group=group,
         norm_matched=matched,
+        step_noise=2.0 if matched else 0.0,
     )
     contributions, found = method(model, direction), []
     for batch in training():

@@ -255,7 +255,7 @@ def _strata() -> Iterator[Asked]:
             requests += [without, high, mixed]
         requests.append({"sequence": 0, "all_examples": True})
         yield Asked(rule="strata", name=name, about=about, settings=settings, requests=requests)
-    trainer = Trainer(51)
+    trainer = Trainer(53)
     requests = [_stratum_step(trainer, grouped=False) for _ in range(20)]
     requests[10]["contributions"][2] = -1e6
     yield Asked(

@@ -3,6 +3,7 @@
 import re
 import runpy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,13 @@ def assert_all_scored(client: PolicyClient) -> None:
     assert np.isfinite(client.read_weights("score")).all()
 
 
-def test_plain_loop(client: PolicyClient, run: Any) -> None:
+def test_plain_loop(server: ServerProcess, run: Any) -> None:
     model = gpt2()
-    run(
-        "direction = TargetDirection(model, example_losses, target_batches, guard_batches=guard_batches)",
-        client=client,
+    names = run(
+        "steps = weighted_steps(client, model, example_losses, target_batches, guard=guard_batches)",
+        PolicyClient=partial(PolicyClient, when_lost="wait"),
+        address=server.address,
+        train=range(N),
         model=model,
         example_losses=lm_losses,
         target_batches=batches(8, seed=1),
@@ -84,8 +87,13 @@ def test_plain_loop(client: PolicyClient, run: Any) -> None:
         loader=[(batch["id"], batch) for batch in batches()],
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
     )
-    assert_all_scored(client)
-    assert client.status().guard_loss is not None
+    with names["client"] as client:
+        assert client.flush(30)
+        status = client.status()
+        measured = -(-N // BATCH // 3)
+        assert (status.spec.rule, status.version, status.scored_examples) == ("strata", N // BATCH + measured, N)
+        assert status.guard_loss is not None
+        assert np.isfinite(client.read_weights("score")).all()
 
 
 def test_transformers(client: PolicyClient, run: Any, tmp_path: Path) -> None:
@@ -147,9 +155,9 @@ def test_accelerate(client: PolicyClient, run: Any, tmp_path: Path) -> None:
     accelerator.init_trackers("run")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer, loader = accelerator.prepare(model, optimizer, batches())
-    direction = equipoise.torch.TargetDirection(model, lm_losses, list(batches(8, seed=1)))
-    names = {"model": model, "optimizer": optimizer, "loader": loader, "direction": direction}
-    run("accelerator.accumulate", client=client, accelerator=accelerator, **names)
+    names = {"model": model, "optimizer": optimizer, "loader": loader, "example_losses": lm_losses}
+    target = list(batches(8, seed=1))
+    run("accelerator.accumulate", client=client, accelerator=accelerator, target_batches=target, **names)
     assert_all_scored(client)
 
 

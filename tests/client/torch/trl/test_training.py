@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from equipoise.testing import ServerProcess
+from equipoise.torch import TrainingOptions
 from equipoise.transformers import PolicyTraining
 from tests.client.torch.trl import processes as processes_of
 from tests.client.torch.trl.cases import TRAINED, given_for, model_for
@@ -100,7 +101,8 @@ def test_strata_weigh_in_the_same_step(
             if rule == "uniform":
                 replayed = iter(given)
                 client.weights = lambda ids, replayed=replayed: next(replayed)  # type: ignore[misc]
-            policy = PolicyTraining(client, target=dataset(data, 6, 1))
+            every_batch = TrainingOptions(measure_every=1, norm_matched=False)
+            policy = PolicyTraining(client, target=dataset(data, 6, 1), options=every_batch)
             trainer = under_policy(kind, llama(), tmp_path, dataset(data), policy, max_steps=16, **options)
             trainer.train()
             if rule == "strata":

@@ -1,7 +1,7 @@
 """Lightning under a policy, in four lines.
 
 Example:
-    >>> client = PolicyClient("localhost:50051", policy="run-7", num_examples=len(train), rule="ema_sign")
+    >>> client = PolicyClient("localhost:50051", policy="run-7", num_examples=len(train), rule="strata")
     >>> policy = PolicyCallback(client, example_losses, target_batches)
     >>> class Model(lightning.LightningModule):
     ...     def training_step(self, batch, batch_idx):

@@ -1,7 +1,7 @@
 """The Hugging Face `Trainer` under a policy, in four lines.
 
 Example:
-    >>> client = PolicyClient("localhost:50051", policy="run-7", num_examples=len(train), rule="ema_sign")
+    >>> client = PolicyClient("localhost:50051", policy="run-7", num_examples=len(train), rule="strata")
     >>> policy = PolicyTraining(client, target=target, guard=guard)
     >>> trainer = PolicyTrainer(model, arguments, train_dataset=train, policy=policy)
     >>> trainer.train()

@@ -7,11 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise_server.rules.arrays import Array, here, namespace
-from equipoise_server.rules.base import Scalars
+from equipoise_server.rules.base import RuleError, Scalars
 from equipoise_server.rules.settings import MAX_DECAY, MIN_FLOOR, RuleSettings, number
-from equipoise_server.rules.sources import SOURCES, TIME, Columns, Nats, SourceRule
+from equipoise_server.rules.sources import SOURCES, Columns, Nats, SourceRule
 from equipoise_server.rules.table import RAW
 from equipoise_server.rules.weights import ONE
+
+RATE = "rate"
+"""Scalar: E_t, the exploration rate of the last step."""
+NEXT_RATE = "next_rate"
+"""Scalar: E_{t+1}."""
 
 MAX_REWARD = 1e30
 """Rewards are held within it, so that float32 holds them."""
@@ -56,14 +61,17 @@ class Exp3(SourceRule):
             statistic="reward",
         )
 
+    def pace(self, *, sources: float, time: float) -> Scalars:
+        """E_t and E_{t+1}."""
+        return {RATE: exploration_rate(time, sources), NEXT_RATE: exploration_rate(time + 1.0, sources)}
+
     def rate(self, scalars: Scalars) -> float:
         """E_t/τ."""
-        return exploration_rate(scalars[TIME], scalars[SOURCES]) * self._rate
+        return scalars[RATE] * self._rate
 
     def uniform_share(self, scalars: Scalars) -> float:
         """K·E_{t+1}, at least the floor."""
-        sources = scalars[SOURCES]
-        return min(max(sources * exploration_rate(scalars[TIME] + 1.0, sources), self._floor), 1.0)
+        return min(max(scalars[SOURCES] * scalars[NEXT_RATE], self._floor), 1.0)
 
     def visit(
         self, old: Columns, signal: NDArray[np.float64], counts: NDArray[np.int64], scalars: Scalars
@@ -73,9 +81,14 @@ class Exp3(SourceRule):
         weights = np.where(raw < 0, ONE, raw).clip(min=1) * (1.0 / ONE)
         return super().visit(old, signal * (scalars[SOURCES] / weights), counts, scalars)
 
+    def _check_scalars(self, scalars: Scalars) -> None:
+        super()._check_scalars(scalars)
+        for name in (RATE, NEXT_RATE):
+            rate = scalars.get(name, math.nan)
+            if not 0.0 <= rate <= 1.0:
+                raise RuleError(name, f"{name} = {rate}: rule {self.name} needs a number in [0, 1]")
+
 
 def exploration_rate(time: float, sources: float) -> float:
-    """E_t = min{1/K, √(ln K/(K·t))} at time t for K sources; E_0 = 1/K."""
-    if not time:
-        return 1.0 / sources
+    """E_t = min{1/K, √(ln K/(K·t))} at time t >= 1 for K sources."""
     return min(1.0 / sources, math.sqrt(math.log(sources) / (sources * time)))

@@ -109,6 +109,10 @@ class SourceRule(TableRule):
         """The statistic after a visit."""
         return self._advance(old, signal, first)
 
+    def pace(self, *, sources: float, time: float) -> Scalars:
+        """Further scalars, of K and t: whatever library functions give is made once, and logged."""
+        return {}
+
     def rate(self, scalars: Scalars) -> float:
         """What an exponent is per unit of the statistic."""
         return self._rate
@@ -140,11 +144,13 @@ class SourceRule(TableRule):
         told = _told(columns[RAW], statistics)
         seen = told | (columns[RAW] >= 0)
         time = _whole(state.scalars, TIME, self.name) + 1.0
-        scalars = {SOURCES: float(np.count_nonzero(seen)), TIME: time, SHIFT: 0.0, MEAN: 1.0}
+        sources = float(np.count_nonzero(seen))
+        scalars = {SOURCES: sources, TIME: time, **self.pace(sources=sources, time=time)}
         visited = self._visited(columns, statistics, scalars)
         shift = float(self._exponents(visited, told, scalars)[seen].max())
-        grown = self._grown(visited, told, {**scalars, SHIFT: shift})
-        return {**scalars, SHIFT: shift, MEAN: math.fsum(grown[seen].tolist()) / scalars[SOURCES]}
+        scalars = {**scalars, SHIFT: shift}
+        grown = self._grown(visited, told, scalars)
+        return {**scalars, MEAN: math.fsum(grown[seen].tolist()) / sources}
 
     def apply(
         self, state: TableState, statistics: Statistics, scalars: Scalars, *, pages: NDArray[np.bool_] | None = None

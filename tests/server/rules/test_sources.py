@@ -451,6 +451,28 @@ def test_tables_that_the_rule_never_writes_are_refused(name: str) -> None:
             rule.restore(bad)
 
 
+def test_a_replay_takes_the_exploration_rate_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logarithms differ between machines."""
+    rule, live = begun("exp3", {})
+    stored, log = copied(live), []
+    for _ in range(40):
+        step = a_step(rule, np.linspace(0.0, 5.0, N))
+        log.append(LoggedStatistics(statistics=step, scalars=rule.prepare(live, step)))
+        live = rule.apply(live, step, log[-1].scalars)
+    monkeypatch.setattr("equipoise_server.rules.exp3.exploration_rate", lambda *_: 0.01)
+    assert same(rule.replay(stored, log), live)
+
+
+@pytest.mark.parametrize("scalar", ["rate", "next_rate"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
+def test_exploration_rates_that_the_rule_never_writes_are_refused(scalar: str, value: float) -> None:
+    rule, state = begun("exp3", {})
+    state = rule.update(state, a_step(rule, np.linspace(0.0, 1.0, N)))
+    state.scalars[scalar] = value
+    with pytest.raises(RuleError, match=f"{scalar} = {value}: rule exp3 needs"):
+        rule.restore(state)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("scalar", "value"),

@@ -33,6 +33,7 @@ class MissingExtraError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 2 for a usage error, 130 when interrupted."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's remarks on connections that end are no news to a user
     try:
         status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

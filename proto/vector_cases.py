@@ -85,6 +85,7 @@ def asked() -> Iterator[Asked]:
     yield from _own()
     yield from _penalised()
     yield from _from_losses()
+    yield from _sources()
     yield from _strata()
     yield from _outcomes()
     yield from _trajectories()
@@ -216,6 +217,41 @@ def _from_losses() -> Iterator[Asked]:
             about="losses alone; equal ones, and rows that repeat an id",
             settings=settings,
             requests=[*(trainer.losses(6) for _ in range(5)), equal, repeated],
+        )
+
+
+def _sources() -> Iterator[Asked]:
+    several: list[tuple[str, str, dict[str, float | bool]]] = [
+        ("group_softmax", "defaults", {}),
+        ("group_softmax", "cold", {"loss_decay": 0.5, "temperature": 0.3, "floor": 0.2}),
+        ("exp3", "defaults", {}),
+        ("exp3", "cold", {"reward_decay": 0.5, "temperature": 0.2, "floor": 0.3}),
+        ("group_dro", "defaults", {}),
+        ("group_dro", "adjusted", {"learning_rate": 0.3, "adjustment": 2.0, "floor": 0.1}),
+        ("excess_loss", "defaults", {}),
+        ("excess_loss", "slow", {"learning_rate": 0.05, "floor": 0.05}),
+    ]
+    for rule, name, settings in several:
+        trainer, reference = Trainer(70), rule == "excess_loss"
+        repeated, everything, elsewhere = (trainer.losses(count, reference=reference) for count in (5, N, 4))
+        repeated["example_ids"][3] = repeated["example_ids"][0]
+        repeated["scored"] = [1, 0, 1, 1, 1]
+        everything["all_examples"] = bool(everything.pop("example_ids"))
+        yield Asked(
+            rule=rule,
+            name=name,
+            about="losses of sources, some of which come late; a step without losses is refused",
+            settings=settings,
+            requests=[
+                *(trainer.losses(4, reference=reference) for _ in range(4)),
+                repeated,
+                trainer.step(),
+                everything,
+                *(trainer.losses(6, reference=reference) for _ in range(25 if rule == "exp3" else 3)),
+                elsewhere | {"weights_for": [0, 5, 5, N - 1]},
+                {"target_loss": 1.5},
+                {"sequence": 0, "all_examples": True},
+            ],
         )
 
 

@@ -31,8 +31,8 @@ class StepFields(TypedDict, total=False):
         contributions: float [B], finite where scored: ∇L_target·∇l_n, the inner product of the target gradient with the
             gradient of the row's unweighted loss.
         losses: float [B], finite where scored: the unweighted loss of each row, nats.
-        reference_losses: float [B], finite where scored: the loss of each row under a reference model, nats; for rule
-            `rho`.
+        reference_losses: float [B], finite where scored: the loss of each row under a reference model, nats; for
+            rules `rho` and `excess_loss`.
         gradient_sketches: float16 or float32 [B, k], finite where scored: instead of contributions, a sketch of each
             row's gradient, such as a random projection. The server multiplies it with `target_sketch`. Other types are
             sent as float32.

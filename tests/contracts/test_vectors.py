@@ -18,6 +18,8 @@ from tests.server.rules.test_batch import softmax_mean_one
 from tests.server.rules.test_guard import guard_by_hand
 from tests.server.rules.test_learnability import Definition as LearnabilityDefinition
 from tests.server.rules.test_reference import Definition
+from tests.server.rules.test_sources import NAMES as SOURCE_RULES
+from tests.server.rules.test_sources import Definition as SourcesDefinition
 from tests.server.rules.test_strata import Definition as StrataDefinition
 from tests.server.rules.test_trajectory import sorted_projection
 
@@ -173,6 +175,21 @@ class Strata(ByHand):
         return np.array([one not in strata or raw[strata[one]] > floor for one in range(self.size)])
 
 
+class Sources(ByHand):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.definition = SourcesDefinition(case.rule, self.settings, num_examples=self.size)
+
+    def learn(self, rows: Statistics, request: Request) -> None:
+        self.definition.step(rows)
+
+    def plain(self, request: Request | None) -> Floats:
+        return self.definition.weights()
+
+    def scores(self) -> Floats:
+        return self.definition.scores()
+
+
 class Learnability(ByHand):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -217,6 +234,7 @@ KINDS: dict[str, type[ByHand]] = {
     "loss_linear_upper": Batch,
     "learnability": Learnability,
     "strata": Strata,
+    **dict.fromkeys(SOURCE_RULES, Sources),
     "trajectory": Trajectory,
 }
 

@@ -16,6 +16,8 @@ from equipoise_server.rules import names
 NUM_EXAMPLES, NUM_FEATURES, NUM_TARGETS = 512, 32, 128
 ROWS = 20
 """Of a trajectory."""
+LOSSES_ALONE = ("excess_loss", "exp3", "group_dro", "group_softmax", "loss_linear_upper", "rho")
+"""Rules that read losses and no contributions."""
 ATTEMPTS = 8
 """At each example, for the rule that reads outcomes."""
 
@@ -91,13 +93,13 @@ class Classifier:
         if job.rule == "learnability":
             fields["attempts"] = np.full(len(ids), ATTEMPTS)
             fields["successes"] = self.random.binomial(ATTEMPTS, np.exp(-losses))
-        elif job.rule in ("rho", "loss_linear_upper"):
+        elif job.rule in LOSSES_ALONE:
             fields["losses"] = losses
         else:
             fields["contributions"] = contributions
         if job.rule == "strata":
             fields["losses"] = losses
-        if job.rule == "rho":
+        if job.rule in ("excess_loss", "rho"):
             fields["reference_losses"] = np.full(len(ids), 0.3)
         return fields
 

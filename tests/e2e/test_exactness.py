@@ -30,7 +30,7 @@ class Batch(NamedTuple):
         """What a trainer of this rule sends."""
         if rule == "learnability":
             return {"successes": (self.losses * 9).astype(np.int64), "attempts": np.full(len(self.ids), 8)}
-        columns = self._asdict() | ({} if rule == "rho" else {"reference_losses": None})
+        columns = self._asdict() | ({} if rule in ("excess_loss", "rho") else {"reference_losses": None})
         return {name: values for name, values in columns.items() if name != "ids" and values is not None}
 
 

@@ -22,10 +22,17 @@ RULES: dict[str, dict[str, float]] = {
     "rho": {},
     "boltzmann": {},
     "loss_linear_upper": {},
+    "excess_loss": {},
+    "exp3": {"temperature": 0.5},
+    "group_dro": {"learning_rate": 0.5, "adjustment": 1.0},
+    "group_softmax": {},
     "learnability": {"decay": 0.8},
     "strata": {"strata": 4.0, "groups": 3.0, "min_count": 5.0},
 }
-STATISTICS = {"rho": {"losses", "reference_losses"}, "loss_linear_upper": {"losses"}, "learnability": {"losses"}}
+STATISTICS = {
+    **{key: {"losses", "reference_losses"} for key in ("excess_loss", "rho")},
+    **{key: {"losses"} for key in ("exp3", "group_dro", "group_softmax", "learnability", "loss_linear_upper")},
+}
 """What rules read, where that is not contributions; some refuse what they do not read."""
 VECTORS = sorted((Path(__file__).parents[2] / "proto" / "vectors").glob("*.json"))
 

@@ -788,7 +788,7 @@ class StepRequest(google.protobuf.message.Message):
     losses: builtins.bytes
     """float32 per row: unweighted example loss, nats. Finite where scored."""
     reference_losses: builtins.bytes
-    """float32 per row: loss of a reference model, nats. For rule `rho`."""
+    """float32 per row: loss of a reference model, nats. For rules `rho` and `excess_loss`."""
     scored: builtins.bytes
     """One byte per row, 0 or 1; absent: all 1. 0: the row's statistics are ignored and may be NaN."""
     target_loss: builtins.float

@@ -18,7 +18,7 @@ export interface StepFields {
   contributions?: Numbers;
   /** [B]: unweighted example loss, nats, finite where scored. */
   losses?: Numbers;
-  /** [B]: loss of a reference model, nats, finite where scored; for rule `rho`. */
+  /** [B]: loss of a reference model, nats, finite where scored; for rules `rho` and `excess_loss`. */
   referenceLosses?: Numbers;
   /**
    * Row-major [B, k]: instead of contributions, a sketch of each example's gradient; the server multiplies it with

@@ -19,6 +19,10 @@ ATTEMPTS = 8
 """At each example, for rules that read outcomes."""
 
 NEEDED: Mapping[str, tuple[str, ...]] = {
+    "excess_loss": ("losses", "reference_losses"),
+    "exp3": ("losses",),
+    "group_dro": ("losses",),
+    "group_softmax": ("losses",),
     "learnability": ("successes", "attempts"),
     "loss_linear_upper": ("losses",),
     "rho": ("losses", "reference_losses"),

@@ -1,6 +1,5 @@
 """`projected_gradient`: the paper's proximal step with the instantaneous gradient, projected exactly; O(N) a step."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +7,14 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.arrays import Array, gather, rows_of, scatter, there
-from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, Statistics, TableState
+from equipoise_server.rules.base import RuleError, Scalars, Statistics, TableState
 from equipoise_server.rules.ema import moving_average
 from equipoise_server.rules.projection import ONE, find_threshold
 from equipoise_server.rules.scale import Scale
 from equipoise_server.rules.settings import EmaSettings, number
 from equipoise_server.rules.slices import Slices
 from equipoise_server.rules.sums import table_sums
-from equipoise_server.rules.table import RAW, TableRule
+from equipoise_server.rules.table import RAW, TableRule, page_runs
 from equipoise_server.rules.weights import fixed_point
 
 THRESHOLD = "threshold"
@@ -123,13 +122,3 @@ class ProjectedGradient(TableRule):
 
     def _weight_sums(self, state: TableState) -> tuple[float, float]:
         return state.raw_sum / ONE, state.raw_square_sum / ONE**2
-
-
-def page_runs(pages: NDArray[np.bool_] | None, num_examples: int) -> Iterator[slice]:
-    """Slices of the rows of the selected pages, neighbours joined; None: all rows."""
-    if pages is None:
-        yield slice(0, num_examples)
-        return
-    edges = np.flatnonzero(np.diff(pages, prepend=False, append=False))
-    for first, end in edges.reshape(-1, 2).tolist():
-        yield slice(first * PAGE_EXAMPLES, min(end * PAGE_EXAMPLES, num_examples))

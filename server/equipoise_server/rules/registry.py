@@ -8,7 +8,11 @@ from equipoise_server.rules.base import RuleError, SettingValues
 from equipoise_server.rules.boltzmann import Boltzmann, BoltzmannSettings
 from equipoise_server.rules.ema_relu import EmaReluSettings, ema_relu
 from equipoise_server.rules.ema_sign import EmaSignSettings, ema_sign
+from equipoise_server.rules.excess_loss import ExcessLoss, ExcessLossSettings
+from equipoise_server.rules.exp3 import Exp3, Exp3Settings
 from equipoise_server.rules.exponentiated_gradient import ExponentiatedGradientSettings, exponentiated_gradient
+from equipoise_server.rules.group_dro import GroupDro, GroupDroSettings
+from equipoise_server.rules.group_softmax import GroupSoftmaxSettings, group_softmax
 from equipoise_server.rules.learnability import Learnability, LearnabilitySettings
 from equipoise_server.rules.loss_linear_upper import LossLinearUpper, LossLinearUpperSettings
 from equipoise_server.rules.projected_gradient import ProjectedGradient, ProjectedGradientSettings
@@ -32,7 +36,11 @@ _RULES = {
     "boltzmann": _Entry(BoltzmannSettings, Boltzmann),
     "ema_relu": _Entry(EmaReluSettings, ema_relu),
     "ema_sign": _Entry(EmaSignSettings, ema_sign),
+    "excess_loss": _Entry(ExcessLossSettings, ExcessLoss),
+    "exp3": _Entry(Exp3Settings, Exp3),
     "exponentiated_gradient": _Entry(ExponentiatedGradientSettings, exponentiated_gradient),
+    "group_dro": _Entry(GroupDroSettings, GroupDro),
+    "group_softmax": _Entry(GroupSoftmaxSettings, group_softmax),
     "learnability": _Entry(LearnabilitySettings, Learnability),
     "loss_linear_upper": _Entry(LossLinearUpperSettings, LossLinearUpper),
     "projected_gradient": _Entry(ProjectedGradientSettings, ProjectedGradient),

@@ -9,6 +9,7 @@ from equipoise_server.rules.base import Statistics
 from equipoise_server.rules.ema import moving_average
 from equipoise_server.rules.scale import Scale
 from equipoise_server.rules.settings import FlooredEmaSettings, number
+from equipoise_server.rules.signals import reducible_losses
 from equipoise_server.rules.visit import VisitRule
 from equipoise_server.rules.weights import ramp
 
@@ -32,10 +33,7 @@ class ReducibleLoss(Scale):
 
     def read(self, statistics: Statistics) -> NDArray[np.float32] | None:
         """loss - reference_loss, nats."""
-        if statistics.losses is None or statistics.reference_losses is None:
-            return None
-        with np.errstate(over="ignore"):  # what becomes infinite is refused as such
-            return statistics.losses - statistics.reference_losses
+        return reducible_losses(statistics)
 
 
 def rho(settings: RhoSettings) -> VisitRule:

@@ -39,3 +39,11 @@ def check_length(
     if len(signal) != num_rows:
         raise RuleError(name, f"{name} has {len(signal)} values for {num_rows} examples: not one each for rule {rule}")
     return signal
+
+
+def reducible_losses(statistics: Statistics) -> NDArray[np.float32] | None:
+    """loss - reference_loss, nats, float32 [B]; None where the trainer did not send both."""
+    if statistics.losses is None or statistics.reference_losses is None:
+        return None
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+        return statistics.losses - statistics.reference_losses

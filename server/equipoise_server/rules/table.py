@@ -1,7 +1,7 @@
 """Table rules: a statistic and a raw weight per example, and what is read from them."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -62,8 +62,8 @@ class TableRule(Rule):
     def init_slices(self, num_examples: int, *, device: torch.device) -> Slices[TableState]:
         """The uniform policy, in slices."""
         columns = {name: torch.empty(num_examples, dtype=dtype, device=device) for name, dtype in self.columns.items()}
-        yield from fill(columns[self.statistic], 0.0)
-        yield from fill(columns[RAW], -1)
+        for name, column in columns.items():
+            yield from fill(column, -1 if name == RAW else 0)
         return TableState(num_examples=num_examples, columns=columns)
 
     def check(self, statistics: Statistics) -> None:
@@ -119,13 +119,15 @@ class TableRule(Rule):
         mixed_total = kept * total + guard * state.num_examples
         return min(max(mixed_total * mixed_total / mixed_squares, 1.0), float(state.num_examples))
 
-    @abstractmethod
     def _weight_per_raw(self, state: TableState) -> float | None:
         """Served weight of one raw unit before the guard; None: all weights are 1, since nothing has raw weight."""
+        return state.scored / state.raw_sum if state.raw_sum else None
 
-    @abstractmethod
     def _weight_sums(self, state: TableState) -> tuple[float, float]:
         """Σw and Σw² over the scored examples, before the guard."""
+        if not state.raw_sum:
+            return float(state.scored), float(state.scored)
+        return float(state.scored), state.scored**2 * state.raw_square_sum / state.raw_sum**2
 
     def _rows(self, state: TableState, statistics: Statistics) -> NDArray[np.float32]:
         return self._scale.rows(statistics, num_examples=state.num_examples)
@@ -168,6 +170,16 @@ class TableRule(Rule):
             first = int((~good).nonzero()[0])
             where = f"state.{name}[{offset + first}]"
             raise RuleError(f"state.{name}", f"{where} = {values[first].item()}: rule {self.name} never writes that")
+
+
+def page_runs(pages: NDArray[np.bool_] | None, num_examples: int) -> Iterator[slice]:
+    """Slices of the rows of the selected pages, neighbours joined; None: all rows."""
+    if pages is None:
+        yield slice(0, num_examples)
+        return
+    edges = np.flatnonzero(np.diff(pages, prepend=False, append=False))
+    for first, end in edges.reshape(-1, 2).tolist():
+        yield slice(first * PAGE_EXAMPLES, min(end * PAGE_EXAMPLES, num_examples))
 
 
 def _served(raw: Array, factor: float | None, guard: float) -> NDArray[np.float32]:

@@ -129,11 +129,3 @@ class VisitRule(TableRule):
         state.scored += scored
         state.raw_sum += total
         state.raw_square_sum += squares
-
-    def _weight_per_raw(self, state: TableState) -> float | None:
-        return state.scored / state.raw_sum if state.raw_sum else None
-
-    def _weight_sums(self, state: TableState) -> tuple[float, float]:
-        if not state.raw_sum:
-            return float(state.scored), float(state.scored)
-        return float(state.scored), state.scored**2 * state.raw_square_sum / state.raw_sum**2

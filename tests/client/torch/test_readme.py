@@ -250,3 +250,26 @@ def test_mixing_sources(server: ServerProcess, run: Any, tmp_path: Path, monkeyp
     assert client.flush(30)
     assert client.status().version == 24
     client.close()
+
+
+def test_mixing_by_losses_alone(server: ServerProcess, run: Any) -> None:
+    rows = [{k: v for k, v in row.items() if k != "id"} for row in examples(48, seed=1)]
+    model = gpt2()
+    known = run(
+        'rule="group_softmax"',
+        PolicyClient=lambda _, **options: PolicyClient(server.address, when_lost="wait", **options),
+        DataLoader=DataLoader,
+        books=rows[:16],
+        code=rows[16:32],
+        web=rows[32:],
+        example_losses=lm_losses,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    client = known["client"]
+    assert client.flush(30)
+    assert (client.status().version, client.status().scored_examples) == (6, 3)
+    scores, weights = client.read_weights("score"), client.read_weights()
+    assert (np.argsort(scores) == np.argsort(weights)).all()
+    assert np.ptp(weights) > 0
+    client.close()

@@ -21,6 +21,11 @@ EXCHANGE = "/equipoise.v1.PolicyService/Exchange"
 DELETE = "/equipoise.v1.PolicyService/DeletePolicy"
 STRATA = {f"rules/strata/{case}" for case in ("defaults", "evidence", "groups", "soft", "spike")}
 OUTCOMES = {f"rules/learnability/{case}" for case in ("defaults", "greedy", "patient")}
+SOURCES = {f"rules/{case}" for case in ("exp3/cold", "exp3/defaults")} | {
+    f"rules/{case}"
+    for rule, other in (("group_softmax", "cold"), ("group_dro", "adjusted"), ("excess_loss", "slow"))
+    for case in (f"{rule}/defaults", f"{rule}/{other}")
+}
 GUARD = {f"rules/{rule}/guard" for rule in (
     "uniform", "ema_sign", "ema_relu", "exponentiated_gradient", "projected_gradient", "boltzmann"
 )}  # fmt: skip
@@ -104,7 +109,7 @@ def without_details(method: str, metadata: Metadata) -> Metadata:
 @pytest.mark.parametrize(
     ("wrong", "arguments", "expected"),
     [
-        ({"change": in_step(11, heavier(1e-4))}, [], GUARD | STRATA | OUTCOMES),
+        ({"change": in_step(11, heavier(1e-4))}, [], GUARD | STRATA | OUTCOMES | SOURCES),
         ({"change": in_step(11, heavier(1.2e-7))}, ["--only", "rules/ema_sign"], set()),
         ({"change": in_step(11, heavier(1.2e-7))}, ["--only", "rules/ema_sign", "--exact"], {"rules/ema_sign/guard"}),
         (

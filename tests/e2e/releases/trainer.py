@@ -74,7 +74,7 @@ def steps(rule: str, *, first: int, batch: int) -> Iterator[pb.StepRequest]:
             step.example_ids = ids.astype("<u8").tobytes()
             step.scored = (random.random(batch) < 0.9).astype("u1").tobytes()
             arrays = {"losses": random.uniform(0.1, 4.0, batch)}
-            if rule == "rho":
+            if rule in ("excess_loss", "rho"):
                 arrays["reference_losses"] = random.uniform(0.1, 4.0, batch)
             elif rule != "loss_linear_upper":
                 arrays["contributions"] = random.standard_normal(batch) + 0.5 * np.sin(ids)

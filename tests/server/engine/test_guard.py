@@ -44,7 +44,7 @@ def told(rule: str, count: int, *, guard_loss: float | None = None) -> Iterator[
                 ids=None,
                 contributions=rows[0],
                 losses=rows[1],
-                reference_losses=rows[2] if rule == "rho" else None,
+                reference_losses=rows[2] if rule in ("excess_loss", "rho") else None,
                 trajectory_row=1 if rule == "trajectory" else None,
             )
         loss = None if guard_loss is None else guard_loss / (index + 1)

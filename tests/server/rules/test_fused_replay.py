@@ -34,6 +34,10 @@ RULES: list[tuple[str, dict[str, float]]] = [
     ("rho", {}),
     ("uniform", {}),
     ("projected_gradient", {}),
+    ("group_softmax", {}),
+    ("exp3", {}),
+    ("group_dro", {"adjustment": 1.0}),
+    ("excess_loss", {}),
     ("boltzmann", {}),
     ("loss_linear_upper", {}),
 ]

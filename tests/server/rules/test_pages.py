@@ -24,7 +24,7 @@ def test_weights_of_a_page_follow_from_its_rows_and_the_sums(
         state = rule.update(state, make_step(rule, rng, N, N // 3))
     state.guard_strength = guard_strength
     expected = rule.weights(state, None)
-    assert len(np.unique(expected)) > 1 or rule.name in ("uniform", "boltzmann", "loss_linear_upper")
+    assert len(np.unique(expected)) > 1 or rule.name in ("uniform", "boltzmann", "loss_linear_upper", "exp3")
     for begin in range(0, N, PAGE_EXAMPLES):
         end = min(begin + PAGE_EXAMPLES, N)
         view = replace(state, columns={name: column[begin:end] for name, column in state.columns.items()})

@@ -12,6 +12,7 @@ def test_names_are_sorted_and_build() -> None:
     gradient = ["exponentiated_gradient", "projected_gradient"]
     others = ["boltzmann", "ema_relu", "ema_sign", "learnability", "loss_linear_upper", "rho", "strata"]
     others += ["trajectory", "uniform"]
+    others += ["excess_loss", "exp3", "group_dro", "group_softmax"]
     assert names() == sorted(gradient + others)
     assert [build(name, REQUIRED.get(name, {})).name for name in names()] == names()
 
@@ -54,6 +55,13 @@ def test_settings_are_resolved() -> None:
         ("rho", "guard", "yes", "rule rho needs true or false"),
         ("uniform", "guard_stretch", 0.0, r"a value in \[0.01, 1\]"),
         ("ema_relu", "saturation", True, r"a number in \[0.001, 1000\]"),
+        ("group_softmax", "temperature", 0.0, r"a value in \[0.01, 1000\]"),
+        ("group_softmax", "floor", 0.0, r"a value in \[0.0001, 1\]"),
+        ("exp3", "floor", 1e-5, r"a value 0 or in \[0.0001, 1\]"),
+        ("exp3", "reward_decay", 1.0, r"a value in \[0, 0.9999\]"),
+        ("group_dro", "learning_rate", 0.0, r"a value in \[1e-06, 10\]"),
+        ("group_dro", "adjustment", -1.0, r"a value in \[0, 1e\+06\]"),
+        ("excess_loss", "floor", 0.0, r"a value in \[0.0001, 1\]"),
         ("trajectory", "rows", 2.5, r"a value whole and in \[1, 1e\+07\]"),
         ("trajectory", "rows", 0, r"a value whole and in \[1, 1e\+07\]"),
         ("trajectory", "rows", math.inf, r"a value whole and in \[1, 1e\+07\]"),

@@ -21,10 +21,17 @@ EXCHANGE = "/equipoise.v1.PolicyService/Exchange"
 DELETE = "/equipoise.v1.PolicyService/DeletePolicy"
 STRATA = {f"rules/strata/{case}" for case in ("defaults", "evidence", "groups", "soft", "spike")}
 OUTCOMES = {f"rules/learnability/{case}" for case in ("defaults", "greedy", "patient")}
-SOURCES = {f"rules/{case}" for case in ("exp3/cold", "exp3/defaults")} | {
+SOURCES = {
     f"rules/{case}"
-    for rule, other in (("group_softmax", "cold"), ("group_dro", "adjusted"), ("excess_loss", "slow"))
-    for case in (f"{rule}/defaults", f"{rule}/{other}")
+    for case in (
+        "exp3/cold",
+        "exp3/defaults",
+        "group_softmax/cold",
+        "group_softmax/defaults",
+        "group_dro/adjusted",
+        "group_dro/defaults",
+        "excess_loss/slow",  # by default all weights of that step are below what is tolerated
+    )
 }
 GUARD = {f"rules/{rule}/guard" for rule in (
     "uniform", "ema_sign", "ema_relu", "exponentiated_gradient", "projected_gradient", "boltzmann"
@@ -83,11 +90,12 @@ def in_step(version: int, change: Callable[[pb.StepResponse], None]) -> Callable
 
 
 def heavier(by: float) -> Callable[[pb.StepResponse], None]:
-    """One weight is wrong by a share."""
+    """The largest weight is wrong by a share."""
 
     def change(step: pb.StepResponse) -> None:
         weights = np.frombuffer(step.weights, "<f4").copy()
-        weights[:1] *= np.float32(1 + by)
+        if len(weights):
+            weights[weights.argmax()] *= np.float32(1 + by)
         step.weights = weights.tobytes()
 
     return change

@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from time import perf_counter
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Never, Self, TypeAlias, TypeVar
@@ -60,6 +61,7 @@ class Capture(ABC):
         self._multiplier: Tensor | None = None
         self.verified: bool | None = None
         self.refreshed = False
+        self._looks_closely = self._looks_at_plain = False
 
     @property
     def ids(self) -> NDArray[np.uint64]:
@@ -138,7 +140,8 @@ class Capture(ABC):
 
     @property
     def plain_contributions(self) -> Tensor | None:
-        """∇L_target·∇l_n, [B], of a capture for which a norm-matched direction was refreshed; None of others.
+        """∇L_target·∇l_n, [B], of a capture for which a norm-matched direction was refreshed with a close look; None of
+        others.
 
         It is what the Learning Law is about, and no more than a look at it: what is sent are `contributions`.
         """
@@ -169,16 +172,6 @@ class Capture(ABC):
         return StepFields(losses=losses, scored=np.isfinite(losses))
 
     @property
-    def _looks_at_plain(self) -> bool:
-        direction = self._direction
-        return (
-            self.refreshed
-            and direction.looks_closely
-            and direction.norm_matched
-            and direction.vectors is not direction.plain
-        )
-
-    @property
     def _along(self) -> tuple[Mapping[nn.Parameter, Tensor], ...]:
         """What losses are differentiated along: the direction; V too, where plain contributions are looked at; last
         the random signs by which |∇l|² is seen."""
@@ -202,6 +195,7 @@ class Capture(ABC):
         self._open = False
         if self._multiplier is not None:
             self._direction.note_backward(self._multiplier)
+        self._let_go_of_signs()
 
     def trains(self, noise: Noise | None) -> None:
         """The model is trained by its backward pass, and what is seen of the noise of a step comes into it."""
@@ -209,8 +203,12 @@ class Capture(ABC):
 
     def note_losses(self) -> None:
         """The direction was refreshed for this capture, which carries the losses that were measured then."""
-        self.refreshed = True
-        self._target_loss, self._guard_loss = self._direction.target_loss, self._direction.guard_loss
+        self.refreshed, direction = True, self._direction
+        self._looks_closely = direction.looks_closely
+        self._looks_at_plain = (
+            direction.looks_closely and direction.norm_matched and direction.vectors is not direction.plain
+        )
+        self._target_loss, self._guard_loss = direction.target_loss, direction.guard_loss
 
     def expect(self, sums: Sums, *, coarse: bool) -> None:
         """What the contributions of some examples add up to: compared when they are known.
@@ -229,6 +227,11 @@ class Capture(ABC):
             tolerance: largest relative error ‖c − c*‖/‖c*‖ that passes.
         """
         self._to_verify = examples, tolerance
+
+    def _let_go_of_signs(self) -> None:
+        """They are as large as the model, and captures may be kept until a step's micro-batches are sent together."""
+        if self._noise is not None:
+            self._noise = replace(self._noise, signs={})
 
     def _listen_to_multiplier(self, losses: Tensor) -> None:
         """The gradient that arrives at the losses is what each was multiplied by; the training's pass is the last."""

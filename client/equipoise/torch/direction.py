@@ -101,7 +101,8 @@ class TargetDirection:
             contribution is V·∇l − (V·ḡ/q)·(ḡ·∇l + κ·s·|∇l|²). Examples with long gradients that point nowhere make
             steps longer too. 0: they are V·∇l − (V·ḡ / ḡ·ḡ)·ḡ·∇l. |∇l|² is estimated by (∇l·r)², r random signs.
             Where this can be seen: by `GhostContributions`, `OnePassContributions` and `JvpContributions`; others
-            leave it out.
+            leave it out. So do optimizers that step before the capture ends, since clipping and scaling are not told
+            apart then; gradients that the loop reduces over processes itself must be reduced before it ends.
         look_every: refreshes between two with a close look: the loss on guard B is measured, plain contributions are
             found beside norm-matched ones, and contributions compared with the gradient.
 
@@ -207,9 +208,9 @@ class TargetDirection:
 
     def leave_out_noise(self) -> None:
         """The contributions are found by a way that does not see |∇l|²: `step_noise` is taken for 0."""
-        if self._step_noise:
-            self._step_noise = 0.0
-            self._average = GradientAverage(self.model, scaled=self._precondition)
+        self._step_noise = 0.0
+        if self._average is not None:
+            self._average.noisy = False
 
     def noise(self) -> Noise | None:
         """What |∇l|² counts in the contributions of a capture; None: nothing, or it is not known yet."""

@@ -50,7 +50,7 @@ class GhostCapture(HookedCapture):
     def _watched(self) -> bool:
         """Whether contributions and gradient are compared on this step."""
         new = self._settled is not None and self._settled.surveyed
-        return ((self.refreshed and self._direction.looks_closely) or new) and not self._coverage.partial
+        return (self._looks_closely or new) and not self._coverage.partial
 
     def __exit__(self, *error: Any) -> None:
         if self._identity is not None:

@@ -29,8 +29,9 @@ class GradientAverage:
     at all. Takes the memory of the trainable parameters once more, in float32 or better.
 
     With `noisy` it keeps two numbers beside it: how long the gradients are, |P·g|², and what one example's loss is
-    multiplied by in them. The latter is what it was multiplied by at the end of the backward pass, times what the
-    gradient's norm was multiplied by since, as by clipping or a GradScaler.
+    multiplied by in them. The latter is what it was multiplied by in the backward pass, times what the norm of the
+    gradients that the step was made of was multiplied by since the end of the capture, as by clipping or a GradScaler.
+    Where the step is made before the capture ends that is not known, and it stays as it was.
 
     Args:
         model: the model in training.
@@ -38,6 +39,7 @@ class GradientAverage:
         noisy: whether the noise of a step counts in its length.
 
     Attributes:
+        noisy: as given; may be taken back.
         vectors: ḡ by parameter; empty before the first step.
         changed: whether it has changed since `without` was asked.
         mean_square: average of |P·g|² over the steps: float64, without dimensions; None before the first.
@@ -56,11 +58,11 @@ class GradientAverage:
         self.share = torch.zeros((), dtype=torch.float64)
         self._model = model
         self._scaled = scaled
-        self._noisy = noisy
-        self._backward: tuple[Tensor, Tensor] | None = None
-        """Of the newest backward pass the squared norm of `.grad` after it, and what a loss was multiplied by."""
-        self._stepped: list[tuple[Tensor, Tensor]] = []
-        """Squared norms of gradients and of their steps since the newest capture, by optimizer."""
+        self.noisy = noisy
+        self._backward: tuple[Vectors, Tensor] | None = None
+        """Of the newest backward pass the squared norms of `.grad` after it, and what a loss was multiplied by."""
+        self._stepped: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Squared norms of gradients after the backward pass, at the step, and of the step, by optimizer."""
         self._unread: set[nn.Parameter] = set()
         step = weakref.WeakMethod(self._note_step)
 
@@ -81,18 +83,23 @@ class GradientAverage:
         self._take_in()
 
     def agree(self, group: Group) -> None:
-        """Each process of a group saw its own losses: from now on `multiplier` is the mean of theirs."""
-        if group is not None and self.multiplier is not None:
-            both = total(torch.stack([self.multiplier, torch.ones_like(self.multiplier)]), group)
-            self.multiplier = both[0] / both[1]
+        """Each process of a group saw its own losses: from now on `multiplier` is the mean of theirs, of those that
+        know one. All must call it."""
+        if group is None or not self.noisy:
+            return
+        known = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if self.multiplier is not None:
+            known = torch.stack([self.multiplier, torch.ones_like(self.multiplier)]).to(self._device)
+        both = total(known, group)
+        self.multiplier = both[0] / both[1] if both[1] > 0 else None
 
     @torch.no_grad()
     def note_backward(self, multiplier: Tensor) -> None:
         """A backward pass is over, in which the mean of what losses were multiplied by is `multiplier`."""
-        if self._noisy:
-            gradients = [p.grad for p in self._model.parameters() if p.requires_grad and p.grad is not None]
-            if gradients:
-                self._backward = _total([_square(gradient) for gradient in gradients]), multiplier.double()
+        if self.noisy:
+            gradients = {p: p.grad for p in self._unread if p.grad is not None}
+            squares = {parameter: _square(gradient) for parameter, gradient in gradients.items()}
+            self._backward = None if self._stepped else (squares, multiplier.double())
 
     @torch.no_grad()
     def note(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -109,11 +116,13 @@ class GradientAverage:
             else:
                 self.vectors[parameter] = gradient.clone()
             self.changed = True
-        if read and self._noisy:
-            plain = length = _total([_square(gradient) for gradient in read.values()])
+        if read and self.noisy:
+            squares = {} if self._backward is None else self._backward[0]
+            before = self._total([squares[parameter] for parameter in read if parameter in squares])
+            plain = length = self._total([_square(gradient) for gradient in read.values()])
             if self._scaled is not None:
-                length = _total([_square(step) for step in self._scaled(read).values()])
-            self._stepped.append((plain, length))
+                length = self._total([_square(step) for step in self._scaled(read).values()])
+            self._stepped.append((before, plain, length))
 
     @torch.no_grad()
     def without(self, vectors: Mapping[nn.Parameter, Tensor]) -> Vectors:
@@ -129,8 +138,8 @@ class GradientAverage:
         self.changed = False
         average = {parameter: vector for parameter, vector in self.vectors.items() if parameter.requires_grad}
         along = average if self._scaled is None else self._scaled(self._scaled(average))
-        size = self.mean_square if self._noisy and self.mean_square is not None else _inner(along, average)
-        self.share = share = torch.where(size > 0, _inner(vectors, average) / size, 0.0)
+        size = self.mean_square if self.noisy and self.mean_square is not None else _inner(along, average)
+        self.share = share = torch.where(size > 0, _inner(vectors, average).to(size.device) / size, 0.0)
         found = dict(vectors)
         for parameter, vector in along.items():
             part = vector * (float(share) if is_sharded(vector) else share.to(vector))
@@ -154,21 +163,31 @@ class GradientAverage:
         """
         self.vectors = {p: vector.clone() for p, vector in load_vectors(self._model, state).items()}
         if lengths is not None:
-            self.mean_square, self.multiplier = lengths["mean_square"], lengths["multiplier"]
+            here = {name: None if value is None else value.to(self._device) for name, value in lengths.items()}
+            self.mean_square, self.multiplier = here["mean_square"], here["multiplier"]
         self.changed = True
 
     def _take_in(self) -> None:
         """What was noted of a step joins the averages."""
         if not self._stepped:
             return
-        plain, length = (_total([pair[index] for pair in self._stepped]) for index in (0, 1))
+        before, plain, length = (self._total(list(squares)) for squares in zip(*self._stepped, strict=True))
         self._stepped.clear()
         self.mean_square = _moved(self.mean_square, length)
         if self._backward is not None:
-            before, multiplier = self._backward
+            multiplier = self._backward[1].to(self._device)
             passed = torch.where(before > 0, plain / before, 1.0).sqrt()
             self.multiplier = _moved(self.multiplier, multiplier * passed)
             self._backward = None
+
+    @property
+    def _device(self) -> torch.device:
+        """Where numbers are kept, of a model on several devices too."""
+        return next(self._model.parameters()).device
+
+    def _total(self, parts: list[Tensor]) -> Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        return torch.stack([zero, *(part.to(self._device) for part in parts)]).sum()
 
     def _note_step(self, optimizer: Optimizer) -> None:
         # A fused optimizer is given the scale of a GradScaler, leaves `.grad` unscaled, and does nothing where it finds
@@ -179,11 +198,8 @@ class GradientAverage:
 
 
 def _square(vector: Tensor) -> Tensor:
-    return vector.detach().abs().square().sum(dtype=torch.float64)
-
-
-def _total(parts: list[Tensor]) -> Tensor:
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+    """|v|², in float64: half precision would overflow."""
+    return vector.detach().to(precise(vector.dtype)).abs().square().sum(dtype=torch.float64)
 
 
 def _moved(average: Tensor | None, new: Tensor) -> Tensor:

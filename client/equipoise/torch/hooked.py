@@ -52,6 +52,7 @@ class HookedCapture(Capture):
         self._recorder.forget()
         if self._settled is not None:
             self.expect(self._settled.sums, coarse=self._coverage.coarse)
+        self._multiplier = None  # the passes of a survey are no training
         return losses
 
     def wants(self) -> bool:

@@ -62,6 +62,11 @@ class OnePassCapture(HookedCapture):
     def _listen_to_multiplier(self, losses: Tensor) -> None:
         """`backward` knows it."""
 
+    def _let_go_of_signs(self) -> None:
+        """Contributions may be asked for later."""
+        if self._scored is not None:
+            super()._let_go_of_signs()
+
     def wants(self) -> bool:
         """As in `HookedCapture`; a pass that is recomputed has been seen."""
         return not self._contracting and self._losses is None

@@ -292,7 +292,8 @@ class WeightedSteps:
         if self._ever and not self.contributions.direction.ready and self._moved():
             raise CaptureError(
                 "norm_matched: the parameters have moved, and no step of a torch.optim.Optimizer was seen, after which "
-                "gradients are read: call `direction.note_gradients()` before `.grad` is cleared"
+                "gradients are read: call `direction.note_gradients()` before `.grad` is cleared, or give "
+                "TrainingOptions(norm_matched=False)"
             )
         losses_first = self._find_losses_first()
         measured = self._begun % self._measure_every == 0 or not losses_first

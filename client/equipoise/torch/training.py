@@ -14,7 +14,7 @@ from equipoise.errors import InvalidRequestError, is_integer, require
 from equipoise.torch.capture import Contributions
 from equipoise.torch.direction import ExampleLoss, TargetDirection
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
-from equipoise.torch.processes import world
+from equipoise.torch.processes import same_everywhere, world
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.steps import Accumulating, WeightedSteps, rule_of
@@ -171,7 +171,7 @@ class TrainingOptions:
             accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
             by_trainer: whether a trainer scales losses, and says when a step is over.
         """
-        measuring = self.measuring(rule_of(client))
+        measuring = self.measuring(same_everywhere(rule_of(client)))  # the direction is refreshed by all together
         every, batches = measuring.measure_every, measuring.batches_per_refresh
         micro = accumulate if accelerator is None else getattr(accelerator, "gradient_accumulation_steps", 1)
         direction = TargetDirection(

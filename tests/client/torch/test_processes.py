@@ -78,6 +78,12 @@ def test_a_refresh_waits_for_gradients_that_are_not_reduced(results: list[dict[s
         torch.testing.assert_close(result["accumulating"]["kept"], list(expected))
 
 
+def test_they_agree_on_what_only_one_of_them_knows(results: list[dict[str, Any]]) -> None:
+    """Else one would wait for a sum, or a refresh, that the other does not make."""
+    for result in results:
+        assert result["agreed"] == {"multipliers": [torch.tensor(0.5, dtype=torch.float64), None], "norm_matched": True}
+
+
 def test_a_sharded_direction_survives_a_checkpoint(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert result["restored"]["same"]

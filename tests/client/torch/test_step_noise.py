@@ -62,11 +62,12 @@ def test_they_are_what_the_formula_says(method: Callable[..., Any], clip: float)
             v = flat_gradient(class_losses(model, batch(TARGET, 99)).mean(), model)
             total = total + flat_gradient((WEIGHTS * losses).mean() / MICRO_BATCHES, model)
             with contributions.capture(range(COUNT)) as capture:
+                noise = capture._noise
                 backward(capture, capture.losses(data))
             if average is None:
                 assert relative_error(capture.contributions, each @ v) < 1e-9
                 continue
-            signs = flat(capture._noise.signs, model)
+            signs = flat(noise.signs, model)
             own = KAPPA * multiplier * (each @ signs).square()
             expected = each @ v - (v @ average) / square * (each @ average + own)
             assert relative_error(capture.contributions, expected) < 1e-9

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -19,9 +20,11 @@ from equipoise.torch import (
     JvpContributions,
     OnePassContributions,
     TargetDirection,
+    TrainingOptions,
     UnsupportedModuleError,
     weighted_mean,
 )
+from equipoise.torch.gradients import GradientAverage
 from tests.client.torch.models import gpt2, lm_losses, reference, relative_error, tokens
 from tests.client.torch.zoo import CASES, Case, shaken
 
@@ -146,6 +149,20 @@ def accumulating() -> Result:
     return {"ages": ages, "gradients": gradients, "kept": kept}
 
 
+def agreed(rank: int) -> Result:
+    """What only one process knows: a multiplier of losses, and the policy's rule."""
+    model = nn.Linear(2, 1)
+    averages = [GradientAverage(model, noisy=True) for _ in range(2)]
+    if rank:
+        averages[0].multiplier = torch.tensor(0.5, dtype=torch.float64)
+    for average in averages:
+        average.agree(dist.group.WORLD)
+    client: Any = SimpleNamespace(rule=None if rank else "strata")
+    steps = TrainingOptions(verify=False).steps(client, gpt2(), lm_losses, targets())
+    multipliers = [average.multiplier for average in averages]
+    return {"multipliers": multipliers, "norm_matched": steps.contributions.direction.norm_matched}
+
+
 def restored(rank: int) -> Result:
     """A sharded direction from a checkpoint: with momentum its vectors are part of it; norm-matched, gradients too."""
     model, part = sharded_model(), targets()[rank : rank + 1]
@@ -223,6 +240,7 @@ def process(rank: int, folder: str) -> None:
         "sharded, matched": sharded(rank, matched=True),
         "refusals": refusals(),
         "accumulating": accumulating(),
+        "agreed": agreed(rank),
         "restored": restored(rank),
         "kinds": kinds(rank),
     }

@@ -1,5 +1,6 @@
 """How the trainer of a framework uses a policy: what its user says, and what follows from that."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -18,6 +19,8 @@ from equipoise.torch.processes import same_everywhere, world
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.steps import Accumulating, WeightedSteps, rule_of
+
+logger = logging.getLogger("equipoise")
 
 Method: TypeAlias = (
     Literal["ghost", "jvp", "finite_difference", "last_layer", "sketch"]
@@ -171,7 +174,13 @@ class TrainingOptions:
             accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
             by_trainer: whether a trainer scales losses, and says when a step is over.
         """
-        measuring = self.measuring(same_everywhere(rule_of(client)))  # the direction is refreshed by all together
+        rule = same_everywhere(rule_of(client))  # the direction is refreshed by all together
+        if rule is None:
+            logger.warning(
+                "the policy's rule is not known, since no server answers: plain contributions of every batch are measured; "
+                "give PolicyClient(rule=...) for what suits its rule"
+            )
+        measuring = self.measuring(rule)
         every, batches = measuring.measure_every, measuring.batches_per_refresh
         micro = accumulate if accelerator is None else getattr(accelerator, "gradient_accumulation_steps", 1)
         direction = TargetDirection(

@@ -23,8 +23,8 @@ class Decision:
     """How contributions decide.
 
     Attributes:
-        min_count: strata of a group with fewer contributions in the mean keep their weights; a stratum with less than
-            a fifth of it does in any group.
+        min_count: strata of a group keep their weights until a contribution's stratum has so many in the mean; one
+            with less than a fifth of it keeps its weight in any group.
         lower_below: z below which a stratum gets the floor.
         raise_above: z above which it gets full weight again.
         soft: weights rise smoothly with z instead, half-way at the middle of these two.
@@ -92,8 +92,13 @@ class Merits:
             return np.sqrt(variance / self.count)
 
     def told(self, decision: Decision) -> NDArray[np.bool_]:
-        """Which strata have enough contributions [S]: those of a group begin together, so that none is alone."""
-        enough = self.count.reshape(-1, self.of_group).mean(axis=1) >= decision.min_count
+        """Which strata have enough contributions [S]: those of a group begin together, so that none is alone.
+
+        That is once a contribution's stratum has `min_count` in the mean over contributions: empty strata, as there are
+        where losses have few values, do not count.
+        """
+        rows = self.count.reshape(-1, self.of_group)
+        enough = (rows * rows).sum(axis=1) >= decision.min_count * rows.sum(axis=1)
         return np.repeat(enough, self.of_group) & (self.count >= max(OWN_SHARE * decision.min_count, 1.0))
 
     def contrast(self, decision: Decision) -> float | None:

@@ -74,7 +74,8 @@ class Definition:
         of_group, least = int(self.set["strata"]), self.set["min_count"]
         first = cell // of_group * of_group
         counts = [self.sums[k][0] for k in range(first, first + of_group)]
-        return sum(counts) / of_group >= least and self.sums[cell][0] >= max(0.2 * least, 1.0)
+        mean = sum(n * n for n in counts) / sum(counts) if sum(counts) else 0.0  # over contributions
+        return mean >= least and self.sums[cell][0] >= max(0.2 * least, 1.0)
 
     def _z(self, cell: int) -> float:
         of_group = int(self.set["strata"])
@@ -279,6 +280,19 @@ def test_harmful_strata_get_the_floor_whatever_the_sign_of_loss() -> None:
         weights = rule.weights(state, None)
         assert weights[: N // 4].mean() < 0.15 < 1.15 < weights[N // 4 :].mean()
         assert np.isfinite(rule.scores(state, None)).all()
+
+
+def test_losses_of_two_values_have_weights_too() -> None:
+    """Most strata are empty then."""
+    rule = build("strata", {})
+    state, rng = start(rule), np.random.default_rng(17)
+    for _ in range(200):
+        ids = rng.choice(N, 32, replace=False).astype(np.int64)
+        losses = (ids < N // 3).astype(np.float32)
+        contributions = (0.5 - losses + rng.normal(size=32)).astype(np.float32)
+        state = rule.update(state, Statistics(ids=ids, losses=losses, contributions=contributions))
+    weights = rule.weights(state, None)
+    assert weights[: N // 3].max() < 0.3 < 1.2 < weights[N // 3 :].min()
 
 
 def test_quantiles_follow_losses_that_fall() -> None:

@@ -15,7 +15,7 @@ from tests.deploy.training import COLLAPSED
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 90.0
+PATIENCE_S = 240.0
 
 
 @pytest.fixture(scope="module")

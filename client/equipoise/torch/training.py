@@ -177,8 +177,8 @@ class TrainingOptions:
         rule = same_everywhere(rule_of(client))  # the direction is refreshed by all together
         if rule is None:
             logger.warning(
-                "the policy's rule is not known, since no server answers: plain contributions of every batch are measured; "
-                "give PolicyClient(rule=...) for what suits its rule"
+                "the policy's rule is not known, and no server answers: plain contributions of every batch are "
+                "measured; give PolicyClient(rule=...) for what suits it"
             )
         measuring = self.measuring(rule)
         every, batches = measuring.measure_every, measuring.batches_per_refresh

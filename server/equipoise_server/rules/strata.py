@@ -71,9 +71,9 @@ class StrataSettings(SignalSettings):
     """How many contributions a stratum remembers."""
 
     min_count: float = number(150.0, low=2.0, high=1e6)
-    """The strata of a group have full weight until a contribution's stratum has so many in the mean; one with less than
-    a fifth of it keeps it. By default weights act after some 270 contributions to each: what strata differ in before that
-    is mostly how a new model learns."""
+    """The strata of a group have full weight until a contribution's stratum has so many in the mean; one with less
+    than a fifth of it keeps it. By default weights act after some 270 contributions to each: what strata differ in
+    before that is mostly how a new model learns."""
 
     smoothing: float = number(0.5, low=0.0, high=1.0)
     """What a contribution to a neighbour, the stratum of the next higher or lower losses of the group, counts for in z:

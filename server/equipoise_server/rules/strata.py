@@ -19,6 +19,7 @@ from equipoise_server.rules.base import (
     Stratum,
     TableState,
 )
+from equipoise_server.rules.density_ratio import DensityRatio
 from equipoise_server.rules.merits import Decision, Merits
 from equipoise_server.rules.quantiles import POINTS_PER_STRATUM, Quantiles
 from equipoise_server.rules.rule import Rule
@@ -79,10 +80,16 @@ class StrataSettings(SignalSettings):
     """What a contribution to a neighbour, the stratum of the next higher or lower losses of the group, counts for in z:
     what is decided then follows the loss smoothly."""
 
-    lower_below: float = number(-1.6, low=-100.0, high=100.0)
+    target_memory: float = number(256.0, low=16.0, high=1e6)
+    """How many losses of the target a group remembers, about."""
+
+    min_target_losses: float = number(100.0, low=2.0, high=1e6)
+    """With fewer losses of the target in its memory a group's strata are not compared with them."""
+
+    lower_below: float = number(-2.2, low=-100.0, high=100.0)
     """z, mean contribution over its standard error, below which a stratum loses its weight."""
 
-    raise_above: float = number(-0.3, low=-100.0, high=100.0)
+    raise_above: float = number(-0.8, low=-100.0, high=100.0)
     """z above which it has full weight, about; without `soft` it keeps between the two what it has."""
 
     soft: bool = flag(True)
@@ -95,6 +102,10 @@ class StrataSettings(SignalSettings):
 
 class Strata(Rule):
     """The weight of an example is that of its stratum: a quantile of the smoothed loss, within its group.
+
+    Two things lower it. Where there are losses of target examples, a stratum is lowered by the square of the target's
+    share in it over its own, if that is below 1: see `DensityRatio`. Where there are contributions, a stratum whose mean
+    is low is.
 
     The loss of an example says a lot about it, but not whether that is good or bad; its contribution says just that,
     but under noise that hides it. Averaged over a stratum the noise goes. Contributions should be norm-matched: their
@@ -140,6 +151,7 @@ class Strata(Rule):
         if not statistics.size:
             return
         check_no_outcomes(statistics, signals=self.signals, rule=self.name)
+        self._check_target(statistics)
         if statistics.losses is None and statistics.contributions is None:
             raise RuleError("losses", f"losses is absent: rule {self.name} needs losses or contributions in every step")
         if statistics.reference_losses is not None:
@@ -155,14 +167,31 @@ class Strata(Rule):
             text = f"{groups[row]} of example {example}: rule {self.name} has groups [0, {self._groups})"
             raise RuleError("groups", f"groups = {text}")
 
+    def _check_target(self, statistics: Statistics) -> None:
+        groups = statistics.target_groups
+        if statistics.target_losses is None:
+            return
+        if statistics.losses is None:
+            text = f"target_losses: rule {self.name} compares them with losses, which are absent"
+            raise RuleError("target_losses", text)
+        if groups is None and self._groups > 1:
+            text = f"target_groups is absent: rule {self.name} with {self._groups} groups needs it with target_losses"
+            raise RuleError("target_groups", text)
+        if groups is not None and groups.max() >= self._groups:
+            where = f"target_groups[{int(np.argmax(groups >= self._groups))}]"
+            text = f"{where} = {groups.max()}: rule {self.name} has groups [0, {self._groups})"
+            raise RuleError(where, text)
+
     def prepare(self, state: TableState, statistics: Statistics) -> Scalars:
         """All of what is kept beside the tables, with this step in it."""
         if not statistics.size:
             return dict(state.scalars)
         quantiles, merits = self.quantiles(state.scalars), self.merits(state.scalars)
+        density = self.density(state.scalars)
         losses, strata = self._rows(state, statistics)
         if statistics.losses is not None:
             groups = self._groups_of(statistics)
+            density = self._compared(density, statistics, groups)
             quantiles = quantiles.after(losses.astype(np.float64), groups, window=self._settings.window)
             strata = groups * self._strata + quantiles.strata(losses.astype(np.float64), groups)
         mean_square = state.scalars.get(MEAN_SQUARE, 0.0)
@@ -180,7 +209,7 @@ class Strata(Rule):
             values = scaled(contributions[told], mean_square, rule=self.name, clip=True)
             values = values.clip(-MAX_CONTRIBUTION, MAX_CONTRIBUTION)
             merits = merits.after(values, strata[told], memory=self._settings.memory, decision=self._decision)
-        return self._to_scalars(mean_square, quantiles, merits)
+        return self._to_scalars(mean_square, quantiles, merits, density)
 
     def apply(
         self, state: TableState, statistics: Statistics, scalars: Scalars, *, pages: NDArray[np.bool_] | None = None
@@ -248,7 +277,7 @@ class Strata(Rule):
     ) -> NDArray[np.bool_]:
         """Whether the weight of the stratum is above the floor."""
         floor = self._decision.floor
-        above = np.append((self.merits(state.scalars).weight > floor) | (floor == 1.0), True)
+        above = np.append((self._raw(state.scalars) > floor) | (floor == 1.0), True)
         return np.asarray(above[_read(state, STRATUM, ids)])
 
     def effective_examples(self, state: TableState) -> float:
@@ -304,6 +333,48 @@ class Strata(Rule):
         count, total, square, weight = (_array(scalars, self._names[name]) for name in (_COUNT, _SUM, _SQUARE, _WEIGHT))
         return Merits(of_group=self._strata, count=count, total=total, square=square, weight=weight)
 
+    def density(self, scalars: Mapping[str, float]) -> DensityRatio | None:
+        """How often the target's losses lie where those of the training examples do; None: it was never told."""
+        if _MARK + "0" not in scalars:
+            return None
+        points, mass, own, target = (_array(scalars, self._names[name]) for name in (_MARK, _TOLD, _OWN, _TARGET))
+        counts = (values.reshape(self._groups, -1) for values in (own, target))
+        return DensityRatio(
+            quantiles=Quantiles(points=points.reshape(self._groups, -1), mass=mass),
+            **dict(zip(("own", "target"), counts, strict=True)),
+        )
+
+    def _compared(
+        self, density: DensityRatio | None, statistics: Statistics, groups: NDArray[np.int64]
+    ) -> DensityRatio | None:
+        """With the losses of a step in it, from the first losses of the target on."""
+        target, target_groups = statistics.target_losses, statistics.target_groups
+        if density is None and target is None:
+            return None
+        if target is None:
+            target = np.zeros(0, np.float32)
+        if target_groups is None:
+            target_groups = np.zeros(len(target), np.int64)
+        assert statistics.losses is not None
+        before = density or DensityRatio.none(strata=self._strata, groups=self._groups)
+        return before.after(
+            statistics.losses.astype(np.float64),
+            groups,
+            target_losses=target.astype(np.float64),
+            target_groups=target_groups,
+            window=self._settings.window,
+            memory=self._settings.target_memory,
+        )
+
+    def _raw(self, scalars: Mapping[str, float]) -> NDArray[np.float64]:
+        """Raw weight of each stratum, float64 [cells], in [floor, 1], a multiple of 2^-30."""
+        weight, density = self.merits(scalars).weight, self.density(scalars)
+        if density is None:
+            return weight
+        told = self._settings
+        ratio = density.ratio(min_count=told.min_target_losses, smoothing=told.smoothing).ravel()
+        return np.asarray(np.maximum(np.rint(weight * (ratio * ratio) * ONE) / ONE, self._decision.floor))
+
     def _check_settings(self) -> None:
         """Raises RuleError where settings contradict each other."""
         told = self._settings
@@ -318,7 +389,7 @@ class Strata(Rule):
 
     def _served(self, state: TableState) -> NDArray[np.float64]:
         """Served weight of each stratum before the guard, float64 [cells]: mean 1 over the examples in them."""
-        weight = self.merits(state.scalars).weight
+        weight = self._raw(state.scalars)
         total = math.fsum((state.sizes * weight).tolist())
         return weight * (state.scored / total) if total else weight
 
@@ -347,9 +418,21 @@ class Strata(Rule):
     def _groups_of(self, statistics: Statistics) -> NDArray[np.int64]:
         return np.zeros(statistics.size, np.int64) if statistics.groups is None else statistics.groups
 
-    def _to_scalars(self, mean_square: float, quantiles: Quantiles, merits: Merits) -> Scalars:
+    def _to_scalars(
+        self, mean_square: float, quantiles: Quantiles, merits: Merits, density: DensityRatio | None
+    ) -> Scalars:
         scalars = {MEAN_SQUARE: mean_square}
+        compared: tuple[tuple[str, NDArray[np.float64]], ...] = ()
+        if density is not None:
+            marks = density.quantiles
+            compared = (
+                (_MARK, marks.points.ravel()),
+                (_TOLD, marks.mass),
+                (_OWN, density.own.ravel()),
+                (_TARGET, density.target.ravel()),
+            )
         for prefix, values in (
+            *compared,
             (_POINT, quantiles.points.ravel()),
             (_MASS, quantiles.mass),
             (_COUNT, merits.count),
@@ -365,7 +448,9 @@ class Strata(Rule):
         if not scalars:
             return
         scaled(np.zeros(0), scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
+        compared = ((_MARK, -math.inf, math.inf), *((name, 0.0, math.inf) for name in (_TOLD, _OWN, _TARGET)))
         for prefix, low, high in (
+            *(compared if _MARK + "0" in scalars else ()),
             (_POINT, -math.inf, math.inf),
             (_MASS, 0.0, math.inf),
             (_COUNT, 0.0, math.inf),
@@ -378,9 +463,15 @@ class Strata(Rule):
             for name, value in zip(names, values, strict=True):
                 if not (low <= value <= high and math.isfinite(value)):
                     raise RuleError(name, f"{name} = {value}: rule {self.name} never writes that")
-        falls = np.diff(self.quantiles(scalars).points, prepend=-np.inf).ravel() < 0.0
-        if falls.any():
-            name = self._names[_POINT][int(np.argmax(falls))]
+        density = self.density(scalars)
+        for prefix, quantiles in (
+            (_POINT, self.quantiles(scalars)),
+            *(() if density is None else ((_MARK, density.quantiles),)),
+        ):
+            falls = np.diff(quantiles.points, prepend=-np.inf).ravel() < 0.0
+            if not falls.any():
+                continue
+            name = self._names[prefix][int(np.argmax(falls))]
             raise RuleError(
                 name, f"{name} = {scalars[name]}: points of a group rise; rule {self.name} never writes that"
             )
@@ -393,6 +484,8 @@ def _read(state: TableState, name: str, ids: NDArray[np.int64] | None) -> NDArra
 
 
 _POINT, _MASS, _COUNT, _SUM, _SQUARE, _WEIGHT = "point.", "mass.", "count.", "sum.", "square.", "weight."
+_MARK, _TOLD, _OWN, _TARGET = "mark.", "told.", "own.", "target."
+"""Of the density ratio: quantiles of losses as they were reported, their mass, and losses by stratum."""
 
 
 def _held(contributions: NDArray[np.float32], mean_square: float) -> NDArray[np.float64]:
@@ -407,7 +500,9 @@ def _names(groups: int, strata: int) -> dict[str, tuple[str, ...]]:
     sizes = {
         _POINT: POINTS_PER_STRATUM * cells,
         _MASS: groups,
-        **dict.fromkeys((_COUNT, _SUM, _SQUARE, _WEIGHT), cells),
+        **dict.fromkeys((_COUNT, _SUM, _SQUARE, _WEIGHT, _OWN, _TARGET), cells),
+        _MARK: POINTS_PER_STRATUM * cells,
+        _TOLD: groups,
     }
     return {prefix: tuple(f"{prefix}{index}" for index in range(size)) for prefix, size in sizes.items()}
 

@@ -432,6 +432,7 @@ class StratumStatus(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     Z_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
+    RATIO_FIELD_NUMBER: builtins.int
     group: builtins.int
     """Its group, in [0, groups)."""
     stratum: builtins.int
@@ -447,9 +448,13 @@ class StratumStatus(google.protobuf.message.Message):
     error: builtins.float
     """Standard error of the mean; 0 without contributions."""
     z: builtins.float
-    """Mean over standard error, after shrinkage; 0 where there are too few contributions."""
+    """Mean over standard error, of it and its neighbours; 0 where there are too few contributions."""
     weight: builtins.float
     """Served weight of its examples, the guard's mix included."""
+    ratio: builtins.float
+    """The share of the target's losses that lie in it over the share of the training examples', at most 1; 1 where the
+    target has told too few losses.
+    """
     def __init__(
         self,
         *,
@@ -462,9 +467,10 @@ class StratumStatus(google.protobuf.message.Message):
         error: builtins.float = ...,
         z: builtins.float = ...,
         weight: builtins.float = ...,
+        ratio: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_above_loss", b"_above_loss", "above_loss", b"above_loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_above_loss", b"_above_loss", "above_loss", b"above_loss", "contributions", b"contributions", "error", b"error", "examples", b"examples", "group", b"group", "mean", b"mean", "stratum", b"stratum", "weight", b"weight", "z", b"z"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_above_loss", b"_above_loss", "above_loss", b"above_loss", "contributions", b"contributions", "error", b"error", "examples", b"examples", "group", b"group", "mean", b"mean", "ratio", b"ratio", "stratum", b"stratum", "weight", b"weight", "z", b"z"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_above_loss", b"_above_loss"]) -> typing.Literal["above_loss"] | None: ...
 
 Global___StratumStatus: typing_extensions.TypeAlias = StratumStatus

@@ -107,7 +107,8 @@ class Stratum:
         contributions: how many count, older ones less.
         mean: of these, in units of the running RMS of all.
         error: standard error of the mean; 0 without contributions.
-        z: mean over error after shrinkage; 0 where there are too few contributions.
+        z: mean over error, of it and its neighbours; 0 where there are too few contributions.
+        ratio: the target's share of losses in it over its own, at most 1; 1 where the target told too little.
         weight: served weight of its examples.
     """
 
@@ -119,6 +120,7 @@ class Stratum:
     mean: float
     error: float
     z: float
+    ratio: float
     weight: float
 
 

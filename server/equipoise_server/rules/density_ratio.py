@@ -56,6 +56,8 @@ class DensityRatio:
             memory: how many of the target.
         """
         quantiles = self.quantiles.after(losses, groups, window=window)
+        known = quantiles.mass[target_groups] > 0.0  # of other groups nothing can be compared yet
+        target_losses, target_groups = target_losses[known], target_groups[known]
         return DensityRatio(
             quantiles=quantiles,
             own=_counted(self.own, quantiles, losses, groups, memory=window),

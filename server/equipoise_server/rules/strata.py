@@ -20,13 +20,13 @@ from equipoise_server.rules.base import (
     TableState,
 )
 from equipoise_server.rules.density_ratio import DensityRatio
-from equipoise_server.rules.merits import Decision, Merits
-from equipoise_server.rules.quantiles import POINTS_PER_STRATUM, Quantiles
+from equipoise_server.rules.merits import Decision
 from equipoise_server.rules.rule import Rule
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
 from equipoise_server.rules.settings import MAX_DECAY, MIN_FLOOR, SignalSettings, flag, integer, number
 from equipoise_server.rules.signals import check_length, check_no_outcomes
 from equipoise_server.rules.slices import SLICE_VALUES, Slices, fill
+from equipoise_server.rules.strata_scalars import StrataScalars
 from equipoise_server.rules.sums import spans
 from equipoise_server.rules.weights import ONE, fixed_point
 
@@ -37,6 +37,9 @@ STRATUM = "stratum"
 
 MAX_CELLS = 1024
 """Strata of all groups: a step keeps 64 bytes of each in the log."""
+
+MIN_RATIO = 1e-3
+"""A density ratio below it has its logarithm."""
 
 MAX_CONTRIBUTION = 3.0
 """Larger contributions, in units of the running RMS, count as this: no single one decides about a stratum."""
@@ -104,8 +107,8 @@ class Strata(Rule):
     """The weight of an example is that of its stratum: a quantile of the smoothed loss, within its group.
 
     Two things lower it. Where there are losses of target examples, a stratum is lowered by the square of the target's
-    share in it over its own, if that is below 1: see `DensityRatio`. Where there are contributions, a stratum whose mean
-    is low is.
+    share in it over its own, if that is below 1: see `DensityRatio`. Where there are contributions, a stratum is whose
+    mean is low.
 
     The loss of an example says a lot about it, but not whether that is good or bad; its contribution says just that,
     but under noise that hides it. Averaged over a stratum the noise goes. Contributions should be norm-matched: their
@@ -132,7 +135,7 @@ class Strata(Rule):
             floor=fixed_point(settings.floor, ONE) / ONE,
             smoothing=settings.smoothing,
         )
-        self._names = _names(self._groups, self._strata)
+        self._kept = StrataScalars(strata=self._strata, groups=self._groups, floor=self._decision.floor, rule=self.name)
 
     @property
     def columns(self) -> Mapping[str, torch.dtype]:
@@ -186,8 +189,8 @@ class Strata(Rule):
         """All of what is kept beside the tables, with this step in it."""
         if not statistics.size:
             return dict(state.scalars)
-        quantiles, merits = self.quantiles(state.scalars), self.merits(state.scalars)
-        density = self.density(state.scalars)
+        quantiles, merits = self._kept.quantiles(state.scalars), self._kept.merits(state.scalars)
+        density = self._kept.density(state.scalars)
         losses, strata = self._rows(state, statistics)
         if statistics.losses is not None:
             groups = self._groups_of(statistics)
@@ -209,18 +212,18 @@ class Strata(Rule):
             values = scaled(contributions[told], mean_square, rule=self.name, clip=True)
             values = values.clip(-MAX_CONTRIBUTION, MAX_CONTRIBUTION)
             merits = merits.after(values, strata[told], memory=self._settings.memory, decision=self._decision)
-        return self._to_scalars(mean_square, quantiles, merits, density)
+        return self._kept.pack(mean_square, quantiles, merits, density)
 
     def apply(
         self, state: TableState, statistics: Statistics, scalars: Scalars, *, pages: NDArray[np.bool_] | None = None
     ) -> TableState:
         """Moves the smoothed losses, and puts the step's examples into their strata."""
-        self._check_scalars(scalars)
+        self._kept.check(scalars)
         self._contributions(state, statistics)  # as many as there are examples
         if statistics.size and statistics.losses is not None:
             losses, before = self._rows(state, statistics)
             groups = self._groups_of(statistics)
-            quantiles = self.quantiles(scalars)
+            quantiles = self._kept.quantiles(scalars)
             after = groups * self._strata + quantiles.strata(losses.astype(np.float64), groups)
             ids = statistics.ids
             if pages is not None and not pages.all():
@@ -239,7 +242,7 @@ class Strata(Rule):
 
     def restore_slices(self, state: TableState) -> Slices[TableState]:
         """Checks tables and scalars, and counts who is in which stratum."""
-        self._check_scalars(state.scalars)
+        self._kept.check(state.scalars)
         for name, dtype in self.columns.items():
             column = state.columns.get(name)
             if column is None or column.dtype != dtype or column.shape != (state.num_examples,):
@@ -268,8 +271,9 @@ class Strata(Rule):
         return np.asarray(served.astype(np.float32)[_read(state, STRATUM, ids)])
 
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        """z of the stratum, NaN where no loss was reported."""
-        z = self.merits(state.scalars).z(self._decision)
+        """z of the stratum, and twice the logarithm of its density ratio; NaN where no loss was reported."""
+        z = self._kept.merits(state.scalars).z(self._decision)
+        z = z + 2.0 * np.log(np.maximum(self._ratio(state.scalars), MIN_RATIO))
         return np.asarray(np.append(z, np.nan).astype(np.float32)[_read(state, STRATUM, ids)])
 
     def above_floor(
@@ -296,9 +300,9 @@ class Strata(Rule):
 
     def strata(self, state: TableState) -> StrataReport:
         """All of them, as they stand."""
-        quantiles, merits = self.quantiles(state.scalars), self.merits(state.scalars)
+        quantiles, merits = self._kept.quantiles(state.scalars), self._kept.merits(state.scalars)
         errors = np.where(merits.count > 0.0, merits.errors, 0.0)
-        z, guard = merits.z(self._decision), state.guard_strength
+        z, ratio, guard = merits.z(self._decision), self._ratio(state.scalars), state.guard_strength
         served = self._served(state) * (1.0 - guard) + guard
         found = []
         for cell in range(self._cells):
@@ -314,35 +318,11 @@ class Strata(Rule):
                     mean=float(merits.means[cell]),
                     error=float(errors[cell]),
                     z=float(z[cell]),
+                    ratio=float(ratio[cell]),
                     weight=float(served[cell]),
                 )
             )
         return StrataReport(strata=tuple(found), contrast=merits.contrast(self._decision))
-
-    def quantiles(self, scalars: Mapping[str, float]) -> Quantiles:
-        """The distribution of recent losses."""
-        if _MASS + "0" not in scalars:
-            return Quantiles.empty(groups=self._groups, strata=self._strata)
-        points, mass = (_array(scalars, self._names[prefix]) for prefix in (_POINT, _MASS))
-        return Quantiles(points=points.reshape(self._groups, -1), mass=mass)
-
-    def merits(self, scalars: Mapping[str, float]) -> Merits:
-        """What contributions say about the strata."""
-        if _COUNT + "0" not in scalars:
-            return Merits.none(strata=self._strata, groups=self._groups)
-        count, total, square, weight = (_array(scalars, self._names[name]) for name in (_COUNT, _SUM, _SQUARE, _WEIGHT))
-        return Merits(of_group=self._strata, count=count, total=total, square=square, weight=weight)
-
-    def density(self, scalars: Mapping[str, float]) -> DensityRatio | None:
-        """How often the target's losses lie where those of the training examples do; None: it was never told."""
-        if _MARK + "0" not in scalars:
-            return None
-        points, mass, own, target = (_array(scalars, self._names[name]) for name in (_MARK, _TOLD, _OWN, _TARGET))
-        counts = (values.reshape(self._groups, -1) for values in (own, target))
-        return DensityRatio(
-            quantiles=Quantiles(points=points.reshape(self._groups, -1), mass=mass),
-            **dict(zip(("own", "target"), counts, strict=True)),
-        )
 
     def _compared(
         self, density: DensityRatio | None, statistics: Statistics, groups: NDArray[np.int64]
@@ -366,13 +346,16 @@ class Strata(Rule):
             memory=self._settings.target_memory,
         )
 
+    def _ratio(self, scalars: Mapping[str, float]) -> NDArray[np.float64]:
+        """Density ratio of each stratum, float64 [cells], in [0, 1]; 1 where the target told too little."""
+        density, told = self._kept.density(scalars), self._settings
+        if density is None:
+            return np.ones(self._cells)
+        return density.ratio(min_count=told.min_target_losses, smoothing=told.smoothing).ravel()
+
     def _raw(self, scalars: Mapping[str, float]) -> NDArray[np.float64]:
         """Raw weight of each stratum, float64 [cells], in [floor, 1], a multiple of 2^-30."""
-        weight, density = self.merits(scalars).weight, self.density(scalars)
-        if density is None:
-            return weight
-        told = self._settings
-        ratio = density.ratio(min_count=told.min_target_losses, smoothing=told.smoothing).ravel()
+        weight, ratio = self._kept.merits(scalars).weight, self._ratio(scalars)
         return np.asarray(np.maximum(np.rint(weight * (ratio * ratio) * ONE) / ONE, self._decision.floor))
 
     def _check_settings(self) -> None:
@@ -418,64 +401,6 @@ class Strata(Rule):
     def _groups_of(self, statistics: Statistics) -> NDArray[np.int64]:
         return np.zeros(statistics.size, np.int64) if statistics.groups is None else statistics.groups
 
-    def _to_scalars(
-        self, mean_square: float, quantiles: Quantiles, merits: Merits, density: DensityRatio | None
-    ) -> Scalars:
-        scalars = {MEAN_SQUARE: mean_square}
-        compared: tuple[tuple[str, NDArray[np.float64]], ...] = ()
-        if density is not None:
-            marks = density.quantiles
-            compared = (
-                (_MARK, marks.points.ravel()),
-                (_TOLD, marks.mass),
-                (_OWN, density.own.ravel()),
-                (_TARGET, density.target.ravel()),
-            )
-        for prefix, values in (
-            *compared,
-            (_POINT, quantiles.points.ravel()),
-            (_MASS, quantiles.mass),
-            (_COUNT, merits.count),
-            (_SUM, merits.total),
-            (_SQUARE, merits.square),
-            (_WEIGHT, merits.weight),
-        ):
-            scalars.update(zip(self._names[prefix], values.tolist(), strict=True))
-        return scalars
-
-    def _check_scalars(self, scalars: Mapping[str, float]) -> None:
-        """Raises RuleError unless the rule may have written them: all or none."""
-        if not scalars:
-            return
-        scaled(np.zeros(0), scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
-        compared = ((_MARK, -math.inf, math.inf), *((name, 0.0, math.inf) for name in (_TOLD, _OWN, _TARGET)))
-        for prefix, low, high in (
-            *(compared if _MARK + "0" in scalars else ()),
-            (_POINT, -math.inf, math.inf),
-            (_MASS, 0.0, math.inf),
-            (_COUNT, 0.0, math.inf),
-            (_SUM, -math.inf, math.inf),
-            (_SQUARE, 0.0, math.inf),
-            (_WEIGHT, self._decision.floor, 1.0),
-        ):
-            names = self._names[prefix]
-            values = [scalars.get(name, math.nan) for name in names]
-            for name, value in zip(names, values, strict=True):
-                if not (low <= value <= high and math.isfinite(value)):
-                    raise RuleError(name, f"{name} = {value}: rule {self.name} never writes that")
-        density = self.density(scalars)
-        for prefix, quantiles in (
-            (_POINT, self.quantiles(scalars)),
-            *(() if density is None else ((_MARK, density.quantiles),)),
-        ):
-            falls = np.diff(quantiles.points, prepend=-np.inf).ravel() < 0.0
-            if not falls.any():
-                continue
-            name = self._names[prefix][int(np.argmax(falls))]
-            raise RuleError(
-                name, f"{name} = {scalars[name]}: points of a group rise; rule {self.name} never writes that"
-            )
-
 
 def _read(state: TableState, name: str, ids: NDArray[np.int64] | None) -> NDArray[Any]:
     """Rows of a column on the host."""
@@ -483,29 +408,7 @@ def _read(state: TableState, name: str, ids: NDArray[np.int64] | None) -> NDArra
     return here(gather(column, rows_of(column, ids)))
 
 
-_POINT, _MASS, _COUNT, _SUM, _SQUARE, _WEIGHT = "point.", "mass.", "count.", "sum.", "square.", "weight."
-_MARK, _TOLD, _OWN, _TARGET = "mark.", "told.", "own.", "target."
-"""Of the density ratio: quantiles of losses as they were reported, their mass, and losses by stratum."""
-
-
 def _held(contributions: NDArray[np.float32], mean_square: float) -> NDArray[np.float64]:
     """Contributions within `MAX_RISE` times the RMS so far; as they are while there is none."""
     reach = MAX_RISE * math.sqrt(mean_square) if mean_square else math.inf
     return contributions.astype(np.float64).clip(-reach, reach)
-
-
-def _names(groups: int, strata: int) -> dict[str, tuple[str, ...]]:
-    """Names of the scalars by their prefix."""
-    cells = groups * strata
-    sizes = {
-        _POINT: POINTS_PER_STRATUM * cells,
-        _MASS: groups,
-        **dict.fromkeys((_COUNT, _SUM, _SQUARE, _WEIGHT, _OWN, _TARGET), cells),
-        _MARK: POINTS_PER_STRATUM * cells,
-        _TOLD: groups,
-    }
-    return {prefix: tuple(f"{prefix}{index}" for index in range(size)) for prefix, size in sizes.items()}
-
-
-def _array(scalars: Mapping[str, float], names: tuple[str, ...]) -> NDArray[np.float64]:
-    return np.array([scalars[name] for name in names])

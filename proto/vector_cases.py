@@ -294,7 +294,7 @@ def _strata() -> Iterator[Asked]:
     for name, about, settings in (
         ("target", "losses of the target, also too few at first, and without losses of the rows", {}),
         (
-            "target groups",
+            "target_groups",
             "the same of two groups; target groups that are absent or too high are refused",
             {"groups": 2.0},
         ),

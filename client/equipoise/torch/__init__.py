@@ -75,6 +75,7 @@ from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.losses import causal_lm_losses, token_losses, weighted_mean
 from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
+from equipoise.torch.relative import relative, shrunk
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
@@ -107,8 +108,10 @@ __all__ = [
     "causal_lm_losses",
     "join",
     "look_ahead",
+    "relative",
     "resume_run",
     "run_state",
+    "shrunk",
     "token_losses",
     "weighted_mean",
     "weighted_steps",

@@ -31,7 +31,7 @@ class Metrics:
     | `rows_scored` | share of the rows whose contribution is known | newest step |
     | `target_loss`, `guard_loss` | mean losses on target A and guard B, nats | newest measurement |
     | `sim` | mean over deviation of contributions, the Learning Law's evidence | the policy |
-    | `plain_sim` | the same of plain contributions, where others are sent: norm-matched, relative | newest refresh, or step |
+    | `plain_sim` | the same of plain contributions, where others are sent | newest refresh or step |
     | `effective_ratio` | effective examples as a share of all; 1 is uniform | the policy |
     | `examples_scored` | share of the examples that were ever scored | the policy |
     | `positive_share` | share of rows with a positive contribution | the policy's newest step |

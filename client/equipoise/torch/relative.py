@@ -1,8 +1,8 @@
 """Contributions as comparisons: relative to their batch, and smaller by what chance explains.
 
-What all rows share, as how frequent tokens are in text, dominates plain contributions, and its sign swings with every few
-steps of the model: a direction some steps old then calls everything harmful, or everything useful. Where ids stand for
-sources or other groups, a policy must know one thing: does a row do more for the target than the usual one?
+What all rows share, as how frequent tokens are in text, dominates plain contributions, and its sign swings with every
+few steps of the model: a direction some steps old then calls everything harmful, or everything useful. Where ids stand
+for sources or other groups, a policy must know one thing: does a row do more for the target than the usual one?
 
 Shape legend: B rows of a batch, G groups among them.
 """
@@ -23,9 +23,9 @@ NORMAL_SPREAD: Final = 1.4826
 def relative(contributions: ArrayLike) -> NDArray[np.float64]:
     """Distances from the median in spreads, cut off at 2, less their mean.
 
-    With m the median and s = 1.4826·median|c − m|, a spread that few rows cannot move: `r = clip((c − m)/s, −2, 2)`, and
-    `r − mean(r)` is returned. They have no unit, and none outweighs a hundred others, as a single rare token may under
-    Adam's scaling.
+    With m the median and s = 1.4826·median|c − m|, a spread that few rows cannot move: `r = clip((c − m)/s, −2, 2)`,
+    and `r − mean(r)` is returned. They have no unit, and none outweighs a hundred others, as a single rare token may
+    under Adam's scaling.
 
     Example:
         >>> relative([3.0, 1.0, 2.0]).round(3).tolist()
@@ -57,8 +57,9 @@ def shrunk(contributions: ArrayLike, groups: ArrayLike) -> NDArray[np.float64]:
 
     F is the ratio of one-way analysis of variance: `Σ_g n_g·(c̄_g − c̄)²/(G − 1)` between groups, over
     `Σ_i (c_i − c̄_g(i))²/(B − G)` within them. 1/F is the share of what parts the groups' means that chance within the
-    groups explains; without any difference F is about 1, and nothing is left to learn from noise. It is the positive-part
-    James-Stein estimator (Efron and Morris, 1973) with the variance estimated from the same batch.
+    groups explains; without any difference F is about 1, and nothing is left to learn from noise. The factor is that of
+    the positive-part James-Stein estimator towards the mean (Efron and Morris, 1973), with the variance estimated from
+    the same batch; rows within a group are scaled alike.
 
     Example:
         >>> shrunk([2.0, 4.0, -2.0, -4.0], [0, 0, 1, 1]).round(3).tolist()

@@ -27,10 +27,9 @@ class Schedule:
         ):
             fits = is_integer(value, least, 1 << 62) or (value is None and field in ("measure_until", "guard_every"))
             require(fits, field=field, value=value, rule=f"must be an integer of at least {least}")
-        rule = "must not be given without measure_until, before which refreshes have losses on guard B"
-        require(
-            self.guard_every is None or self.until is not None, field="guard_every", value=self.guard_every, rule=rule
-        )
+        fits = self.guard_every is None or self.until is not None
+        rule = "needs measure_until, the batch from which on it counts"
+        require(fits, field="guard_every", value=self.guard_every, rule=rule)
 
     def __str__(self) -> str:
         """The options that leave batches out, as they were given."""

@@ -66,9 +66,9 @@ class LossSteps(Steps):
 
 
 class ScoredSteps(Steps):
-    """Weights from contributions, in the same step, where each sequence has an id of its own; the first steps are plain.
+    """Weights from contributions, in the same step, where each sequence has an id of its own.
 
-    Every batch is scored: a sequence is visited too rarely to leave one out.
+    Every batch after the first ones is scored: a sequence is visited too rarely to leave one out.
     """
 
     def __init__(self, around: Surroundings, policy: RunPolicy) -> None:

@@ -51,7 +51,8 @@ likely cause; `WeightedSteps` has four examples of the first step verified by gr
 length, since to lower the target loss by longer steps along what all examples share is no merit of one. Plain ones are
 those of the Learning Law. Rule `strata` takes the former, of every third batch: `weighted_steps` and trainers know.
 
-`Mixture` draws rows of several sources by the weights of a policy whose examples are the sources.
+`Mixture` draws rows of several sources by the weights of a policy whose examples are the sources. For text
+`WeightedSteps(..., relative=True)` sends contributions relative to their batch; `relative` and `shrunk` are its formulas.
 
 Needs PyTorch: `pip install 'equipoise[torch]'`.
 """

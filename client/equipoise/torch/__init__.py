@@ -52,7 +52,7 @@ length, since to lower the target loss by longer steps along what all examples s
 those of the Learning Law. Rule `strata` takes the former, of every third batch: `weighted_steps` and trainers know.
 
 `Mixture` draws rows of several sources by the weights of a policy whose examples are the sources. For text
-`WeightedSteps(..., relative=True)` sends contributions relative to their batch; `relative` and `shrunk` are its formulas.
+`WeightedSteps(..., relative=True)` sends contributions relative to their batch, by `relative` and `shrunk`.
 
 Needs PyTorch: `pip install 'equipoise[torch]'`.
 """

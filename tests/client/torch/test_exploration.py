@@ -22,7 +22,6 @@ from equipoise.torch import (
     WeightedSteps,
 )
 from tests.client.torch.models import reference
-from tests.client.torch.recording import Recording
 from tests.servers import ServerProcess
 
 BATCH = 12
@@ -171,42 +170,46 @@ def drawn_job(client: PolicyClient) -> tuple[WeightedSteps, Mixture]:
     return WeightedSteps(client, GhostContributions(model, direction), **OPTIONS), mixture
 
 
-def learn(steps: WeightedSteps, mixture: Mixture, epochs: int) -> list[list[int]]:
-    optimizer = torch.optim.SGD(steps.contributions.model.parameters(), lr=0.02)
-    seen = []
-    for _ in range(epochs):
+def learn(steps: WeightedSteps, mixture: Mixture, count: int, *, save_at: int | None = None) -> tuple[Any, Any]:
+    """The ids of so many batches, over as many epochs as that takes; and the job's state before one of them."""
+    model, saved = steps.contributions.model, None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    seen: list[list[int]] = []
+    while len(seen) < count:
         for ids, batch in DataLoader(mixture.dataset, batch_size=BATCH, sampler=mixture):  # type: ignore[arg-type]
             with steps.capture(ids) as step:
                 step.loss(batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             seen.append(ids.tolist())
-    return seen
+            if len(seen) == save_at:
+                weights = {name: value.clone() for name, value in model.state_dict().items()}
+                saved = weights, steps.state(sampler=mixture)
+            if len(seen) == count:
+                break
+    return seen, saved
 
 
-@pytest.mark.parametrize("saved_after", [0, 1])
+@pytest.mark.parametrize("save_at", [4, 8, 11])
 def test_sources_are_explored_alike_then_drawn_by_weight_also_after_a_resumption(
-    server: ServerProcess, saved_after: int
+    server: ServerProcess, save_at: int
 ) -> None:
-    options: dict[str, Any] = {"num_examples": 2, "rule": "exponentiated_gradient", "when_lost": "wait"}
-    settings = {"learning_rate": 0.6, "unit": 1.0, "decay": 0.0, "guard": False}
-    name = f"explore-{saved_after}"
-    with Recording(server.address, policy=name, settings=settings, **options) as client:
+    settings = {"learning_rate": 1.0, "unit": 1.0, "decay": 0.0, "guard": False}
+    options: dict[str, Any] = {"num_examples": 2, "rule": "exponentiated_gradient", "settings": settings}
+    name = f"explore-{save_at}"
+    with PolicyClient(server.address, policy=name, when_lost="wait", **options) as client:
         steps, mixture = drawn_job(client)
-        seen = learn(steps, mixture, saved_after)
-        state = steps.state(sampler=mixture)
-        weights = {key: value.clone() for key, value in steps.contributions.model.state_dict().items()}
-        rest = learn(steps, mixture, 3 - saved_after)
-        seen += rest
+        seen, (weights, state) = learn(steps, mixture, 20, save_at=save_at)
         shares = [np.mean(batch) for batch in seen]  # of the wrong source
         assert shares[:8] == [0.5] * 8
         assert np.mean(shares[8:]) < 0.3
-        assert [ids is None for ids, _ in client.sent[3:]] == [True] * (len(client.sent) - 3)
+        assert client.flush(30)
+        assert client.status().version == len(MEASURED) + 4  # heard at 8, 11, 14 and 17
         again, other = drawn_job(client.for_policy(name))
         again.contributions.model.load_state_dict(weights)
         resumed = again.resume(state, sampler=other)
-        assert again.batches == 8 * saved_after
-        assert learn(again, other, 3 - saved_after) == rest
+        assert again.batches == save_at
+        assert learn(again, other, 20 - save_at)[0] == seen[save_at:]
         resumed.close()
 
 

@@ -79,9 +79,9 @@ def train(steps: WeightedSteps, numbers: range) -> dict[int, Tensor]:
     for number in numbers:
         x, y = rows(BATCH, number)
         with steps.capture(torch.arange(BATCH) % 2) as step:
-            if step.measured:
-                found[number] = reference(model, steps.contributions.direction, (x, y))
             step.loss((x, y)).backward()
+        if step.measured:
+            found[number] = reference(model, steps.contributions.direction, (x, y))
         optimizer.step()
         optimizer.zero_grad()
     return found
@@ -137,8 +137,8 @@ def test_micro_batches_are_compared_together() -> None:
     for number in range(2):
         x, y = rows(BATCH, number)
         with steps.capture(torch.arange(BATCH) % 2) as step:
-            parts.append(reference(model, direction, (x, y)))
             step.loss((x, y)).backward()
+        parts.append(reference(model, direction, (x, y)))
     [(_, fields)] = client.sent
     np.testing.assert_allclose(fields["contributions"], expected_of(torch.cat(parts)), rtol=1e-3, atol=1e-4)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from equipoise.client import PolicyClient
-from equipoise.errors import InvalidRequestError, require
+from equipoise.errors import InvalidRequestError, is_integer, require
 from equipoise.torch.capture import Contributions
 from equipoise.torch.direction import ExampleLoss, TargetDirection
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions

@@ -90,7 +90,7 @@ def table(rows: Sequence[MethodSummary], config: ExperimentConfig) -> Table:
     """One row per method."""
     result = Table(
         title=describe(config),
-        caption="unseen images after the last epoch; loss in nats;\n"
+        caption="unseen images after the last epoch, means over seeds; % and nats;\n"
         "AUROC: of finding wrong labels; CPU: seconds over uniform's",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -100,19 +100,28 @@ def table(rows: Sequence[MethodSummary], config: ExperimentConfig) -> Table:
         caption_justify="left",
     )
     result.add_column("method", no_wrap=True)
-    for heading in ("accuracy", "loss", "minus uniform's", "AUROC", "CPU"):
+    for heading in ("accuracy", "loss", "−uniform's", "better in", "AUROC", "CPU"):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         result.add_row(
             TITLES[row.method],
             f"{100 * row.accuracy.mean:.1f}",
             f"{row.loss.mean:.3f}",
-            "" if row.method == "uniform" else " ".join(f"{value:+.2f}" for value in row.minus_uniform),
-            " ".join(f"{value:.2f}".removeprefix("0") for value in row.auroc),
+            "" if row.method == "uniform" else _mean(row.minus_uniform, "{:+.3f}"),
+            "" if row.method == "uniform" else _better(row.minus_uniform),
+            _mean(row.auroc, "{:.3f}"),
             "" if row.cost is None else f"{row.cost:.1f}×",
             style="bold green" if row.method in RULES else "",
         )
     return result
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return form.format(sum(values) / len(values)) if values else ""
+
+
+def _better(differences: Sequence[float]) -> str:
+    return f"{sum(value < 0 for value in differences)} of {len(differences)}" if differences else ""
 
 
 def print_report(runs: Sequence[Run], config: ExperimentConfig, *, console: Console) -> None:

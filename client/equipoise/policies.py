@@ -98,7 +98,7 @@ class Stratum:
         contributions: number of contributions that count, older ones less.
         mean: their mean, in units of the running root mean square of all contributions.
         error: standard error of the mean; 0 without contributions.
-        z: mean over standard error, after shrinkage; 0 where there are too few contributions.
+        z: mean over standard error, of it and its neighbours; 0 where there are too few contributions.
         weight: served weight of its examples.
     """
 

@@ -251,8 +251,8 @@ class TargetDirection:
             raise DirectionError("model: has no trainable parameter")
         with evaluating(self.model):
             gradients, self.target_loss, count = self._gradients(parameters)
-            guarded = self._guard is not None and self._refreshes % self._look_every == 0
-            self.guard_loss = self._mean_loss(self._guard) if guarded and self._guard is not None else None
+            guard = self._guard if self._refreshes % self._look_every == 0 else None
+            self.guard_loss = None if guard is None else self._mean_loss(guard)
         self._refreshes += 1
         if self._average is not None:
             self._average.agree(self._group)

@@ -447,7 +447,7 @@ class StratumStatus(google.protobuf.message.Message):
     error: builtins.float
     """Standard error of the mean; 0 without contributions."""
     z: builtins.float
-    """Mean over standard error, after shrinkage; 0 where there are too few contributions."""
+    """Mean over standard error, of it and its neighbours; 0 where there are too few contributions."""
     weight: builtins.float
     """Served weight of its examples, the guard's mix included."""
     def __init__(

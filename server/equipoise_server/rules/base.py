@@ -103,7 +103,7 @@ class Stratum:
         contributions: how many count, older ones less.
         mean: of these, in units of the running RMS of all.
         error: standard error of the mean; 0 without contributions.
-        z: mean over error after shrinkage; 0 where there are too few contributions.
+        z: mean over error, of it and its neighbours; 0 where there are too few contributions.
         weight: served weight of its examples.
     """
 

@@ -91,7 +91,7 @@ class Stream:
 
     async def close(self, timeout: float) -> None:
         """Ends the stream, within the timeout."""
-        self._session.fail(errors.ClientClosedError("the client was closed"), monotonic())
+        self._session.fail(errors.ClientClosedError(), monotonic())
         self._notify_all()
         self._task.cancel()
         await asyncio.wait([self._task], timeout=timeout)

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import grpc
 
 from equipoise import forks
-from equipoise.errors import EventLoopError, ForkError
+from equipoise.errors import ClientClosedError, EquipoiseError, EventLoopError, ForkError, UnavailableError
 from equipoise.security import Security, Stamp
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
 
@@ -105,6 +105,17 @@ class _Pool(Generic[_Channel]):
     def __init__(self) -> None:
         self._channels: dict[_Key, _Channel] = {}
         self._users: Counter[_Key] = Counter()
+        self._closed = False
+
+    def _check_open(self) -> None:
+        """A channel opened after `close` would never be closed."""
+        if self._closed:
+            raise ClientClosedError
+
+    def _cut_off(self, error: BaseException) -> bool:
+        """Whether `close` ended a call: gRPC has several errors for that, and none says it."""
+        answered = isinstance(error, EquipoiseError) and not isinstance(error, UnavailableError)
+        return self._closed and not answered
 
     def _unused(self, needed: _Key) -> list[_Channel]:
         """Takes out the channels that nobody uses, but for the one that is needed now."""
@@ -129,10 +140,12 @@ class Channels(_Pool[grpc.Channel]):
 
         Raises:
             AccessDeniedError: a file of the credentials cannot be read.
+            ClientClosedError: `close` was called, before or meanwhile.
             ForkError: this process was forked from one that was connected.
         """
         key = server, server.security.stamp()
         with self._lock:
+            self._check_open()
             for channel in self._unused(key):
                 channel.close()
             if key not in self._channels:
@@ -141,13 +154,18 @@ class Channels(_Pool[grpc.Channel]):
             stub = PolicyServiceStub(self._channels[key])
         try:
             yield stub
+        except Exception as error:
+            if self._cut_off(error):
+                raise ClientClosedError from error
+            raise
         finally:
             with self._lock:
                 self._users[key] -= 1
 
     def close(self) -> None:
-        """Closes all; calls under way end."""
+        """Closes all, for good; calls under way end."""
         with self._lock:
+            self._closed = True
             while self._channels:
                 self._channels.popitem()[1].close()
 
@@ -176,6 +194,7 @@ class AioChannels(_Pool[grpc.aio.Channel]):
         Raises:
             EventLoopError: this is another event loop than before.
         """
+        self._check_open()
         self.check_loop()
         key = server, server.security.stamp()
         if key not in self._channels:
@@ -186,10 +205,16 @@ class AioChannels(_Pool[grpc.aio.Channel]):
             for channel in self._unused(key):
                 await channel.close()
             yield stub
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()  # a call that is cut off looks like a cancelled task
+            if self._cut_off(error) and not (task and task.cancelling()):
+                raise ClientClosedError from error
+            raise
         finally:
             self._users[key] -= 1
 
     async def close(self) -> None:
-        """Closes all; calls under way end."""
+        """Closes all, for good; calls under way end."""
+        self._closed = True
         while self._channels:
             await self._channels.popitem()[1].close()

@@ -210,7 +210,10 @@ class WindowFullError(EquipoiseError):
 
 
 class ClientClosedError(EquipoiseError, RuntimeError):
-    """The client was used after `close`."""
+    """The client was used after `close`, or closed while a call was under way."""
+
+    def __init__(self, message: str = "the client was closed") -> None:
+        super().__init__(message)
 
 
 def _shortened(text: str) -> str:

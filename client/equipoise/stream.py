@@ -65,7 +65,7 @@ class Stream:
         """Ends the stream, within the timeout."""
         with self._lock:
             if self._session.failure is None:
-                self._session.fail(errors.ClientClosedError("the client was closed"), monotonic())
+                self._session.fail(errors.ClientClosedError(), monotonic())
             self._work.notify_all()
             self._answers.notify_all()
             if self._call is not None:

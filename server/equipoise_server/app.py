@@ -208,6 +208,10 @@ class Server:
         self.address = f"{bindable(settings.listen).rpartition(':')[0]}:{port}"
         self._engine.address = settings.advertise or reachable(self.address, os.environ)
         await self._health.start()
+        # One without a heartbeat counts as gone: another server would take what this one has just acquired.
+        with contextlib.suppress(StoreError, TimeoutError):  # without Redis nothing can be acquired either
+            async with asyncio.timeout(settings.redis_timeout_s):
+                await self._send_heartbeat()
         await self._grpc.start()
 
     def _bind(self) -> int:

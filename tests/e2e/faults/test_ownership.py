@@ -11,9 +11,13 @@ import pytest
 
 from equipoise import PolicyAdmin, PolicyClient, Source
 from equipoise.errors import OwnershipError, UnavailableError
+from equipoise_server.app import Server
+from equipoise_server.settings import Settings
+from equipoise_server.store.keys import heartbeat_key
 from tests.e2e.faults.figures import record, seconds
 from tests.e2e.faults.house import House
 from tests.e2e.faults.proxy import FaultProxy, until
+from tests.e2e.faults.redis_server import running
 from tests.e2e.faults.training import Training
 from tests.e2e.faults.zygote import ForkedServer
 from tests.patience import PATIENT
@@ -27,6 +31,28 @@ MOVED_WITHIN_S = 90.0
 @pytest.fixture
 def second(house: House) -> tuple[ForkedServer, FaultProxy]:
     return house.serve()
+
+
+async def test_a_server_is_known_to_the_others_before_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that took a policy before its first heartbeat would count as gone, and lose the policy again."""
+    ready = tmp_path / "ready.json"
+    with running(tmp_path) as redis:
+        settings = Settings(
+            redis_url=redis.url, listen="127.0.0.1:0", metrics_listen="", device="cpu", ready_file=ready
+        )
+        server = Server(settings)
+        monkeypatch.setattr(server, "_watch_redis", asyncio.Event().wait)  # no heartbeat after the first
+        stop = asyncio.Event()
+        serving = asyncio.create_task(server.run(stop))
+        async with asyncio.timeout(MOVED_WITHIN_S):
+            while not ready.exists():
+                await asyncio.sleep(0.01)
+        known = redis.client().exists(heartbeat_key("equipoise", server._instance))
+        stop.set()
+        await serving
+    assert known
 
 
 def epoch_at(training: Training) -> int:

@@ -137,6 +137,7 @@ class PolicyCallback(Callback):
         )
         if self._resumed is not None:
             self._steps.contributions.direction.load_state_dict(self._resumed["direction"])
+            self._steps.batches = self._resumed.get("batches", 0)
             self._resumed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

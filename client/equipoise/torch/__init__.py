@@ -51,7 +51,8 @@ likely cause; `WeightedSteps` has four examples of the first step verified by gr
 length, since to lower the target loss by longer steps along what all examples share is no merit of one. Plain ones are
 those of the Learning Law. Rule `strata` takes the former, of every third batch: `weighted_steps` and trainers know.
 
-`Mixture` draws rows of several sources by the weights of a policy whose examples are the sources.
+`Mixture` draws rows of several sources by the weights of a policy whose examples are the sources. For text
+`WeightedSteps(..., relative=True)` sends contributions relative to their batch, by `relative` and `shrunk`.
 
 Needs PyTorch: `pip install 'equipoise[torch]'`.
 """
@@ -75,6 +76,7 @@ from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.losses import causal_lm_losses, token_losses, weighted_mean
 from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
+from equipoise.torch.relative import relative, shrunk
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
@@ -107,8 +109,10 @@ __all__ = [
     "causal_lm_losses",
     "join",
     "look_ahead",
+    "relative",
     "resume_run",
     "run_state",
+    "shrunk",
     "token_losses",
     "weighted_mean",
     "weighted_steps",

@@ -294,7 +294,7 @@ class LossCapture(Capture):
     """Losses alone, of a batch whose contributions are not measured: it costs nothing."""
 
     def _contributions(self) -> Never:
-        raise CaptureError("contributions of this batch are not measured: `measure_every` leaves it out")
+        raise CaptureError("contributions of this batch are not measured: the options of `WeightedSteps` leave it out")
 
 
 CaptureT = TypeVar("CaptureT", bound=Capture)

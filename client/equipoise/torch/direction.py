@@ -85,7 +85,8 @@ class TargetDirection:
             use of the same time (measured: tests/benchmarks/RESULTS.md). With gradient accumulation each micro-batch
             is a capture.
         preconditioner: the Adam optimizer of the job: the direction is then where its step would lead.
-        guard_batches: batches of guard B, on which nothing but `guard_loss` is computed.
+        guard_batches: batches of guard B, on which nothing but `guard_loss` is computed: at each refresh, unless
+            `WeightedSteps` measures it every so many batches.
         batches_per_refresh: how many target batches one refresh takes, in turn; default: all of them.
         momentum: share of the direction before that a refresh keeps, in [0, 1); of fewer target examples than others
             had a refresh keeps more, so that all count alike. Part of a fresh direction swings with
@@ -111,7 +112,8 @@ class TargetDirection:
         vectors: the direction by parameter, in float32 or better; empty before the first refresh.
         plain: V by parameter: the same, unless it is norm-matched.
         target_loss: mean loss on target A at the last refresh, nats: a tensor without dimensions.
-        guard_loss: mean loss on guard B at the last refresh, nats; None where it was not measured then.
+        guard_loss: mean loss on guard B at the last refresh, nats; None where it was not measured then, or after
+            `leave_guard`.
         age: captures since the last refresh.
         unusable: target and guard losses that were left out because they were not finite.
     """
@@ -156,6 +158,7 @@ class TargetDirection:
         self.unusable = 0
         self._target = target_batches
         self._guard = guard_batches
+        self._guards = guard_batches is not None
         self._refresh_every = refresh_every
         self._precondition = None if preconditioner is None else AdamPreconditioner(preconditioner)
         self._batches_per_refresh = batches_per_refresh
@@ -251,7 +254,7 @@ class TargetDirection:
             raise DirectionError("model: has no trainable parameter")
         with evaluating(self.model):
             gradients, self.target_loss, count = self._gradients(parameters)
-            guard = self._guard if self._refreshes % self._look_every == 0 else None
+            guard = self._guard if self._guards and self._refreshes % self._look_every == 0 else None
             self.guard_loss = None if guard is None else self._mean_loss(guard)
         self._refreshes += 1
         if self._average is not None:
@@ -259,6 +262,27 @@ class TargetDirection:
         self.plain = self._averaged(self._precondition(gradients) if self._precondition else gradients, count)
         self._aim()
         self.age, self._due, self._parameters = 0, False, parameters
+
+    def leave_guard(self) -> None:
+        """Refreshes measure no loss on guard B any more: `measure_guard` does when it is called.
+
+        Raises:
+            DirectionError: there are no guard batches.
+        """
+        if self._guard is None:
+            raise DirectionError("guard_batches = None: must be given, for a loss on guard B every so many batches")
+        self._guards = False
+
+    def measure_guard(self) -> float:
+        """The mean loss on guard B at the parameters of now, nats; in a `group` by all its processes together.
+
+        Raises:
+            DirectionError: there are no guard batches.
+        """
+        if self._guard is None:
+            raise DirectionError("guard_batches = None: must be given, for a loss on guard B")
+        with evaluating(self.model):
+            return float(self._mean_loss(self._guard))
 
     def losses(self, batch: Any) -> Tensor:
         """The loss of each example of a batch, with its graph: [B]."""

@@ -6,17 +6,22 @@ from typing import Any, Final, Protocol, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from equipoise.client import PolicyClient
-from equipoise.errors import UnavailableError
+from equipoise.errors import InvalidRequestError, UnavailableError
 from equipoise.results import Source
 from equipoise.torch.capture import Contributions, join
 from equipoise.torch.errors import CaptureError
 from equipoise.torch.metrics import Metrics
 from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
+from equipoise.torch.relative import relative as relative_to_batch
+from equipoise.torch.relative import shrunk
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import WeightedSampler
+from equipoise.torch.schedule import Schedule
+from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.step import WeightedStep
 from equipoise.wire import StepFields
 
@@ -78,13 +83,26 @@ class WeightedSteps:
             together; earlier where the parameters have moved. None: the loop scales losses itself and calls `submit`.
         accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
         sampled: the examples come from a `WeightedSampler` or `Mixture`, so that losses are not weighted again.
-        measure_every: contributions are measured of every k-th batch, or micro-batch, alone, from the first on: for
-            rules that need them of a share of the rows, as `strata` does. Losses are sent of all.
+        measure_every: contributions are measured of every k-th batch, or micro-batch, alone. With `strata` losses are
+            sent of all; with any other rule nothing is sent of the others, so that it needs `sampled`.
+        measure_from: the first batch that is measured, from 0: before some frequencies are learned, contributions of
+            text say little.
+        measure_until: from this batch on none is measured: what was found out stays, and training costs nothing more.
+            None: there is no end.
+        guard_every: batches between two losses on guard B from `measure_until` on, for the policy's guard; before there
+            is none, since weights that are still being learned are not to be judged. None: one at each refresh.
+        relative: contributions are sent relative to the rows that they are sent with, and smaller by what chance
+            explains between rows of different ids: see `relative` and `shrunk`. For ids that stand for sources or other
+            groups, and for text; not for `trajectory`, whose weights move by plain ones. The policy's SIM is then of
+            what is sent, with a mean near 0; `policy/plain_sim` is logged of plain ones.
         verify: whether the first step's first four examples are compared with gradients of their own, at a backward
             pass for each.
 
     Attributes:
         client: the client that is in use: after `resume` from an older checkpoint that of a fork.
+        batches: how many were begun, or micro-batches: what is measured follows from it. `state` holds it; a loop with
+            checkpoints of its own keeps it, and sets it before the first step.
+        schedule: which of them are measured.
         discarded: batches of which nothing was sent because they were skipped, failed or were discarded.
 
     Raises:
@@ -100,6 +118,10 @@ class WeightedSteps:
         accelerator: Accumulating | None = None,
         sampled: bool = False,
         measure_every: int = 1,
+        measure_from: int = 0,
+        measure_until: int | None = None,
+        guard_every: int | None = None,
+        relative: bool = False,
         verify: bool = True,
     ) -> None:
         if isinstance(contributions, OnePassContributions):
@@ -109,8 +131,16 @@ class WeightedSteps:
             )
         if accumulate is not None and accumulate < 1:
             raise CaptureError(f"accumulate = {accumulate}: must be at least 1")
-        if measure_every < 1:
-            raise CaptureError(f"measure_every = {measure_every}: must be at least 1")
+        if relative and isinstance(contributions, SketchContributions):
+            raise CaptureError("relative = True: SketchContributions leave it to the server to find contributions")
+        try:
+            self.schedule = Schedule(
+                every=measure_every, start=measure_from, until=measure_until, guard_every=guard_every
+            )
+        except InvalidRequestError as error:
+            raise CaptureError(str(error)) from None
+        if guard_every is not None:
+            contributions.direction.leave_guard()
         if accelerator is not None and accumulate not in (1, None):
             raise CaptureError(f"accumulate = {accumulate}: must not be given beside accelerator, which knows it")
         self.client = client
@@ -119,8 +149,8 @@ class WeightedSteps:
         self._accumulate = None if accelerator is not None else accumulate
         self._accelerator = accelerator
         self._sampled = sampled
-        self._measure_every = measure_every
-        self._begun = 0
+        self._relative = relative
+        self.batches = 0
         self._losses_first: bool | None = None
         self._open: WeightedStep | None = None
         self._taken: list[WeightedStep] = []
@@ -224,7 +254,7 @@ class WeightedSteps:
             self.client.submit(ids, **fields)
         weights = [one.weights for one in taken]
         self._metrics.note(self.client, fields, np.concatenate(weights))
-        plain = [(one.capture.plain_contributions, one.weights) for one in sent]
+        plain = [(self._plain(one), one.weights) for one in sent]
         looked_at = [(c.double().cpu().numpy(), w) for c, w in plain if c is not None]
         if looked_at:
             self._metrics.note_plain(*(np.concatenate(parts) for parts in zip(*looked_at, strict=True)))
@@ -247,13 +277,15 @@ class WeightedSteps:
         """What belongs into the trainer's checkpoint; see `run_state`."""
         if self._taken and self._moved():
             self.submit()
-        self._begun = 0  # the next batch is measured, here as in a job that resumes
         client: Any = self.client
-        return run_state(client, direction=self.contributions.direction, sampler=sampler, trained=trained, keep=keep)
+        direction = self.contributions.direction
+        state = run_state(client, direction=direction, sampler=sampler, trained=trained, keep=keep)
+        return state | {"batches": self.batches}
 
     def resume(self, state: Mapping[str, Any], *, sampler: WeightedSampler | Mixture | None = None) -> PolicyClient:
         """Goes on from a checkpoint, before the first step, with the client that it returns; see `resume_run`."""
         client: Any = self.client
+        self.batches = state.get("batches", 0)
         self.client = resumed = resume_run(client, state, direction=self.contributions.direction, sampler=sampler)
         return resumed
 
@@ -269,6 +301,8 @@ class WeightedSteps:
         """What is told of steps after their backward passes: without the losses, where these came first."""
         first = taken[0].capture
         ids, fields = (first.ids, first.fields()) if len(taken) == 1 else join(*(one.capture for one in taken))
+        if self._relative:
+            fields["contributions"] = _compared(fields, ids)
         if taken[0].losses_first:
             del fields["losses"]
             fields["omit_weights"] = True
@@ -296,8 +330,10 @@ class WeightedSteps:
                 "TrainingOptions(norm_matched=False)"
             )
         losses_first = self._find_losses_first()
-        measured = self._begun % self._measure_every == 0 or not losses_first
-        self._begun += 1  # by batches, whether they are skipped or not, so that processes measure together
+        if self.schedule.hears(self.batches):
+            self._hear_guard()
+        measured = self.schedule.measures(self.batches)
+        self.batches += 1  # whether they are skipped or not, so that processes measure together
         return WeightedStep(
             self,
             self.contributions.capture(ids) if measured else self.contributions.capture_losses(ids),
@@ -312,16 +348,31 @@ class WeightedSteps:
         if self._losses_first is not None or self._taken:  # what is sent together was begun alike
             return bool(self._losses_first)
         rule = rule_of(self.client)
-        if self._measure_every > 1 and rule not in LOSSES_FIRST:
+        if self.schedule.leaves_out and rule not in LOSSES_FIRST and not self._sampled:
             why = f"rule {rule} needs" if rule else "the policy's rule is not known, and may need"
             raise CaptureError(
-                f"measure_every = {self._measure_every}: {why} contributions of every row; those of some are enough "
-                f"for {', '.join(sorted(LOSSES_FIRST))}: give PolicyClient(rule=...)"
+                f"{self.schedule}: {why} contributions of every row; those of some are enough "
+                f"for {', '.join(sorted(LOSSES_FIRST))}: give PolicyClient(rule=...), or draw examples by weight and "
+                "give sampled=True"
             )
         if rule is None:
             return False
         self._losses_first = rule in LOSSES_FIRST
         return self._losses_first
+
+    def _hear_guard(self) -> None:
+        """The loss on guard B is sent by itself."""
+        direction = self.contributions.direction
+        loss = direction.measure_guard()
+        if direction.is_usable("guard_loss", loss):
+            self.client.submit(None, guard_loss=loss, omit_weights=True)
+            self._metrics.note_guard(loss)
+
+    def _plain(self, step: WeightedStep) -> Tensor | None:
+        """Plain contributions of a measured step, where others were sent; None: they were not looked at."""
+        if self._relative and not self.contributions.direction.norm_matched:
+            return step.capture.contributions
+        return step.capture.plain_contributions
 
     def _leave_open(self) -> None:
         step, self._open = self._open, None
@@ -334,6 +385,14 @@ class WeightedSteps:
 
     def _parameters_version(self) -> int:
         return sum(p._version for p in self.contributions.model.parameters() if p.requires_grad)
+
+
+def _compared(fields: StepFields, ids: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """The contributions of fields, relative to each other and smaller by what chance explains: float32 [B]."""
+    values = np.array(fields["contributions"], dtype=np.float32)
+    scored = np.asarray(fields["scored"], dtype=np.bool_)
+    values[scored] = shrunk(relative_to_batch(values[scored]), ids[scored])
+    return values
 
 
 def rule_of(client: Any) -> str | None:

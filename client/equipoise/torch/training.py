@@ -16,6 +16,7 @@ from equipoise.torch.capture import Contributions
 from equipoise.torch.direction import ExampleLoss, TargetDirection
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.processes import same_everywhere, world
+from equipoise.torch.schedule import Schedule
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.steps import Accumulating, WeightedSteps, rule_of
@@ -95,8 +96,10 @@ class TrainingOptions:
             gradients, as large as the trainable parameters.
         step_noise: how often an example's own gradient counts in the length of a step, as in `TargetDirection`; 0: not.
         sampled: whether examples are drawn by weight instead of weighing their losses.
-        measure_every: contributions are measured of every k-th batch, or micro-batch, alone: for rule `strata`, which
-            is content with a share of the rows. Losses are sent of all.
+        measure_every, measure_from, measure_until: which batches are measured, as in `WeightedSteps`: contributions of
+            every k-th batch, or micro-batch, alone, for rule `strata`, and for others with `sampled`.
+        guard_every: as in `WeightedSteps`: batches between two losses on guard B after `measure_until`.
+        relative: as in `WeightedSteps`: contributions are sent relative to their batch.
         verify: whether contributions of the first step's first examples are compared with gradients of their own, at
             a backward pass for each of four; a job whose contributions are wrong stops there.
         keep: forks of the policy that stay on the server for checkpoints; None: all.
@@ -117,6 +120,10 @@ class TrainingOptions:
     step_noise: float | None = None
     sampled: bool = False
     measure_every: int | None = None
+    measure_from: int = 0
+    measure_until: int | None = None
+    guard_every: int | None = None
+    relative: bool = False
     verify: bool = True
     keep: int | None = 3
 
@@ -124,7 +131,7 @@ class TrainingOptions:
         if not callable(self.method) and self.method not in METHODS:
             rule = f"must be one of {', '.join(METHODS)}, or a function from a model and a direction"
             raise InvalidRequestError(field="method", value=repr(self.method), rule=rule)
-        for name in ("measure_every", "refresh_every", "look_every"):
+        for name in ("refresh_every", "look_every"):
             every = getattr(self, name)
             fits = every is None or is_integer(every, 1, 1 << 31)
             require(fits, field=name, value=every, rule="must be an integer of at least 1")
@@ -135,10 +142,27 @@ class TrainingOptions:
         require(fits, field="momentum", value=self.momentum, rule="must be in [0, 1)")
         fits = self.step_noise is None or 0.0 <= self.step_noise < inf
         require(fits, field="step_noise", value=self.step_noise, rule="must be finite and not negative")
+        self.schedule  # noqa: B018 - raises what is wrong with it
+        require(
+            not self.relative or self.method != "sketch",
+            field="relative",
+            value=self.relative,
+            rule="is not for method sketch, which leaves it to the server to find contributions",
+        )
         for name, given, methods in (("also", self.also, ("ghost",)), ("shared", self.shared, ("ghost", "sketch"))):
             if given and self.method not in methods:
                 rule = f"is for method {' and '.join(methods)} alone; give a function as method for others"
                 raise InvalidRequestError(field=name, value=repr(given), rule=rule)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which batches are measured."""
+        return Schedule(
+            every=1 if self.measure_every is None else self.measure_every,
+            start=self.measure_from,
+            until=self.measure_until,
+            guard_every=self.guard_every,
+        )
 
     def measuring(self, rule: str | None) -> Measuring:
         """How contributions are measured for a rule; None: it is not known."""
@@ -209,6 +233,10 @@ class TrainingOptions:
             accelerator=accelerator,
             sampled=self.sampled,
             measure_every=every,
+            measure_from=self.measure_from,
+            measure_until=self.measure_until,
+            guard_every=self.guard_every,
+            relative=self.relative,
             verify=self.verify,
         )
 

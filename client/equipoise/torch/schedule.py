@@ -1,0 +1,53 @@
+"""Which batches of a job are measured."""
+
+from dataclasses import dataclass
+
+from equipoise.errors import is_integer, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """By the number of a batch, or micro-batch, from 0; the options of `WeightedSteps`, which documents them.
+
+    Raises:
+        InvalidRequestError: an option breaks a rule.
+    """
+
+    every: int = 1
+    start: int = 0
+    until: int | None = None
+    guard_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for field, value, least in (
+            ("measure_every", self.every, 1),
+            ("measure_from", self.start, 0),
+            ("measure_until", self.until, self.start + 1),
+            ("guard_every", self.guard_every, 1),
+        ):
+            fits = is_integer(value, least, 1 << 62) or (value is None and field in ("measure_until", "guard_every"))
+            require(fits, field=field, value=value, rule=f"must be an integer of at least {least}")
+        fits = self.guard_every is None or self.until is not None
+        rule = "needs measure_until, the batch from which on it counts"
+        require(fits, field="guard_every", value=self.guard_every, rule=rule)
+
+    def __str__(self) -> str:
+        """The options that leave batches out, as they were given."""
+        given = (("every", self.every, 1), ("from", self.start, 0), ("until", self.until, None))
+        return ", ".join(f"measure_{name} = {value}" for name, value, usual in given if value != usual)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether any batch is not measured."""
+        return self.every > 1 or self.start > 0 or self.until is not None
+
+    def measures(self, batch: int) -> bool:
+        """Whether contributions of a batch are measured."""
+        within = batch >= self.start and (self.until is None or batch < self.until)
+        return within and (batch - self.start) % self.every == 0
+
+    def hears(self, batch: int) -> bool:
+        """Whether the loss on guard B is measured for its own sake before a batch."""
+        if self.guard_every is None or self.until is None or batch < self.until:
+            return False
+        return (batch - self.until) % self.guard_every == 0

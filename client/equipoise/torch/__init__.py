@@ -65,6 +65,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("equipoise.torch needs PyTorch: pip install 'equipoise[torch]'", name="torch") from error
 
 from equipoise.torch.capture import Capture, Contributions, join
+from equipoise.torch.comparison import relative, shrunk
 from equipoise.torch.direction import ExampleLoss, TargetDirection
 from equipoise.torch.errors import (
     CaptureError,
@@ -76,7 +77,6 @@ from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.losses import causal_lm_losses, token_losses, weighted_mean
 from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
-from equipoise.torch.relative import relative, shrunk
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions

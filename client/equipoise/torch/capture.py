@@ -346,15 +346,18 @@ class Contributions(ABC, Generic[CaptureT]):
             self._verify_again, self._verify_next, self._verifying = self._verify_next, 0, capture
         return capture
 
-    def capture_losses(self, ids: ArrayLike | None) -> LossCapture:
+    def capture_losses(self, ids: ArrayLike | None, *, last: bool = False) -> LossCapture:
         """A capture for a batch whose contributions are not measured; the direction stays as it is.
 
         Args:
             ids: as in `capture`.
+            last: whether contributions of no later batch are measured either: then the gradients of this one are not
+                read for a norm-matched direction.
         """
-        self.direction.expect_gradients()
         capture = LossCapture(self.direction, ids)
-        capture.trains(None)
+        if not last:
+            self.direction.expect_gradients()
+            capture.trains(None)
         return capture
 
     def verify_first(self, examples: int = 4) -> None:

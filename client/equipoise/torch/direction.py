@@ -112,8 +112,7 @@ class TargetDirection:
         vectors: the direction by parameter, in float32 or better; empty before the first refresh.
         plain: V by parameter: the same, unless it is norm-matched.
         target_loss: mean loss on target A at the last refresh, nats: a tensor without dimensions.
-        guard_loss: mean loss on guard B at the last refresh, nats; None where it was not measured then, or after
-            `leave_guard`.
+        guard_loss: mean loss on guard B at the last refresh, nats; None where it was not measured then.
         age: captures since the last refresh.
         unusable: target and guard losses that were left out because they were not finite.
     """
@@ -158,7 +157,8 @@ class TargetDirection:
         self.unusable = 0
         self._target = target_batches
         self._guard = guard_batches
-        self._guards = guard_batches is not None
+        self._guards = True
+        """Whether refreshes measure the loss on guard B."""
         self._refresh_every = refresh_every
         self._precondition = None if preconditioner is None else AdamPreconditioner(preconditioner)
         self._batches_per_refresh = batches_per_refresh
@@ -263,14 +263,13 @@ class TargetDirection:
         self._aim()
         self.age, self._due, self._parameters = 0, False, parameters
 
-    def leave_guard(self) -> None:
-        """Refreshes measure no loss on guard B any more: `measure_guard` does when it is called.
+    def leave_out_guard(self) -> None:
+        """Refreshes measure no loss on guard B any more: only `measure_guard` does.
 
         Raises:
             DirectionError: there are no guard batches.
         """
-        if self._guard is None:
-            raise DirectionError("guard_batches = None: must be given, for a loss on guard B every so many batches")
+        self._guarded()
         self._guards = False
 
     def measure_guard(self) -> float:
@@ -279,10 +278,8 @@ class TargetDirection:
         Raises:
             DirectionError: there are no guard batches.
         """
-        if self._guard is None:
-            raise DirectionError("guard_batches = None: must be given, for a loss on guard B")
         with evaluating(self.model):
-            return float(self._mean_loss(self._guard))
+            return float(self._mean_loss(self._guarded()))
 
     def losses(self, batch: Any) -> Tensor:
         """The loss of each example of a batch, with its graph: [B]."""
@@ -375,6 +372,12 @@ class TargetDirection:
             self._parameters = _trainable(self.model)
             self.target_loss, self.guard_loss = state["target_loss"], state["guard_loss"]
         self._turn = islice(iter(self._target), self._taken, None) if self._taken else iter(())
+
+    def _guarded(self) -> Iterable[Any]:
+        """The batches of guard B."""
+        if self._guard is None:
+            raise DirectionError("guard_batches = None: must be given, for a loss on guard B")
+        return self._guard
 
     def _aim(self) -> None:
         """Makes the direction of V, and of ḡ where it is known."""

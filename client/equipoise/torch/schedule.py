@@ -22,11 +22,13 @@ class Schedule:
         for field, value, least in (
             ("measure_every", self.every, 1),
             ("measure_from", self.start, 0),
-            ("measure_until", self.until, self.start + 1),
-            ("guard_every", self.guard_every, 1),
+            ("guard_every", 1 if self.guard_every is None else self.guard_every, 1),
         ):
-            fits = is_integer(value, least, 1 << 62) or (value is None and field in ("measure_until", "guard_every"))
+            fits = is_integer(value, least, 1 << 62)
             require(fits, field=field, value=value, rule=f"must be an integer of at least {least}")
+        fits = self.until is None or is_integer(self.until, self.start + 1, 1 << 62)
+        rule = f"must be an integer above measure_from, which is {self.start}"
+        require(fits, field="measure_until", value=self.until, rule=rule)
         fits = self.guard_every is None or self.until is not None
         rule = "needs measure_until, the batch from which on it counts"
         require(fits, field="guard_every", value=self.guard_every, rule=rule)
@@ -41,10 +43,13 @@ class Schedule:
         """Whether any batch is not measured."""
         return self.every > 1 or self.start > 0 or self.until is not None
 
+    def is_over(self, batch: int) -> bool:
+        """Whether nothing is measured from a batch on."""
+        return self.until is not None and batch >= self.until
+
     def measures(self, batch: int) -> bool:
         """Whether contributions of a batch are measured."""
-        within = batch >= self.start and (self.until is None or batch < self.until)
-        return within and (batch - self.start) % self.every == 0
+        return batch >= self.start and not self.is_over(batch) and (batch - self.start) % self.every == 0
 
     def hears(self, batch: int) -> bool:
         """Whether the loss on guard B is measured for its own sake before a batch."""

@@ -12,12 +12,11 @@ from equipoise.client import PolicyClient
 from equipoise.errors import InvalidRequestError, UnavailableError
 from equipoise.results import Source
 from equipoise.torch.capture import Contributions, join
+from equipoise.torch.comparison import compared
 from equipoise.torch.errors import CaptureError
 from equipoise.torch.metrics import Metrics
 from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
-from equipoise.torch.relative import relative as relative_to_batch
-from equipoise.torch.relative import shrunk
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import WeightedSampler
 from equipoise.torch.schedule import Schedule
@@ -87,14 +86,16 @@ class WeightedSteps:
             sent of all; with any other rule nothing is sent of the others, so that it needs `sampled`.
         measure_from: the first batch that is measured, from 0: before some frequencies are learned, contributions of
             text say little.
-        measure_until: from this batch on none is measured: what was found out stays, and training costs nothing more.
-            None: there is no end.
+        measure_until: from this batch on none is measured: what was found out stays, and costs nothing more. None:
+            there is no end.
         guard_every: batches between two losses on guard B from `measure_until` on, for the policy's guard; before there
-            is none, since weights that are still being learned are not to be judged. None: one at each refresh.
-        relative: contributions are sent relative to the rows that they are sent with, and smaller by what chance
-            explains between rows of different ids: see `relative` and `shrunk`. For ids that stand for sources or other
-            groups, and for text; not for `trajectory`, whose weights move by plain ones. The policy's SIM is then of
-            what is sent, with a mean near 0; `policy/plain_sim` is logged of plain ones.
+            is none, since weights that are still being learned are not to be judged. None: one at each refresh of the
+            direction, so none after `measure_until`.
+        relative: contributions are sent relative to the rows that they are sent with, those of this process's step, and
+            smaller by what chance explains between rows of different ids: see `relative` and `shrunk`. For ids that
+            stand for sources or other groups, and for text; not for `strata`, which compares by itself, nor for
+            `trajectory`, whose weights move by plain ones. The policy's SIM is then of what is sent, with a mean near
+            0; `policy/plain_sim` is logged of plain ones.
         verify: whether the first step's first four examples are compared with gradients of their own, at a backward
             pass for each.
 
@@ -133,6 +134,8 @@ class WeightedSteps:
             raise CaptureError(f"accumulate = {accumulate}: must be at least 1")
         if relative and isinstance(contributions, SketchContributions):
             raise CaptureError("relative = True: SketchContributions leave it to the server to find contributions")
+        if accelerator is not None and accumulate not in (1, None):
+            raise CaptureError(f"accumulate = {accumulate}: must not be given beside accelerator, which knows it")
         try:
             self.schedule = Schedule(
                 every=measure_every, start=measure_from, until=measure_until, guard_every=guard_every
@@ -140,17 +143,15 @@ class WeightedSteps:
         except InvalidRequestError as error:
             raise CaptureError(str(error)) from None
         if guard_every is not None:
-            contributions.direction.leave_guard()
-        if accelerator is not None and accumulate not in (1, None):
-            raise CaptureError(f"accumulate = {accumulate}: must not be given beside accelerator, which knows it")
+            contributions.direction.leave_out_guard()
         self.client = client
         self.contributions = contributions
+        self.batches = 0
         self.discarded = 0
         self._accumulate = None if accelerator is not None else accumulate
         self._accelerator = accelerator
         self._sampled = sampled
         self._relative = relative
-        self.batches = 0
         self._losses_first: bool | None = None
         self._open: WeightedStep | None = None
         self._taken: list[WeightedStep] = []
@@ -302,7 +303,7 @@ class WeightedSteps:
         first = taken[0].capture
         ids, fields = (first.ids, first.fields()) if len(taken) == 1 else join(*(one.capture for one in taken))
         if self._relative:
-            fields["contributions"] = _compared(fields, ids)
+            fields["contributions"] = compared(ids, fields)
         if taken[0].losses_first:
             del fields["losses"]
             fields["omit_weights"] = True
@@ -330,13 +331,15 @@ class WeightedSteps:
                 "TrainingOptions(norm_matched=False)"
             )
         losses_first = self._find_losses_first()
-        if self.schedule.hears(self.batches):
-            self._hear_guard()
-        measured = self.schedule.measures(self.batches)
+        schedule, batch = self.schedule, self.batches
         self.batches += 1  # whether they are skipped or not, so that processes measure together
+        if schedule.hears(batch):
+            self._hear_guard()
+        measured, last = schedule.measures(batch), schedule.is_over(batch)
+        ways = self.contributions
         return WeightedStep(
             self,
-            self.contributions.capture(ids) if measured else self.contributions.capture_losses(ids),
+            ways.capture(ids) if measured else ways.capture_losses(ids, last=last),
             groups=groups,
             upcoming=upcoming,
             losses_first=losses_first,
@@ -385,14 +388,6 @@ class WeightedSteps:
 
     def _parameters_version(self) -> int:
         return sum(p._version for p in self.contributions.model.parameters() if p.requires_grad)
-
-
-def _compared(fields: StepFields, ids: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """The contributions of fields, relative to each other and smaller by what chance explains: float32 [B]."""
-    values = np.array(fields["contributions"], dtype=np.float32)
-    scored = np.asarray(fields["scored"], dtype=np.bool_)
-    values[scored] = shrunk(relative_to_batch(values[scored]), ids[scored])
-    return values
 
 
 def rule_of(client: Any) -> str | None:

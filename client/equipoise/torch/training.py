@@ -142,7 +142,8 @@ class TrainingOptions:
         require(fits, field="momentum", value=self.momentum, rule="must be in [0, 1)")
         fits = self.step_noise is None or 0.0 <= self.step_noise < inf
         require(fits, field="step_noise", value=self.step_noise, rule="must be finite and not negative")
-        self.schedule  # noqa: B018 - raises what is wrong with it
+        every = 1 if self.measure_every is None else self.measure_every
+        Schedule(every=every, start=self.measure_from, until=self.measure_until, guard_every=self.guard_every)
         require(
             not self.relative or self.method != "sketch",
             field="relative",
@@ -153,16 +154,6 @@ class TrainingOptions:
             if given and self.method not in methods:
                 rule = f"is for method {' and '.join(methods)} alone; give a function as method for others"
                 raise InvalidRequestError(field=name, value=repr(given), rule=rule)
-
-    @property
-    def schedule(self) -> Schedule:
-        """Which batches are measured."""
-        return Schedule(
-            every=1 if self.measure_every is None else self.measure_every,
-            start=self.measure_from,
-            until=self.measure_until,
-            guard_every=self.guard_every,
-        )
 
     def measuring(self, rule: str | None) -> Measuring:
         """How contributions are measured for a rule; None: it is not known."""

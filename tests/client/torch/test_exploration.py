@@ -1,5 +1,6 @@
 """Sources explored first, then drawn by weight: which batches are measured, what is sent of them, and what goes on."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,20 @@ class Sent:
 
     def submit(self, ids: Any = None, **fields: Any) -> None:
         self.sent.append((ids, fields))
+
+
+class Asked(Sent):
+    """One that weighs in the same step."""
+
+    rule = "strata"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Any, dict[str, Any]]] = []
+
+    def step(self, ids: Any, **fields: Any) -> Any:
+        self.asked.append((ids, fields))
+        return SimpleNamespace(weights=np.ones(len(ids), np.float32))
 
 
 def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -125,6 +140,33 @@ def test_batches_of_the_schedule_are_sent_relative_and_guard_losses_after_it() -
     assert values["policy/guard_loss"] == pytest.approx(loss)
     last = found[7].double().numpy()
     assert values["policy/plain_sim"] == pytest.approx(last.mean() / last.std(ddof=1), rel=1e-3)
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_gradients_are_read_while_batches_are_measured_and_no_longer(noise: float) -> None:
+    """Of a norm-matched direction, also before the first batch that is measured: a batch is worth its price."""
+    model = network()
+    direction = direction_of(model, norm_matched=True, step_noise=noise)
+    steps = WeightedSteps(Sent(), GhostContributions(model, direction), **OPTIONS)
+    averages = []
+    for number in range(10):
+        train(steps, range(number, number + 1))
+        averages.append({name: value.clone() for name, value in direction.state_dict()["gradients"].items()})
+    changed = [
+        number
+        for number in range(1, 10)
+        if any(not torch.equal(averages[number - 1][name], value) for name, value in averages[number].items())
+    ]
+    assert changed == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_losses_that_come_first_are_sent_of_all_batches() -> None:
+    model, client = network(), Asked()
+    options: dict[str, Any] = {"measure_from": 2, "measure_until": 7, "measure_every": 2, "verify": False}
+    steps = WeightedSteps(client, GhostContributions(model, direction_of(model)), **options)
+    assert list(train(steps, range(9))) == [2, 4, 6]
+    assert [set(fields) for _, fields in client.asked] == [{"losses", "scored"}] * 9
+    assert ["contributions" in fields for _, fields in client.sent] == [True] * 3
 
 
 def test_micro_batches_are_compared_together() -> None:
@@ -216,10 +258,9 @@ def test_sources_are_explored_alike_then_drawn_by_weight_also_after_a_resumption
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"measure_from": -1}, "measure_from = -1: must be an integer of at least 0"),
-        ({"measure_from": 4, "measure_until": 4}, "measure_until = 4: must be an integer of at least 5"),
+        ({"measure_every": 0}, "measure_every = 0: must be an integer of at least 1"),
+        ({"measure_from": 4, "measure_until": 4}, "measure_until = 4: must be an integer above measure_from"),
         ({"guard_every": 3}, "guard_every = 3: needs measure_until"),
-        ({"measure_until": 4, "guard_every": 0}, "guard_every = 0: must be an integer of at least 1"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_named(options: dict[str, Any], message: str) -> None:
@@ -247,6 +288,10 @@ def test_what_is_missing_is_named() -> None:
 def test_options_of_frameworks_reach_the_steps() -> None:
     model = network()
     options = TrainingOptions(**{**OPTIONS, "refresh_every": 2})
-    steps = options.steps(Sent(), model, direction_of(model))  # type: ignore[arg-type]
-    assert [number for number in range(15) if steps.schedule.measures(number)] == MEASURED
-    assert [number for number in range(13) if steps.schedule.hears(number)] == HEARD
+    client: Any = Sent()
+    steps = options.steps(client, model, losses_of, [rows(32, 90)], guard=[rows(16, 91)])
+    found = train(steps, range(13))
+    assert list(found) == MEASURED
+    for (_, fields), contributions in zip(client.sent, found.values(), strict=False):
+        np.testing.assert_allclose(fields["contributions"], expected_of(contributions), rtol=1e-3, atol=1e-4)
+    assert [set(fields) for _, fields in client.sent[len(MEASURED) :]] == [{"guard_loss", "omit_weights"}] * len(HEARD)

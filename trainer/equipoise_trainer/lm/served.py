@@ -1,7 +1,7 @@
 """Steps whose weights a policy server gives.
 
 Contributions are sent relative to their mean over the batch, and smaller by what chance explains between the groups of
-a batch: see `equipoise.torch.relative`. Data without any fault keep their weights.
+a batch: see `equipoise.torch.comparison`. Data without any fault keep their weights.
 
 Shape legend: B sequences of a step, N ids of the policy.
 """
@@ -15,15 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from equipoise.torch import (
-    GhostContributions,
-    Mixture,
-    OnePassContributions,
-    TargetDirection,
-    WeightedSteps,
-    relative,
-    shrunk,
-)
+from equipoise.torch import GhostContributions, Mixture, OnePassContributions, TargetDirection, WeightedSteps
+from equipoise.torch.comparison import compared
 from equipoise.torch.one_pass import OnePassCapture
 from equipoise.wire import StepFields
 from equipoise_trainer.lm.model import sequence_losses
@@ -120,7 +113,7 @@ class ScoredSteps(Steps):
         capture.losses(torch.from_numpy(around.task.train[ids]))
         around.meter.one_pass += len(ids)
         fields = capture.fields()
-        fields["contributions"] = shrunk(relative(fields["contributions"]), ids).astype(np.float32)
+        fields["contributions"] = compared(capture.ids, fields)
         fields["step"] = step
         return self._policy.step(ids, **fields)
 

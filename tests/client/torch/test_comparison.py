@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.torch import CaptureError, relative, shrunk
-from equipoise.torch.relative import FARTHEST
+from equipoise.torch.comparison import FARTHEST
 
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from equipoise.torch.errors import CaptureError
+from equipoise.wire import StepFields
 
 FARTHEST: Final = 2.0
 """Where relative contributions are cut off, in spreads."""
@@ -86,6 +87,22 @@ def shrunk(contributions: ArrayLike, groups: ArrayLike) -> NDArray[np.float64]:
     between = float((counts * np.square(means - values.mean())).sum()) / (len(found) - 1)
     within = float(np.square(values - means[place]).sum()) / (len(values) - len(found))
     return values * (max(0.0, 1.0 - within / between) if between > 0 else 0.0)
+
+
+def compared(ids: NDArray[np.uint64], fields: StepFields) -> NDArray[np.float32]:
+    """The contributions of a step as comparisons among its scored rows: `shrunk(relative(c), ids)`.
+
+    Args:
+        ids: of the rows, [B].
+        fields: with contributions and scored.
+
+    Returns:
+        float32 [B]; as they were where rows are not scored.
+    """
+    values = np.array(fields["contributions"], dtype=np.float32)
+    scored = np.asarray(fields["scored"], dtype=np.bool_)
+    values[scored] = shrunk(relative(values[scored]), ids[scored])
+    return values
 
 
 def _finite(contributions: ArrayLike) -> NDArray[np.float64]:

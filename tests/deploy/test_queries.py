@@ -24,6 +24,9 @@ pytestmark = pytest.mark.slow
 WITHOUT_DATA = {
     "streams / Turned away for want of room / {{reason}}": "no bound of the server is reached by so few trainers",
     "tenants / Because a share was used up / {{reason}}": "nor one of a tenant",
+    "runtime / Processes / {{instance}}": "these servers are one process each",
+    "runtime / Processes / {{instance}} wanted": "these servers are one process each",
+    "runtime / Processes / {{instance}} replaced": "these servers are one process each",
 }
 """Queries that find nothing here, by where they are, and why."""
 

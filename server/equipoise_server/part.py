@@ -57,8 +57,11 @@ class Part:
         )
 
     def order(self, settings: Settings) -> bytes:
-        """All this as one line, with secrets: for a pipe, not for a command line."""
-        given = {name: _plain(getattr(settings, name)) for name in Settings.model_fields if name != "config"}
+        """All this as one line, with secrets: for a pipe, not for a command line.
+
+        Without the file of settings, which is read once: by the parent.
+        """
+        given = {name: _plain(getattr(settings, name)) for name in Settings.model_fields} | {"config": None}
         return json.dumps({"part": asdict(self), "settings": given}).encode() + b"\n"
 
     @classmethod

@@ -9,7 +9,7 @@ from equipoise_server.part import DIVIDED, Part, own_addresses
 from equipoise_server.settings import Settings
 
 
-def part(number: int = 0, processes: int = 3) -> Part:
+def part(number: int = 0, *, processes: int = 3, directory: str = "/nowhere") -> Part:
     return Part(
         number=number,
         processes=processes,
@@ -17,7 +17,7 @@ def part(number: int = 0, processes: int = 3) -> Part:
         own=f"127.0.0.1:{50052 + number}",
         advertise="",
         redis_url="",
-        directory="/nowhere",
+        directory=directory,
     )
 
 
@@ -41,6 +41,20 @@ def test_an_order_holds_everything_secrets_too() -> None:
     assert settings == mine
     assert settings.redis is not None
     assert settings.redis.password == "secret"
+
+
+def test_an_order_holds_whatever_has_become_of_what_it_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is replaced a year later is as the others are: the file is read once, by the parent."""
+    file = tmp_path / "equipoise.toml"
+    file.write_text("max_streams = 7\nprocesses = 3")
+    monkeypatch.setenv("EQUIPOISE_CONFIG", str(file))
+    mine = part().settings(Settings())
+    assert mine.max_streams == 7
+    for later in ("max_streams = 8", "nonsense"):
+        file.write_text(later)
+        assert Part.from_order(part().order(mine))[1].model_copy(update={"config": file}) == mine
 
 
 def test_processes_have_the_ports_behind_the_shared_one() -> None:

@@ -15,7 +15,7 @@ import structlog
 from equipoise_server import logs
 from equipoise_server.metrics import Endpoint, ParentMetrics, ServerStatus
 from equipoise_server.part import Part, own_addresses
-from equipoise_server.processes.child import Child
+from equipoise_server.processes.child import SILENT, Child
 from equipoise_server.processes.ports import Port
 from equipoise_server.settings import Settings, SettingsError
 from equipoise_server.store import EmbeddedRedis, StoreError, Usage
@@ -23,15 +23,15 @@ from equipoise_server.store import EmbeddedRedis, StoreError, Usage
 log = structlog.get_logger("equipoise.processes")
 
 START_FAILED = 1
-ANSWER_S = 3.0
-"""How long a process may take to answer the parent; what asks that waits somewhat longer."""
 PAUSE_S = (0.1, 10.0)
 """Before a process is started again, the first time and at most: twice as long each time."""
 STEADY_S = 60.0
 """A process that has run for so long is started again as if it were the first time."""
-STOP_S = 25.0
+STOP_S = 20.0
 """Beyond its own grace, what a process takes to write what is left: after that it is killed."""
 USAGE_CHECK_S = 5.0
+LONGEST_DIRECTORY = 90
+"""Bytes; of the path of a socket in it, systems allow 104 to 108."""
 
 
 class ProcessFailed(Exception):  # noqa: N818 - as the rest of the tree
@@ -175,15 +175,14 @@ class Parent:
         pause_s, longest_s = PAUSE_S
         while not self._stopping:
             began = clock()
-            await child.start()
-            if self._together:
-                child.meet_others()
-            if self._stopping:  # while it was being started
-                child.send_signal(signal.SIGTERM)
-            serving = asyncio.create_task(child.served())
-            status = await child.wait()
-            serving.cancel()
-            self._metrics.merged.ended(child.number)
+            try:
+                await child.start()
+            except OSError as error:
+                if not self._together:
+                    raise
+                status = f"it was not started: {error}"
+            else:
+                status = str(await self._attend(child))
             if self._stopping:
                 return
             if not self._together:
@@ -194,6 +193,20 @@ class Parent:
             log.error("a process ended and is started again", process=child.number, status=status, pause_s=pause_s)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)
+
+    async def _attend(self, child: Child) -> int:
+        """Looks after a process that was started until it has ended; its exit status."""
+        if self._together:
+            child.meet_others()
+        if self._stopping:  # while it was being started
+            child.send_signal(signal.SIGTERM)
+        looking = [asyncio.create_task(work) for work in (child.served(), child.watch())]
+        try:
+            return await child.wait()
+        finally:
+            for task in looking:
+                task.cancel()
+            self._metrics.merged.ended(child.number)
 
     async def _end_children(self) -> None:
         """All drain at once; one that does not end is killed."""
@@ -217,45 +230,33 @@ class Parent:
             "startup": "" if self._together else self._waits_for,
         }
         if self._together:
-            told = await asyncio.gather(*(self._lacking(child) for child in self._children))
-            lacking = [f"process {child.number}: {why}" for child, why in zip(self._children, told, strict=True) if why]
+            lacking = [f"process {child.number}: {child.lacks}" for child in self._children if child.lacks]
             checks["processes"] = "; ".join(lacking) if len(lacking) == len(self._children) else ""
         return checks
 
-    async def _lacking(self, child: Child) -> str:
-        try:
-            well, page = await child.ask("/readyz", timeout_s=ANSWER_S)
-        except (FileNotFoundError, ConnectionRefusedError):
-            return "it is starting"
-        except (OSError, TimeoutError):
-            return "it does not answer"
-        return "" if well else page.decode().strip()
-
     async def _alive(self) -> Mapping[str, str]:
-        """Every process that has begun answers; one that has ended is the parent's to replace."""
-        told = await asyncio.gather(*(self._lacking(child) for child in self._children))
+        """Every process that has begun answers; one that has ended, or hangs for long, is the parent's to replace."""
         return {"event-loop": ""} | {
-            f"process-{child.number}": f"process {child.number} does not answer" if why == "it does not answer" else ""
-            for child, why in zip(self._children, told, strict=True)
+            f"process-{child.number}": f"process {child.number} does not answer" if child.lacks == SILENT else ""
+            for child in self._children
         }
 
     async def _page(self, accept: str) -> tuple[bytes, str]:
         async with self._scraping:  # counters must not be told in another order than they grew in
-            await asyncio.gather(*(self._hear(child) for child in self._children))
-            checks = await self._ready()
+            await asyncio.gather(*(self._hear(child) for child in self._children if child.lacks != SILENT))
             status = ServerStatus(
-                checks=checks,
+                checks=await self._ready(),
                 draining=self._stopping,
                 own_redis=self._usage,
                 own_redis_exits=self._redis.exits if self._redis else None,
             )
             running = sum(child.serves for child in self._children)
-            return await asyncio.to_thread(self._metrics.exposition, status, running=running, accept=accept)
+            return self._metrics.exposition(status, running=running, accept=accept)
 
     async def _hear(self, child: Child) -> None:
         pid = child.pid
-        with contextlib.suppress(OSError, TimeoutError):
-            well, page = await child.ask("/metrics", timeout_s=ANSWER_S)
+        with contextlib.suppress(OSError):  # it is told as it was
+            well, page = await child.ask("/metrics")
             if well and child.serves and child.pid == pid:
                 self._metrics.merged.told(child.number, page)
 
@@ -270,10 +271,13 @@ class Parent:
 
 def _private_directory() -> str:
     """For sockets and ready files; in a container that has no disk to write to, in its shared memory."""
-    try:
-        return tempfile.mkdtemp(prefix="equipoise-")
-    except OSError:
-        return tempfile.mkdtemp(prefix="equipoise-", dir="/dev/shm")
+    for parent in (None, "/tmp"):
+        with contextlib.suppress(OSError):
+            path = tempfile.mkdtemp(prefix="equipoise-", dir=parent)
+            if len(os.fsencode(path)) <= LONGEST_DIRECTORY:
+                return path
+            os.rmdir(path)
+    return tempfile.mkdtemp(prefix="equipoise-", dir="/dev/shm")
 
 
 def run_all(settings: Settings) -> int:

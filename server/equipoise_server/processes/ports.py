@@ -1,10 +1,15 @@
 """Ports that several processes listen at, kept by their parent while one of them is away."""
 
+import errno
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 from equipoise_server.addresses import bindable, host_and_port, joined
 from equipoise_server.settings import SettingsError
+
+NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""What binding ends with where this machine lacks an address that a name has; gRPC does without it, too."""
 
 
 class Port:
@@ -24,9 +29,17 @@ class Port:
     def __init__(self, address: str, *, setting: str) -> None:
         host, port = host_and_port(bindable(address))
         self._sockets: list[socket.socket] = []
+        lacking: OSError | None = None
         try:
             for family, place in _places(host, port):
-                self._sockets.append(_kept(family, place if port else (place[0], self._port, *place[2:])))
+                try:
+                    self._sockets.append(_kept(family, (place[0], port or self._port, *place[2:])))
+                except OSError as error:
+                    if error.errno not in NOT_HERE:
+                        raise
+                    lacking = error
+            if not self._sockets and lacking:
+                raise lacking
         except OSError as error:
             self.close()
             message = f"{setting}: {address!r} cannot be bound, {error.strerror or error}; is another server there?"
@@ -43,23 +56,28 @@ class Port:
             bound.close()
 
 
-def _places(host: str, port: int) -> Iterator[tuple[socket.AddressFamily, tuple[str, int]]]:
+def _places(host: str, port: int) -> Iterator[tuple[socket.AddressFamily, tuple[Any, ...]]]:
     for family, _, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
         if family in (socket.AF_INET, socket.AF_INET6):
-            yield family, place  # type: ignore[misc]  # typed for every family
+            yield family, place
 
 
-def _kept(family: socket.AddressFamily, place: tuple[str, int]) -> socket.socket:
+def _kept(family: socket.AddressFamily, place: tuple[Any, ...]) -> socket.socket:
     with _bound(family, place, socket.SO_REUSEADDR) as alone:
         alone.listen(1)  # alone: fails where another one listens, sharing or not
         place = alone.getsockname()
-    return _bound(family, place, socket.SO_REUSEPORT)
+    kept = _bound(family, place, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+    # What counts when somebody else comes: without it, one who does not share finds the address taken.
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    return kept
 
 
-def _bound(family: socket.AddressFamily, place: tuple[str, int], option: int) -> socket.socket:
+def _bound(family: socket.AddressFamily, place: tuple[Any, ...], *options: int) -> socket.socket:
+    """SO_REUSEADDR: whatever connections have lately ended there."""
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
-        made.setsockopt(socket.SOL_SOCKET, option, 1)
+        for option in options:
+            made.setsockopt(socket.SOL_SOCKET, option, 1)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(place[0] != "::"))
         made.bind(place)

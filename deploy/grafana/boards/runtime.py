@@ -77,7 +77,7 @@ _PROCESS = Row(
                 Query("equipoise_server_processes_wanted{SERVER}", "{{instance}} wanted"),
                 Query("increase(equipoise_server_process_exits_total{SERVER}[RATE])", "{{instance}} replaced"),
             ),
-            runbooks=("EquipoiseServerDown",),
+            runbooks=("EquipoiseProcessEnds",),
         ),
     ),
 )

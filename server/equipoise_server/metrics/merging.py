@@ -200,7 +200,9 @@ class ParentMetrics:
             f"{PREFIX}processes_running", "Processes of the server that serve.", registry=self._registry
         )
         Gauge(
-            f"{PREFIX}processes_wanted", "Processes that the server should have: processes.", registry=self._registry
+            f"{PREFIX}processes_wanted",
+            "Processes that the server should have, as its setting says.",
+            registry=self._registry,
         ).set(processes)
         self._exits = CounterFamily(
             f"{PREFIX}process_exits", "Processes that have ended by themselves, and were replaced.",

@@ -5,13 +5,13 @@ import os
 import signal
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from socket import AF_UNIX, socket
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import numpy as np
@@ -31,8 +31,6 @@ from tests.servers import ServerProcess, serve
 POLICIES = tuple(f"p{number}" for number in range(8))
 STEPS = 60
 
-Start: TypeAlias = Callable[..., list[Future[None]]]
-
 
 def several(**settings: Any) -> Any:
     return serve(processes=2, **{"listen": "127.0.0.1:0"} | settings)
@@ -50,12 +48,49 @@ def children(server: ServerProcess) -> list[psutil.Process]:
     return [each for each in psutil.Process(server.pid).children() if MODULE in each.cmdline()]
 
 
-@contextmanager
-def training(server: ServerProcess) -> Iterator[Start]:
-    """A client for each policy; yields what lets all of them make so many steps, each in a thread, one after another.
+class Trainers:
+    """One for each policy, in a thread of its own.
 
     Every step must be answered as the one that it is: none is lost, and none is applied twice.
+
+    Attributes:
+        made: steps that were answered so far, of each.
     """
+
+    def __init__(self, clients: list[PolicyClient], pool: ThreadPoolExecutor) -> None:
+        self.made = [0] * len(clients)
+        self._clients = clients
+        self._pool = pool
+        self._randoms = [np.random.default_rng(number) for number in range(len(clients))]
+
+    def start(self, steps: int = STEPS) -> list[Future[None]]:
+        """Lets each make so many steps more, one after another."""
+        return [self._pool.submit(self._work, number, steps) for number in range(len(self._clients))]
+
+    def make(self, steps: int = STEPS) -> None:
+        """The same, and waits for all."""
+        finish(self.start(steps))
+
+    def under_way(self) -> bool:
+        """Whether they have begun."""
+        return sum(self.made) > 30
+
+    def _work(self, number: int, steps: int) -> None:
+        for _ in range(steps):
+            contributions = self._randoms[number].normal(size=3).astype(np.float32)
+            result = self._clients[number].step([0, 1, 2], contributions=contributions)
+            self.made[number] += 1
+            assert result.outcome in (Outcome.APPLIED, Outcome.DUPLICATE)
+            assert result.version == self.made[number]
+
+
+def finish(jobs: list[Future[None]]) -> None:
+    for job in jobs:
+        job.result()
+
+
+@contextmanager
+def training(server: ServerProcess) -> Iterator[Trainers]:
     with ExitStack() as stack:
         clients = [
             stack.enter_context(
@@ -65,27 +100,14 @@ def training(server: ServerProcess) -> Iterator[Start]:
             )
             for name in POLICIES
         ]
-        randoms = [np.random.default_rng(number) for number in range(len(POLICIES))]
-        made = [0] * len(POLICIES)
-        pool = stack.enter_context(ThreadPoolExecutor(len(clients)))
-
-        def work(number: int, steps: int) -> None:
-            for _ in range(steps):
-                contributions = randoms[number].normal(size=3).astype(np.float32)
-                result = clients[number].step([0, 1, 2], contributions=contributions)
-                made[number] += 1
-                assert result.outcome in (Outcome.APPLIED, Outcome.DUPLICATE)
-                assert result.version == made[number]
-
-        yield lambda steps=STEPS: [pool.submit(work, number, steps) for number in range(len(clients))]
+        yield Trainers(clients, stack.enter_context(ThreadPoolExecutor(len(clients))))
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[float]]:
     """The weights after `STEPS` steps that one process alone has."""
-    with serve() as alone, training(alone) as start:
-        for job in start():
-            job.result()
+    with serve() as alone, training(alone) as trainers:
+        trainers.make()
         return weights(alone)
 
 
@@ -150,19 +172,17 @@ def told(process: psutil.Process, name: str) -> float:
 
 
 def test_steps_are_exact_go_to_all_processes_and_are_counted_together(expected: dict[str, list[float]]) -> None:
-    with several() as server, training(server) as start:
-        for job in start(20):
-            job.result()
+    with several() as server, training(server) as trainers:
+        trainers.make(20)
         assert versions(server) == dict.fromkeys(POLICIES, 20)
         until(lambda: list(homes(server).values()).count(0) == 4, what="both have their share")
-        until(lambda: gauges(server)["policies"] == len(POLICIES), what="nothing moves")
-        for job in start(40):
-            job.result()
+        until(lambda: gauges(server).get("policies") == len(POLICIES), what="nothing moves")
+        trainers.make(40)
         check(server, expected)
         for name in ("batch_examples_sum", "batch_steps_count", "policies"):
             parts = [told(child, name) for child in children(server)]
             assert all(parts), name
-            until(lambda: gauges(server)[name] == sum(parts), what=f"{name} is the sum of {parts}")  # noqa: B023
+            until(lambda: gauges(server).get(name) == sum(parts), what=f"{name} is the sum of {parts}")  # noqa: B023
         whole = gauges(server)
         assert whole["clients"] >= len(POLICIES)
         assert (whole["processes_running"], whole["processes_wanted"]) == (2, 2)
@@ -189,16 +209,15 @@ def test_all_speak_for_the_server() -> None:
 
 
 def test_a_killed_process_is_replaced_and_its_policies_go_on(expected: dict[str, list[float]]) -> None:
-    with several() as server, training(server) as start:
-        jobs = start()
-        until(lambda: sum(versions(server).values()) > 30, what="they train")
+    with several() as server, training(server) as trainers:
         until(lambda: page(server, "readyz")[0] == 200, what="they have reached Redis")
-        before = gauges(server)["batch_steps_count"]
         doomed, other = children(server)
+        jobs = trainers.start()
+        until(trainers.under_way)
+        before = gauges(server).get("batch_steps_count", 0.0)
         doomed.kill()
         assert page(server, "readyz")[0] == 200
-        for job in jobs:
-            job.result()
+        finish(jobs)
         check(server, expected)
         until(lambda: gauges(server)["processes_running"] == 2, what="it is replaced")
         assert other in children(server)
@@ -219,32 +238,30 @@ def test_processes_end_with_their_parent_also_one_that_hangs() -> None:
 
 @pytest.mark.slow
 def test_nothing_acknowledged_is_lost_when_all_are_killed_under_load(expected: dict[str, list[float]]) -> None:
-    with several(listen=f"127.0.0.1:{three_ports()}") as server, training(server) as start:
-        jobs = start()
-        until(lambda: sum(versions(server).values()) > 30, what="they train")
+    with several(listen=f"127.0.0.1:{three_ports()}") as server, training(server) as trainers:
         pids = [child.pid for child in children(server)]
+        jobs = trainers.start()
+        until(trainers.under_way)
         server.kill()
         until(lambda: not any(psutil.pid_exists(pid) for pid in pids), what="they have ended")
         server.start()
-        for job in jobs:
-            job.result()
+        finish(jobs)
         check(server, expected)
 
 
 @pytest.mark.slow
 def test_nothing_acknowledged_is_lost_by_a_stop_under_load(expected: dict[str, list[float]]) -> None:
-    with several(listen=f"127.0.0.1:{three_ports()}") as server, training(server) as start:
-        jobs = start()
-        until(lambda: sum(versions(server).values()) > 30, what="they train")
+    with several(listen=f"127.0.0.1:{three_ports()}") as server, training(server) as trainers:
         descendants = psutil.Process(server.pid).children(recursive=True)
         assert len(descendants) >= 3  # both, and Redis
+        jobs = trainers.start()
+        until(trainers.under_way)
         assert server.stop() == 0
         assert not any(each.is_running() for each in descendants)
         stopped = [json.loads(line) for line in server.log.splitlines() if '"stopped"' in line]
         assert [event.get("process") for event in stopped][2:] == [None]  # the parent behind both
         server.start()
-        for job in jobs:
-            job.result()
+        finish(jobs)
         check(server, expected)
 
 
@@ -254,14 +271,12 @@ def test_the_port_serves_while_a_process_hangs_and_the_process_is_replaced(expec
 
     Who connects anew may meet it until it is ended, and then tries again.
     """
-    with several() as server, training(server) as start:
-        for job in start(20):
-            job.result()
+    with several() as server, training(server) as trainers:
+        trainers.make(20)
         until(lambda: set(homes(server).values()) == {0, 1}, what="both have policies")
         hung, other = children(server)
         hung.suspend()
-        for job in start(40):
-            job.result()
+        trainers.make(40)
         assert other in children(server)
         until(lambda: not hung.is_running(), what="it is ended")
         until(lambda: gauges(server)["processes_running"] == 2, what="it is replaced")

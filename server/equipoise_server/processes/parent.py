@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 
 import structlog
 
@@ -152,8 +152,7 @@ class Parent:
             redis.supervise(on_exit=lambda status: log.error("redis ended", status=status)),
             self._watch_usage(redis),
         ):
-            task = asyncio.create_task(work)
-            self._stack.callback(task.cancel)
+            self._stack.callback(_begun(work).cancel)
         return redis.url
 
     def _note_sync(self, error: OSError | None) -> None:
@@ -200,7 +199,7 @@ class Parent:
             child.meet_others()
         if self._stopping:  # while it was being started
             child.send_signal(signal.SIGTERM)
-        looking = [asyncio.create_task(work) for work in (child.served(), child.watch())]
+        looking = [_begun(work) for work in (child.served(), child.watch())]
         try:
             return await child.wait()
         finally:
@@ -267,6 +266,18 @@ class Parent:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
         unfinished.write_text(json.dumps(facts), encoding="utf-8")
         unfinished.replace(path)
+
+
+def _begun(work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    """A task in the background, whose failure is told."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_tell_failure)
+    return task
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.error("a background task ended", exc_info=error)
 
 
 def _private_directory() -> str:

@@ -33,6 +33,8 @@ class StepFields:
     measured: bytes = b""
     successes: bytes = b""
     attempts: bytes = b""
+    target_losses: bytes = b""
+    target_groups: bytes = b""
 
     @classmethod
     def of(cls, message: pb.StepRequest) -> Self:

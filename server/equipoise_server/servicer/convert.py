@@ -184,6 +184,10 @@ def _statistics(request: StepFields, rows: _Rows, policy: Policy, limits: Servic
     values |= parse_outcomes(request.successes, request.attempts, rows=rows.count, scored=scored)
     groups = parse_groups(request.groups, rows=rows.count)
     if all(given is None for given in values.values()):
+        if request.target_losses:
+            raise invalid(
+                "UNUSABLE_STATISTICS", "target_losses", "sent without losses of the rows, to be compared with"
+            )
         return None
     if measured is not None and not policy.rule.sparse_contributions:
         scored, measured = known["contributions"], None

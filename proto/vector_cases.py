@@ -295,7 +295,7 @@ def _strata() -> Iterator[Asked]:
         ("target", "losses of the target, also too few at first, and without losses of the rows", {}),
         (
             "target_groups",
-            "the same of two groups; target groups that are absent or too high are refused",
+            "the same of two groups, each with its own or with all; a target group that is too high is refused",
             {"groups": 2.0},
         ),
     ):
@@ -306,15 +306,14 @@ def _strata() -> Iterator[Asked]:
             request = _stratum_step(trainer, grouped="groups" in settings)
             if turn % 2 == 0:
                 request["target_losses"] = [trainer.uniform(0.1, 2.5) for _ in range(5)]
-                if settings:
+                if settings and turn % 4:
                     request["target_groups"] = [0, 1, 0, 1, 1]
             requests.append(request)
         alone = {key: value for key, value in requests[0].items() if key not in ("losses", "groups")}
         requests.append(alone)
         if settings:
-            without, high = (_stratum_step(trainer, grouped=True) | {"target_losses": [1.0, 2.0]} for _ in range(2))
-            high["target_groups"] = [0, 2]
-            requests += [without, high]
+            high = {"target_losses": [1.0, 2.0], "target_groups": [0, 2]}
+            requests.append(_stratum_step(trainer, grouped=True) | high)
         requests.append({"sequence": 0, "all_examples": True})
         yield Asked(rule="strata", name=name, about=about, settings=told, requests=requests)
     trainer = Trainer(53)

@@ -50,7 +50,7 @@ class StepFields(TypedDict, total=False):
             prompt; rows of one id add up.
         target_losses: float [A], finite: the unweighted losses of single examples of the target set A under the model
             of this step, nats, for rule `strata`, which compares them with `losses`.
-        target_groups: integers [A] in [0, 2^32): their groups, where the policy has several.
+        target_groups: integers [A] in [0, 2^32): their groups; without, every group is compared with all of them.
         target_loss: mean loss on the target set A, nats.
         guard_loss: mean loss on the guard set B, nats.
         step: the number of the training step, in [0, 2^64), for people to read. For rule `trajectory` it is the row

@@ -147,7 +147,6 @@ def test_what_does_not_fit_is_refused(server: ServerProcess) -> None:
             ({"losses": [1.0, 2.0]}, "groups is absent: rule strata with 2 groups"),
             ({"losses": [1.0, 2.0], "groups": [0, 2]}, "groups = 2 of example 1: rule strata has groups"),
             ({"losses": [1.0, 2.0], "groups": [0, 1], "reference_losses": [1.0, 2.0]}, "reference_losses"),
-            ({"losses": [1.0, 2.0], "groups": [0, 1], "target_losses": [1.0]}, "target_groups is absent: rule strata"),
             (
                 {"losses": [1.0, 2.0], "groups": [0, 1], "target_losses": [1.0, 1.0], "target_groups": [0, 2]},
                 r"target_groups\[1\] = 2: rule strata has groups",

@@ -174,8 +174,7 @@ class WeightedSteps:
         ids, fields = step.capture.ids, step.capture.loss_fields()
         if step.groups is not None:
             fields["groups"] = step.groups
-        else:
-            fields |= self._target_losses(step)
+        fields |= self._target_losses(step)
         if self._sampled:
             fields["omit_weights"] = True
             self.client.submit(ids, **fields)

@@ -839,7 +839,7 @@ class StepRequest(google.protobuf.message.Message):
     `max_batch_examples`. For rule `strata`, which compares them with `losses`, that must be in the same step. Finite.
     """
     target_groups: builtins.bytes
-    """uint32 each: the groups of these examples. Needed where the rule has several groups."""
+    """uint32 each: the groups of these examples. Absent: every group is compared with all of them."""
     def __init__(
         self,
         *,

@@ -39,7 +39,7 @@ export interface StepFields {
   attempts?: ArrayLike<number>;
   /** [A]: losses of single examples of the target set A, nats; for rule `strata`, beside `losses`. */
   targetLosses?: Numbers;
-  /** [A]: integers in [0, 2^32): their groups, where the policy has several. */
+  /** [A]: integers in [0, 2^32): their groups; without, every group is compared with all. */
   targetGroups?: ArrayLike<number>;
   /** Mean loss on the target set A, nats. */
   targetLoss?: number;

@@ -177,9 +177,6 @@ class Strata(Rule):
         if statistics.losses is None:
             text = f"target_losses: rule {self.name} compares them with losses, which are absent"
             raise RuleError("target_losses", text)
-        if groups is None and self._groups > 1:
-            text = f"target_groups is absent: rule {self.name} with {self._groups} groups needs it with target_losses"
-            raise RuleError("target_groups", text)
         if groups is not None and groups.max() >= self._groups:
             where = f"target_groups[{int(np.argmax(groups >= self._groups))}]"
             text = f"{where} = {groups.max()}: rule {self.name} has groups [0, {self._groups})"
@@ -333,8 +330,8 @@ class Strata(Rule):
             return None
         if target is None:
             target = np.zeros(0, np.float32)
-        if target_groups is None:
-            target_groups = np.zeros(len(target), np.int64)
+        if target_groups is None:  # every group is compared with all of the target
+            target, target_groups = np.tile(target, self._groups), np.arange(self._groups).repeat(len(target))
         assert statistics.losses is not None
         before = density or DensityRatio.none(strata=self._strata, groups=self._groups)
         return before.after(

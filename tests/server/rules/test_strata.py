@@ -74,7 +74,11 @@ class Definition:
         """Losses as they are, and those of the target, counted by stratum."""
         assert told.losses is not None
         target = [] if told.target_losses is None else told.target_losses.tolist()
-        others = [0] * len(target) if told.target_groups is None else told.target_groups.tolist()
+        if told.target_groups is None:
+            groups_there = range(int(self.set["groups"]))
+            target, others = [*target * len(groups_there)], [group for group in groups_there for _ in target]
+        else:
+            others = told.target_groups.tolist()
         self.compares = self.compares or bool(target)
         if not self.compares:
             return
@@ -213,9 +217,9 @@ def told(rng: np.random.Generator, *, rows: int = 24, kind: str = "both") -> Sta
     return Statistics(
         ids=ids,
         losses=None if kind == "contributions" else hard.astype(np.float32),
-        contributions=None if kind in ("losses", "target") else contributions,
+        contributions=None if kind in ("losses", "target", "whole") else contributions,
         groups=None if kind == "contributions" else ids % G,
-        target_losses=target if kind == "target" else None,
+        target_losses=target if kind in ("target", "whole") else None,
         target_groups=rng.integers(0, G, 10) if kind == "target" else None,
     )
 
@@ -231,7 +235,7 @@ def history(seed: int, steps: int = 60, kinds: tuple[str, ...] = KINDS) -> list[
 @pytest.mark.parametrize(
     "settings", [{}, {"soft": True}, {"smoothing": 0.0}, {"floor": 0.001, "raise_above": -1.6, "smoothing": 1.0}]
 )
-@pytest.mark.parametrize("kinds", [KINDS, ("target", *KINDS, "target")])
+@pytest.mark.parametrize("kinds", [KINDS, ("target", *KINDS, "whole"), ("whole", *KINDS)])
 def test_it_is_its_definition(settings: dict[str, float | bool], kinds: tuple[str, ...]) -> None:
     rule = made(**settings)
     state, definition = start(rule), Definition({name: float(value) for name, value in rule.settings.items()})

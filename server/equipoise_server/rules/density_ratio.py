@@ -1,6 +1,6 @@
 """How often the target's losses lie where those of the training examples do.
 
-Shape legend: G groups, S strata of each.
+Shape legend: G groups, S strata of each, B training examples and A target examples of a step.
 """
 
 from dataclasses import dataclass
@@ -8,32 +8,27 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise_server.rules.quantiles import Quantiles
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DensityRatio:
-    """Losses of training and target examples under the model of one step, counted by stratum, older ones fading.
+    """Where losses of the target lie among those of training examples, under the model of the same step.
 
-    Were the training examples like the target's, both would have their losses at the same places. Where the training
-    examples have many and the target few, as wrong labels have high losses and easy text off the target has low ones,
-    the ratio of the shares is the weight that makes one distribution of the other (importance weighting).
+    Were the training examples like the target's, a loss of the target would fall into each of the B + 1 gaps between
+    their B sorted losses equally often, whatever the model. Where the target has fewer, training examples are that are
+    unlike it: wrong labels have high losses, easy text off the target has low ones. The ratio of the shares is the
+    weight that makes one distribution of the other (importance weighting).
 
     Attributes:
-        quantiles: of recent losses of training examples, each as it was reported.
-        own: float64 [G, S], how many of these, by stratum.
-        target: float64 [G, S], how many losses of the target.
+        target: float64 [G, S], how many losses of the target lay in each stratum, older ones fading. A gap is a part
+            of one stratum, or of several, and a loss counts for each by its part.
     """
 
-    quantiles: Quantiles
-    own: NDArray[np.float64]
     target: NDArray[np.float64]
 
     @classmethod
     def none(cls, *, strata: int, groups: int) -> "DensityRatio":
         """No losses yet."""
-        own, target = np.zeros((2, groups, strata))
-        return cls(quantiles=Quantiles.empty(groups=groups, strata=strata), own=own, target=target)
+        return cls(target=np.zeros((groups, strata)))
 
     def after(
         self,
@@ -41,28 +36,25 @@ class DensityRatio:
         groups: NDArray[np.int64],
         *,
         target_losses: NDArray[np.float64],
-        target_groups: NDArray[np.int64],
-        window: float,
+        target_groups: NDArray[np.int64] | None,
         memory: float,
     ) -> "DensityRatio":
-        """With new losses [B] of training examples and [A] of the target in it.
+        """With the losses of a step in it.
 
         Args:
-            losses: of training examples, nats.
-            groups: their groups.
-            target_losses: of target examples, nats.
-            target_groups: their groups.
-            window: how many losses of training examples a group remembers, about.
-            memory: how many of the target.
+            losses: of training examples, nats, [B].
+            groups: their groups, [B].
+            target_losses: of target examples, nats, [A].
+            target_groups: their groups, [A]; None: each is one of every group.
+            memory: how many losses of the target a group remembers, about.
         """
-        quantiles = self.quantiles.after(losses, groups, window=window)
-        known = quantiles.mass[target_groups] > 0.0  # of other groups nothing can be compared yet
-        target_losses, target_groups = target_losses[known], target_groups[known]
-        return DensityRatio(
-            quantiles=quantiles,
-            own=_counted(self.own, quantiles, losses, groups, memory=window),
-            target=_counted(self.target, quantiles, target_losses, target_groups, memory=memory),
-        )
+        target = self.target.copy()
+        for group in np.unique(groups):
+            own = target_losses if target_groups is None else target_losses[target_groups == group]
+            if len(own):
+                parts = _parts(own, np.sort(losses[groups == group]), strata=target.shape[1])
+                target[group] = target[group] * (memory / (memory + len(own))) + parts
+        return DensityRatio(target=target)
 
     def ratio(self, *, min_count: float, smoothing: float) -> NDArray[np.float64]:
         """Share of the target's losses over that of the training examples', at most 1: float64 [G, S].
@@ -70,25 +62,20 @@ class DensityRatio:
         A neighbour in the group counts for `smoothing` of a stratum. 1 in a group with fewer than `min_count` losses of
         the target.
         """
-        shares = [_smoothed(counts, smoothing) for counts in (self.target, self.own)]
-        totals = [counts.sum(axis=1, keepdims=True) for counts in shares]
-        told = (self.target.sum(axis=1, keepdims=True) >= min_count) & (totals[1] > 0.0) & (shares[1] > 0.0)
-        wanted, there = (share * total for share, total in zip(shares, reversed(totals), strict=True))
-        return np.where(told, np.minimum(wanted / np.where(told, there, 1.0), 1.0), 1.0)
+        total = self.target.sum(axis=1, keepdims=True)
+        told = (total >= min_count) & (total > 0.0)
+        shares = _smoothed(self.target, smoothing) / _smoothed(np.ones_like(self.target), smoothing)
+        return np.where(told, np.minimum(shares * self.target.shape[1] / np.where(told, total, 1.0), 1.0), 1.0)
 
 
-def _counted(
-    counts: NDArray[np.float64],
-    quantiles: Quantiles,
-    values: NDArray[np.float64],
-    groups: NDArray[np.int64],
-    *,
-    memory: float,
-) -> NDArray[np.float64]:
-    num_groups, strata = counts.shape
-    cells = groups * strata + quantiles.strata(values, groups)
-    new = np.bincount(cells, minlength=num_groups * strata).reshape(counts.shape).astype(np.float64)
-    return np.asarray(counts * (memory / (memory + new.sum(axis=1, keepdims=True))) + new)
+def _parts(values: NDArray[np.float64], known: NDArray[np.float64], *, strata: int) -> NDArray[np.float64]:
+    """How many of `values` lie in each stratum of `known`, which is sorted: float64 [S]."""
+    gaps = len(known) + 1
+    low = np.searchsorted(known, values, side="left")[:, None] / gaps
+    high = (np.searchsorted(known, values, side="right")[:, None] + 1) / gaps
+    bounds = np.arange(strata + 1) / strata
+    common = np.minimum(high, bounds[1:]) - np.maximum(low, bounds[:-1])
+    return np.asarray((np.maximum(common, 0.0) / (high - low)).sum(axis=0))
 
 
 def _smoothed(counts: NDArray[np.float64], share: float) -> NDArray[np.float64]:

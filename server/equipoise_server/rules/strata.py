@@ -83,11 +83,16 @@ class StrataSettings(SignalSettings):
     """What a contribution to a neighbour, the stratum of the next higher or lower losses of the group, counts for in z:
     what is decided then follows the loss smoothly."""
 
-    target_memory: float = number(256.0, low=16.0, high=1e6)
+    target_memory: float = number(1024.0, low=16.0, high=1e6)
     """How many losses of the target a group remembers, about."""
 
-    min_target_losses: float = number(100.0, low=2.0, high=1e6)
-    """With fewer losses of the target in its memory a group's strata are not compared with them."""
+    min_target_losses: float = number(384.0, low=2.0, high=1e6)
+    """With fewer losses of the target in its memory a group's strata are not compared with them: they are those of few
+    examples, and while a model is new they differ by chance."""
+
+    sharpness: float = number(4.0, low=0.0, high=16.0)
+    """Power of the density ratio by which a stratum's weight is multiplied: 1 makes the distribution of the losses that
+    of the target's; more leaves less of what is unlike the target."""
 
     lower_below: float = number(-2.2, low=-100.0, high=100.0)
     """z, mean contribution over its standard error, below which a stratum loses its weight."""
@@ -106,9 +111,8 @@ class StrataSettings(SignalSettings):
 class Strata(Rule):
     """The weight of an example is that of its stratum: a quantile of the smoothed loss, within its group.
 
-    Two things lower it. Where there are losses of target examples, a stratum is lowered by the square of the target's
-    share in it over its own, if that is below 1: see `DensityRatio`. Where there are contributions, a stratum is whose
-    mean is low.
+    Two things lower it. Where there are losses of target examples, a stratum is lowered in which they have a smaller
+    share than the training examples: see `DensityRatio`. Where there are contributions, a stratum is whose mean is low.
 
     The loss of an example says a lot about it, but not whether that is good or bad; its contribution says just that,
     but under noise that hides it. Averaged over a stratum the noise goes. Contributions should be norm-matched: their
@@ -268,9 +272,9 @@ class Strata(Rule):
         return np.asarray(served.astype(np.float32)[_read(state, STRATUM, ids)])
 
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        """z of the stratum, and twice the logarithm of its density ratio; NaN where no loss was reported."""
+        """z of the stratum, and the logarithm of what its density ratio leaves; NaN where no loss was reported."""
         z = self._kept.merits(state.scalars).z(self._decision)
-        z = z + 2.0 * np.log(np.maximum(self._ratio(state.scalars), MIN_RATIO))
+        z = z + self._settings.sharpness * np.log(np.maximum(self._ratio(state.scalars), MIN_RATIO))
         return np.asarray(np.append(z, np.nan).astype(np.float32)[_read(state, STRATUM, ids)])
 
     def above_floor(
@@ -324,22 +328,15 @@ class Strata(Rule):
     def _compared(
         self, density: DensityRatio | None, statistics: Statistics, groups: NDArray[np.int64]
     ) -> DensityRatio | None:
-        """With the losses of a step in it, from the first losses of the target on."""
-        target, target_groups = statistics.target_losses, statistics.target_groups
-        if density is None and target is None:
-            return None
-        if target is None:
-            target = np.zeros(0, np.float32)
-        if target_groups is None:  # every group is compared with all of the target
-            target, target_groups = np.tile(target, self._groups), np.arange(self._groups).repeat(len(target))
-        assert statistics.losses is not None
+        """With the losses of a step in it, if it has some of the target."""
+        if statistics.target_losses is None or statistics.losses is None:
+            return density
         before = density or DensityRatio.none(strata=self._strata, groups=self._groups)
         return before.after(
             statistics.losses.astype(np.float64),
             groups,
-            target_losses=target.astype(np.float64),
-            target_groups=target_groups,
-            window=self._settings.window,
+            target_losses=statistics.target_losses.astype(np.float64),
+            target_groups=statistics.target_groups,
             memory=self._settings.target_memory,
         )
 
@@ -353,7 +350,9 @@ class Strata(Rule):
     def _raw(self, scalars: Mapping[str, float]) -> NDArray[np.float64]:
         """Raw weight of each stratum, float64 [cells], in [floor, 1], a multiple of 2^-30."""
         weight, ratio = self._kept.merits(scalars).weight, self._ratio(scalars)
-        return np.asarray(np.maximum(np.rint(weight * (ratio * ratio) * ONE) / ONE, self._decision.floor))
+        return np.asarray(
+            np.maximum(np.rint(weight * ratio**self._settings.sharpness * ONE) / ONE, self._decision.floor)
+        )
 
     def _check_settings(self) -> None:
         """Raises RuleError where settings contradict each other."""

@@ -14,8 +14,8 @@ from equipoise_server.rules.quantiles import POINTS_PER_STRATUM, Quantiles
 from equipoise_server.rules.scale import MEAN_SQUARE, scaled
 
 _POINT, _MASS, _COUNT, _SUM, _SQUARE, _WEIGHT = "point.", "mass.", "count.", "sum.", "square.", "weight."
-_MARK, _TOLD, _OWN, _TARGET = "mark.", "told.", "own.", "target."
-"""Of the density ratio: quantiles of losses as they were reported, their mass, and losses by stratum."""
+_TARGET = "target."
+"""Of the density ratio: losses of the target by stratum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,29 +54,15 @@ class StrataScalars:
 
     def density(self, scalars: Mapping[str, float]) -> DensityRatio | None:
         """How often the target's losses lie where those of the training examples do; None: it was never told."""
-        if _MARK + "0" not in scalars:
+        if _TARGET + "0" not in scalars:
             return None
-        points, mass, own, target = (_array(scalars, self._names[name]) for name in (_MARK, _TOLD, _OWN, _TARGET))
-        counts = (values.reshape(self.groups, -1) for values in (own, target))
-        return DensityRatio(
-            quantiles=Quantiles(points=points.reshape(self.groups, -1), mass=mass),
-            **dict(zip(("own", "target"), counts, strict=True)),
-        )
+        return DensityRatio(target=_array(scalars, self._names[_TARGET]).reshape(self.groups, -1))
 
     def pack(self, mean_square: float, quantiles: Quantiles, merits: Merits, density: DensityRatio | None) -> Scalars:
         """All of it."""
         scalars = {MEAN_SQUARE: mean_square}
-        compared: tuple[tuple[str, NDArray[np.float64]], ...] = ()
-        if density is not None:
-            marks = density.quantiles
-            compared = (
-                (_MARK, marks.points.ravel()),
-                (_TOLD, marks.mass),
-                (_OWN, density.own.ravel()),
-                (_TARGET, density.target.ravel()),
-            )
         for prefix, values in (
-            *compared,
+            *(() if density is None else ((_TARGET, density.target.ravel()),)),
             (_POINT, quantiles.points.ravel()),
             (_MASS, quantiles.mass),
             (_COUNT, merits.count),
@@ -92,9 +78,8 @@ class StrataScalars:
         if not scalars:
             return
         scaled(np.zeros(0), scalars.get(MEAN_SQUARE, 0.0), rule=self.rule)
-        compared = ((_MARK, -math.inf, math.inf), *((name, 0.0, math.inf) for name in (_TOLD, _OWN, _TARGET)))
         for prefix, low, high in (
-            *(compared if _MARK + "0" in scalars else ()),
+            *(((_TARGET, 0.0, math.inf),) if _TARGET + "0" in scalars else ()),
             (_POINT, -math.inf, math.inf),
             (_MASS, 0.0, math.inf),
             (_COUNT, 0.0, math.inf),
@@ -107,15 +92,9 @@ class StrataScalars:
             for name, value in zip(names, values, strict=True):
                 if not (low <= value <= high and math.isfinite(value)):
                     raise RuleError(name, f"{name} = {value}: rule {self.rule} never writes that")
-        density = self.density(scalars)
-        for prefix, quantiles in (
-            (_POINT, self.quantiles(scalars)),
-            *(() if density is None else ((_MARK, density.quantiles),)),
-        ):
-            falls = np.diff(quantiles.points, prepend=-np.inf).ravel() < 0.0
-            if not falls.any():
-                continue
-            name = self._names[prefix][int(np.argmax(falls))]
+        falls = np.diff(self.quantiles(scalars).points, prepend=-np.inf).ravel() < 0.0
+        if falls.any():
+            name = self._names[_POINT][int(np.argmax(falls))]
             raise RuleError(
                 name, f"{name} = {scalars[name]}: points of a group rise; rule {self.rule} never writes that"
             )
@@ -127,9 +106,7 @@ def _names(groups: int, strata: int) -> dict[str, tuple[str, ...]]:
     sizes = {
         _POINT: POINTS_PER_STRATUM * cells,
         _MASS: groups,
-        **dict.fromkeys((_COUNT, _SUM, _SQUARE, _WEIGHT, _OWN, _TARGET), cells),
-        _MARK: POINTS_PER_STRATUM * cells,
-        _TOLD: groups,
+        **dict.fromkeys((_COUNT, _SUM, _SQUARE, _WEIGHT, _TARGET), cells),
     }
     return {prefix: tuple(f"{prefix}{index}" for index in range(size)) for prefix, size in sizes.items()}
 

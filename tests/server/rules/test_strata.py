@@ -44,10 +44,7 @@ class Definition:
         cells = int(settings["strata"]) * int(settings["groups"])
         self.sums = [[0.0, 0.0, 0.0] for _ in range(cells)]
         self.merit = [1.0] * cells
-        self.marks: dict[int, tuple[list[float], float]] = {}
-        self.own = [0.0] * cells
         self.target = [0.0] * cells
-        self.compares = False
 
     def step(self, told: Statistics) -> None:
         assert told.ids is not None
@@ -71,57 +68,42 @@ class Definition:
                 self._contribute(pairs)
 
     def _compare(self, told: Statistics, groups: list[int]) -> None:
-        """Losses as they are, and those of the target, counted by stratum."""
-        assert told.losses is not None
-        target = [] if told.target_losses is None else told.target_losses.tolist()
-        if told.target_groups is None:
-            groups_there = range(int(self.set["groups"]))
-            target, others = [*target * len(groups_there)], [group for group in groups_there for _ in target]
-        else:
-            others = told.target_groups.tolist()
-        self.compares = self.compares or bool(target)
-        if not self.compares:
+        """Where losses of the target lie among the training examples' losses of the step, as these were reported."""
+        if told.losses is None or told.target_losses is None:
             return
+        size, memory = int(self.set["strata"]), self.set["target_memory"]
+        of = [None] * len(told.target_losses) if told.target_groups is None else told.target_groups.tolist()
         for group in set(groups):
-            new = [loss for loss, one in zip(told.losses.tolist(), groups, strict=True) if one == group]
-            self._merge(self.marks, group, new)
-        for counts, values, of, memory in (
-            (self.own, told.losses.tolist(), groups, self.set["window"]),
-            (self.target, target, others, self.set["target_memory"]),
-        ):
-            size = int(self.set["strata"])
-            for group in set(of) & self.marks.keys():
-                new = [value for value, one in zip(values, of, strict=True) if one == group]
-                for cell in range(group * size, (group + 1) * size):
-                    counts[cell] *= memory / (memory + len(new))
-                for value in new:
-                    counts[group * size + self._quantile(self.marks, group, value)] += 1.0
+            own = [loss for loss, one in zip(told.losses.tolist(), groups, strict=True) if one == group]
+            target = [t for t, one in zip(told.target_losses.tolist(), of, strict=True) if one in (None, group)]
+            for cell in range(group * size, (group + 1) * size):
+                self.target[cell] *= memory / (memory + len(target))
+            for loss in target:
+                begin = sum(other < loss for other in own) / (len(own) + 1)
+                end = (sum(other <= loss for other in own) + 1) / (len(own) + 1)
+                for k in range(size):
+                    inside = min(end, (k + 1) / size) - max(begin, k / size)
+                    self.target[group * size + k] += max(inside, 0.0) / (end - begin)
 
     def ratios(self) -> list[float]:
         size, found = int(self.set["strata"]), []
         for cell in range(len(self.merit)):
             group = range(cell // size * size, (cell // size + 1) * size)
-            if sum(self.target[k] for k in group) < self.set["min_target_losses"]:
-                found.append(1.0)
-                continue
+            total = sum(self.target[k] for k in group)
             near = {k: 1.0 if k == cell else self.set["smoothing"] for k in (cell - 1, cell, cell + 1) if k in group}
-            shares = []
-            for counts in (self.target, self.own):
-                smoothed = sum(
-                    counts[k] + self.set["smoothing"] * sum(counts[j] for j in (k - 1, k + 1) if j in group)
-                    for k in group
-                )
-                shares.append(sum(weight * counts[k] for k, weight in near.items()) / smoothed if smoothed else 0.0)
-            found.append(min(shares[0] / shares[1], 1.0) if shares[1] else 1.0)
+            mean = sum(weight * self.target[k] for k, weight in near.items()) / sum(near.values())
+            found.append(1.0 if total < self.set["min_target_losses"] else min(mean * size / total, 1.0))
         return found
 
     @property
     def raw(self) -> list[float]:
         floor = self.set["floor"]
-        return [max(merit * ratio**2, floor) for merit, ratio in zip(self.merit, self.ratios(), strict=True)]
+        power = self.set["sharpness"]
+        return [max(merit * ratio**power, floor) for merit, ratio in zip(self.merit, self.ratios(), strict=True)]
 
     def scores(self) -> list[float]:
-        return [z + 2 * math.log(max(ratio, 1e-3)) for z, ratio in zip(self.z(), self.ratios(), strict=True)]
+        power = self.set["sharpness"]
+        return [z + power * math.log(max(ratio, 1e-3)) for z, ratio in zip(self.z(), self.ratios(), strict=True)]
 
     def weights(self) -> NDArray[np.float64]:
         raw = self.raw

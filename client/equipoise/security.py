@@ -76,8 +76,8 @@ class Security:
             object.__setattr__(self, "tls", True)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Security":
-        """Returns what the environment says.
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Security":
+        """Returns what the environment says; None: `os.environ` of now, which other packages put a copy in place of.
 
         `EQUIPOISE_TLS`, `EQUIPOISE_ROOT_CERTIFICATES`, `EQUIPOISE_CLIENT_CERTIFICATE`, `EQUIPOISE_CLIENT_KEY`,
         `EQUIPOISE_TOKEN` and `EQUIPOISE_TOKEN_FILE` give the fields of these names.
@@ -85,6 +85,7 @@ class Security:
         Raises:
             InvalidRequestError: they contradict each other.
         """
+        environment = os.environ if environment is None else environment
         given = {name: environment[variable] for variable, name in VARIABLES.items() if environment.get(variable)}
         flag = given.pop("tls", "").lower()
         if flag not in _FLAGS:

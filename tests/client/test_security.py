@@ -1,5 +1,7 @@
 """A client's TLS and token: from where they come, where they go, and where they must not."""
 
+import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,13 @@ def test_the_environment_says_it_all() -> None:
     )
     assert Security.from_environment({}) == Security()
     assert Security.from_environment({"EQUIPOISE_TOKEN": SECRET}).headers() == (("authorization", f"Bearer {SECRET}"),)
+
+
+def test_the_environment_is_the_one_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` puts a copy of `os.environ` in its place whenever `map` starts processes."""
+    monkeypatch.setattr(os, "environ", deepcopy(os.environ))
+    monkeypatch.setenv("EQUIPOISE_TOKEN", SECRET)
+    assert Security.from_environment().token == SECRET
 
 
 def test_every_client_takes_the_environment_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A message that never arrives: the caller learns it, and the steps behind it go on."""
 
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,9 +48,15 @@ def behind_nginx(tmp_path: Path) -> Iterator[str]:
         (tmp_path / "nginx.conf").write_text(NGINX.format(folder=tmp_path, port=port, address=server.address))
         command = [nginx.path, "-p", tmp_path, "-c", "nginx.conf", "-e", tmp_path / "error.log"]
         process = subprocess.Popen(command, env=nginx.full_environment)
+        until(lambda: listens(port), what="nginx listens")
         yield f"127.0.0.1:{port}"
         process.terminate()
         process.wait(60)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as bare:
+        return bare.connect_ex(("127.0.0.1", port)) == 0
 
 
 def large_step(client: PolicyClient, **more: Any) -> None:

@@ -246,8 +246,7 @@ class Server:
             certificates = self._overview.certificates = Certificates(files)
         except CertificateError as error:
             raise SettingsError(f"tls_certificate, tls_key or tls_client_ca: {error}") from error
-        credentials = certificates.credentials()
-        ports = [self._grpc.add_secure_port(bindable(address), credentials) for address in addresses]
+        ports = [self._grpc.add_secure_port(bindable(address), certificates.credentials()) for address in addresses]
         return ports[0]
 
     async def _start_metrics(self) -> str:

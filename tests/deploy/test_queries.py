@@ -24,9 +24,6 @@ pytestmark = pytest.mark.slow
 WITHOUT_DATA = {
     "streams / Turned away for want of room / {{reason}}": "no bound of the server is reached by so few trainers",
     "tenants / Because a share was used up / {{reason}}": "nor one of a tenant",
-    "runtime / Processes / {{instance}}": "these servers are one process each",
-    "runtime / Processes / {{instance}} wanted": "these servers are one process each",
-    "runtime / Processes / {{instance}} replaced": "these servers are one process each",
 }
 """Queries that find nothing here, by where they are, and why."""
 
@@ -112,7 +109,7 @@ def test_every_command_of_every_runbook_runs(world: Scene) -> None:
         **os.environ,
         "PATH": path,
         "PROMETHEUS": world.prometheus,
-        "METRICS": world.guarded.metrics_address,  # it has a certificate, and a Redis of its own
+        "METRICS": world.guarded.metrics_address,  # it has a certificate, a Redis of its own, and processes
         "SERVER": world.servers[0].address,
         "POLICY": "run-ema-sign",
     }

@@ -10,6 +10,7 @@ import pytest
 from equipoise import aio, errors
 from equipoise.admin import PolicyAdmin
 from equipoise.channel import AioChannels, Channels, Server
+from equipoise.policies import PolicyStatus
 from equipoise.security import Security
 from equipoise.v1 import policy_pb2 as pb
 from tests.client.test_client import until
@@ -24,6 +25,16 @@ def mute() -> Iterator[str]:
 
 def server_at(address: str) -> Server:
     return Server.at(address, Security())
+
+
+async def asked(address: str) -> tuple[aio.PolicyAdmin, asyncio.Task[PolicyStatus]]:
+    """A client, and its call that is under way."""
+    admin = aio.PolicyAdmin(address, timeout=60)
+    asking = asyncio.create_task(admin.get("run-7"))
+    async with asyncio.timeout(60):
+        while sum(admin._channels._users.values()) != 1:
+            await asyncio.sleep(0.001)
+    return admin, asking
 
 
 def test_a_call_that_begins_as_the_channel_closes(mute: str) -> None:
@@ -70,20 +81,14 @@ def test_a_call_under_way(mute: str) -> None:
 
 
 async def test_a_call_under_way_in_asyncio(mute: str) -> None:
-    admin = aio.PolicyAdmin(mute, timeout=60)
-    asking = asyncio.create_task(admin.get("run-7"))
-    while sum(admin._channels._users.values()) != 1:
-        await asyncio.sleep(0.001)
+    admin, asking = await asked(mute)
     await admin.close()
     with pytest.raises(errors.ClientClosedError):
         await asking
 
 
 async def test_a_task_that_is_cancelled_stays_cancelled(mute: str) -> None:
-    admin = aio.PolicyAdmin(mute, timeout=60)
-    asking = asyncio.create_task(admin.get("run-7"))
-    while sum(admin._channels._users.values()) != 1:
-        await asyncio.sleep(0.001)
+    admin, asking = await asked(mute)
     asking.cancel()
     await admin.close()
     with pytest.raises(asyncio.CancelledError):

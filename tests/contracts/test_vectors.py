@@ -175,25 +175,17 @@ class Strata(ByHand):
         return np.array([one not in strata or raw[strata[one]] > floor for one in range(self.size)])
 
 
-class Sources(ByHand):
+class Whole(ByHand):
+    """A rule whose definition gives the weights and the scores of all examples."""
+
+    definition: SourcesDefinition | LearnabilityDefinition
+
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.definition = SourcesDefinition(case.rule, self.settings, num_examples=self.size)
-
-    def learn(self, rows: Statistics, request: Request) -> None:
-        self.definition.step(rows)
-
-    def plain(self, request: Request | None) -> Floats:
-        return self.definition.weights()
-
-    def scores(self) -> Floats:
-        return self.definition.scores()
-
-
-class Learnability(ByHand):
-    def __init__(self, case: Case) -> None:
-        super().__init__(case)
-        self.definition = LearnabilityDefinition(self.settings, num_examples=self.size)
+        if case.rule == "learnability":
+            self.definition = LearnabilityDefinition(self.settings, num_examples=self.size)
+        else:
+            self.definition = SourcesDefinition(case.rule, self.settings, num_examples=self.size)
 
     def learn(self, rows: Statistics, request: Request) -> None:
         self.definition.step(rows)
@@ -232,9 +224,9 @@ class Trajectory(ByHand):
 KINDS: dict[str, type[ByHand]] = {
     "boltzmann": Batch,
     "loss_linear_upper": Batch,
-    "learnability": Learnability,
+    "learnability": Whole,
     "strata": Strata,
-    **dict.fromkeys(SOURCE_RULES, Sources),
+    **dict.fromkeys(SOURCE_RULES, Whole),
     "trajectory": Trajectory,
 }
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from equipoise_server.rules.base import RuleError, Scalars, Statistics
 from equipoise_server.rules.scale import PerRow, Scale, next_mean_square, running, scaled
 from equipoise_server.rules.settings import FlooredEmaSettings, number
-from equipoise_server.rules.signals import check_length
+from equipoise_server.rules.signals import check_finite, check_length
 
 LOSS_MEAN = "loss_mean"
 """Scalar: running mean of the steps' losses, nats; absent before the first step with rows."""
@@ -81,8 +81,7 @@ class PenalisedScale(Scale):
             return {name: before[name] for name in (LOSS_MEAN, LOSS_VARIANCE) if name in before}
         mean = float(losses.sum(dtype=np.float64)) / len(losses)
         if not math.isfinite(mean):
-            index = int(np.flatnonzero(~np.isfinite(losses))[0])
-            raise RuleError("losses", f"losses[{index}] = {losses[index]}: rule {self.rule} needs finite values")
+            check_finite(losses, name="losses", rule=self.rule)
         mean = running(before.get(LOSS_MEAN), mean, decay=self.decay)
         previous, centred = before.get(LOSS_VARIANCE, 0.0), losses.astype(np.float64) - mean
         variance = next_mean_square(previous, centred, decay=self.decay, name="losses", rule=self.rule)

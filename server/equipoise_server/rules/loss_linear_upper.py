@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise_server.rules.base import RuleError, Scalars, TableState
+from equipoise_server.rules.base import Scalars, TableState
 from equipoise_server.rules.batch import BatchRule
 from equipoise_server.rules.settings import RuleSettings, number
+from equipoise_server.rules.signals import check_finite
 
 STEPS = "batch_steps"
 """Scalar: how many steps with rows there were."""
@@ -37,10 +38,7 @@ class LossLinearUpper(BatchRule[LossLinearUpperSettings]):
 
     def scale(self, state: TableState, signal: NDArray[np.float32]) -> Scalars:
         """The number of steps with this one included."""
-        finite = np.isfinite(signal)
-        if not finite.all():
-            index = int(np.argmin(finite))
-            raise RuleError("losses", f"losses[{index}] = {signal[index]}: rule {self.name} needs finite values")
+        check_finite(signal, name="losses", rule=self.name)
         return {STEPS: state.scalars.get(STEPS, 0.0) + (1.0 if len(signal) else 0.0)}
 
     def logits(self, signal: NDArray[np.float32], scalars: Scalars, *, clip: bool = False) -> NDArray[np.float64]:

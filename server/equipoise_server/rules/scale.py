@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import RuleError, Scalars, Statistics
-from equipoise_server.rules.signals import check_length
+from equipoise_server.rules.signals import check_finite, check_length
 
 MEAN_SQUARE = "mean_square"
 """Scalar: running mean square of the signal, in its own unit squared; 0 or absent before the first non-zero step."""
@@ -87,8 +87,7 @@ def next_mean_square(previous: float, signal: NDArray[np.floating], *, decay: fl
         return previous
     mean_square = float(np.square(signal, dtype=np.float64).sum()) / signal.size
     if not math.isfinite(mean_square):
-        index = int(np.flatnonzero(~np.isfinite(signal))[0])
-        raise RuleError(name, f"{name}[{index}] = {signal[index]}: rule {rule} needs finite values")
+        check_finite(signal, name=name, rule=rule)
     return running(previous or None, mean_square, decay=decay)
 
 

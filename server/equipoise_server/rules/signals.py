@@ -41,6 +41,14 @@ def check_length(
     return signal
 
 
+def check_finite(signal: NDArray[np.float32], *, name: str, rule: str) -> None:
+    """Raises RuleError that names the first value that is not finite."""
+    finite = np.isfinite(signal)
+    if not finite.all():
+        index = int(np.argmin(finite))
+        raise RuleError(name, f"{name}[{index}] = {signal[index]}: rule {rule} needs finite values")
+
+
 def reducible_losses(statistics: Statistics) -> NDArray[np.float32] | None:
     """loss - reference_loss, nats, float32 [B]; None where the trainer did not send both."""
     if statistics.losses is None or statistics.reference_losses is None:

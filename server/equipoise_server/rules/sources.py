@@ -13,6 +13,7 @@ from equipoise_server.rules.base import RuleError, Scalars, Statistics, TableSta
 from equipoise_server.rules.exponential import exponential
 from equipoise_server.rules.scale import Scale
 from equipoise_server.rules.settings import RuleSettings
+from equipoise_server.rules.signals import check_finite
 from equipoise_server.rules.slices import Slices
 from equipoise_server.rules.sums import table_sums
 from equipoise_server.rules.table import RAW, TableRule, page_runs
@@ -51,11 +52,7 @@ class Nats(Scale):
 
     def after(self, before: Scalars, signal: NDArray[np.float32], statistics: Statistics) -> Scalars:
         """None. Raises RuleError when a value is not finite."""
-        finite = np.isfinite(signal)
-        if not finite.all():
-            index = int(np.argmin(finite))
-            text = f"{self.signal_name}[{index}] = {signal[index]}: rule {self.rule} needs finite values"
-            raise RuleError(self.signal_name, text)
+        check_finite(signal, name=self.signal_name, rule=self.rule)
         return {}
 
     def check(self, scalars: Scalars) -> None:

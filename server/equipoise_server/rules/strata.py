@@ -24,7 +24,7 @@ from equipoise_server.rules.quantiles import POINTS_PER_STRATUM, Quantiles
 from equipoise_server.rules.rule import Rule
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
 from equipoise_server.rules.settings import MAX_DECAY, MIN_FLOOR, SignalSettings, flag, integer, number
-from equipoise_server.rules.signals import check_length, check_no_outcomes
+from equipoise_server.rules.signals import check_finite, check_length, check_no_outcomes
 from equipoise_server.rules.slices import SLICE_VALUES, Slices, fill
 from equipoise_server.rules.sums import spans
 from equipoise_server.rules.weights import ONE, fixed_point
@@ -330,10 +330,7 @@ class Strata(Rule):
         if given is None:
             return old, before
         check_length(given, statistics, num_examples=state.num_examples, name="losses", rule=self.name)
-        finite = np.isfinite(given)
-        if not finite.all():
-            first = int(np.argmin(finite))
-            raise RuleError("losses", f"losses[{first}] = {given[first]}: rule {self.name} needs finite values")
+        check_finite(given, name="losses", rule=self.name)
         decay = self._settings.loss_decay
         moved = old.astype(np.float64) * decay + given.astype(np.float64) * (1.0 - decay)
         return np.where(before < 0, given, moved.astype(np.float32)), before

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from equipoise_server.rules.base import PAGE_EXAMPLES, RuleError, Scalars, Statistics, TableState
 from equipoise_server.rules.rule import Rule
 from equipoise_server.rules.settings import RuleSettings, flag, integer, number
-from equipoise_server.rules.signals import check_length, check_signals
+from equipoise_server.rules.signals import check_finite, check_length, check_signals
 from equipoise_server.rules.simplex import MAX_EXAMPLES, project_simplex
 from equipoise_server.rules.slices import Slices, fill
 
@@ -212,10 +212,7 @@ class Trajectory(Rule):
         if len(given) != size:
             message = f"{name} of {len(given)} of {size} examples: a step of rule {self.name} needs all, each scored"
             raise RuleError(name, message)
-        finite = np.isfinite(given)
-        if not finite.all():
-            index = int(np.argmin(finite))
-            raise RuleError(name, f"{name}[{index}] = {given[index]}: rule {self.name} needs finite values")
+        check_finite(given, name=name, rule=self.name)
         ordered = given.astype(np.float64)
         if ids is not None:
             ordered[ids] = given

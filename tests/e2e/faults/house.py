@@ -4,10 +4,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.faults.proxy import FaultProxy, until
+from tests.e2e.faults.proxy import FaultProxy
 from tests.e2e.faults.redis_server import RedisServer
 from tests.e2e.faults.zygote import ForkedServer, Zygote
-from tests.e2e.watched import page
 
 
 class House:
@@ -54,8 +53,6 @@ class House:
         self._stack.callback(server.kill)
         self._stack.callback(before.close)
         server.start()
-        # Before its first heartbeat another server would take what it owns.
-        until(lambda: page(server.metrics_address, "/readyz")[0] == 200, what="a server is ready")
         before.target = ("127.0.0.1", int(server.address.rpartition(":")[2]))
         return server, before
 

@@ -48,10 +48,12 @@ def behind_nginx(tmp_path: Path) -> Iterator[str]:
         (tmp_path / "nginx.conf").write_text(NGINX.format(folder=tmp_path, port=port, address=server.address))
         command = [nginx.path, "-p", tmp_path, "-c", "nginx.conf", "-e", tmp_path / "error.log"]
         process = subprocess.Popen(command, env=nginx.full_environment)
-        until(lambda: listens(port), what="nginx listens")
-        yield f"127.0.0.1:{port}"
-        process.terminate()
-        process.wait(60)
+        try:
+            until(lambda: listens(port), what="nginx listens")
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def listens(port: int) -> bool:

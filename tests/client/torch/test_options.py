@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from equipoise import PolicyClient, Timeout
+from equipoise import PolicyClient
 from equipoise.errors import InvalidRequestError
 from equipoise.torch import GhostContributions, TargetDirection, TrainingOptions, WeightedSteps, weighted_steps
 from equipoise.torch.training import Measuring
 from tests.client.torch.models import class_losses
 from tests.client.torch.test_norm_matched import batch, network
+from tests.patience import PATIENT
 from tests.servers import ServerProcess
 
 N, BATCH, STEPS = 40, 8, 20
@@ -55,7 +56,7 @@ def test_two_lines_are_the_long_way_with_all_that_suits_strata(server: ServerPro
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         settings = {"strata": 2, "min_count": 4, "memory": 40, "window": 16}
         with PolicyClient(
-            server.address, policy=name, num_examples=N, rule="strata", settings=settings, timeout=Timeout(step=60.0)
+            server.address, policy=name, num_examples=N, rule="strata", settings=settings, timeout=PATIENT
         ) as client:
             steps = by_hand(client, model, target) if long else weighted_steps(client, model, class_losses, target)
             for step in range(STEPS):

@@ -39,8 +39,9 @@ async def test_a_server_is_known_to_the_others_before_it_serves(
     """One that took a policy before its first heartbeat would count as gone, and lose the policy again."""
     ready = tmp_path / "ready.json"
     with running(tmp_path) as redis:
+        patient = {"redis_timeout_s": MOVED_WITHIN_S, "owner_timeout_s": MOVED_WITHIN_S}
         settings = Settings(
-            redis_url=redis.url, listen="127.0.0.1:0", metrics_listen="", device="cpu", ready_file=ready
+            redis_url=redis.url, listen="127.0.0.1:0", metrics_listen="", device="cpu", ready_file=ready, **patient
         )
         server = Server(settings)
         monkeypatch.setattr(server, "_watch_redis", asyncio.Event().wait)  # no heartbeat after the first

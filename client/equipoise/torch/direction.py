@@ -110,6 +110,7 @@ class TargetDirection:
         example_losses: as given.
         vectors: the direction by parameter, in float32 or better; empty before the first refresh.
         plain: V by parameter: the same, unless it is norm-matched.
+        target_losses: losses of single examples on target A at the last refresh, nats: float [A], of this process.
         target_loss: mean loss on target A at the last refresh, nats: a tensor without dimensions.
         guard_loss: mean loss on guard B at the last refresh, nats; None where it was not measured then.
         age: captures since the last refresh.
@@ -150,6 +151,7 @@ class TargetDirection:
         self.example_losses = losses
         self.vectors: dict[nn.Parameter, Tensor] = {}
         self.plain: dict[nn.Parameter, Tensor] = {}
+        self.target_losses: Tensor | None = None
         self.target_loss: Tensor | None = None
         self.guard_loss: Tensor | None = None
         self.age = 0
@@ -387,17 +389,19 @@ class TargetDirection:
         sums: dict[nn.Parameter, Tensor] = {}
         if group is not None:
             sums = {p: torch.zeros_like(p, dtype=precise(p.dtype)) for p in parameters}
-        means = LossMean()
+        means, each = LossMean(), []
         for batch in self._next_batches():
             with torch.enable_grad():
                 losses = self.quiet_losses(batch)
                 gradients = self._reduced(losses, parameters) if sharded else _gradient(losses.sum(), parameters)
             means.add(losses)
+            each.append(losses.detach())
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:  # sums in half precision lose what is small beside them
                     gradient = _dense(gradient).to(precise(gradient.dtype))
                     sums[parameter] = gradient if parameter not in sums else sums[parameter] + gradient
         mean, count = means.over(group, field="target_batches")
+        self.target_losses = torch.cat(each) if each else None
         if not sharded:
             sums = {parameter: total(gradient, group) for parameter, gradient in sums.items()}
         return {parameter: gradient / count for parameter, gradient in sums.items()}, mean, count

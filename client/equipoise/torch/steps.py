@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol, TypeVar, Unpack
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from equipoise.client import PolicyClient
@@ -173,12 +174,21 @@ class WeightedSteps:
         ids, fields = step.capture.ids, step.capture.loss_fields()
         if step.groups is not None:
             fields["groups"] = step.groups
+        fields |= self._target_losses(step)
         if self._sampled:
             fields["omit_weights"] = True
             self.client.submit(ids, **fields)
             return np.ones(len(ids), np.float32)
         weights: NDArray[np.float32] = client.step(ids, **fields).weights
         return weights
+
+    def _target_losses(self, step: WeightedStep) -> StepFields:
+        """Losses of single target examples, where the direction was refreshed for the step: beside its losses."""
+        losses = self.contributions.direction.target_losses if step.capture.refreshed else None
+        if losses is None:
+            return {}
+        values: NDArray[np.float32] = losses.to("cpu", torch.float32).numpy()
+        return StepFields(target_losses=values[np.isfinite(values)]) if np.isfinite(values).any() else {}
 
     def take(self, step: WeightedStep | None) -> None:
         """A micro-batch is over: its statistics are sent, or wait for those of others; None: nothing is known of it."""

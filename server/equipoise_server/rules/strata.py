@@ -58,13 +58,13 @@ class StrataSettings(SignalSettings):
     there is evidence, and a guard of 100 examples, which sees no more than noise of what they do in a short time, took
     away what they gained."""
 
-    strata: float = integer(8, low=2, high=64)
+    strata: float = integer(16, low=2, high=64)
     """S, strata of each group: quantiles of its smoothed losses."""
 
     groups: float = integer(1, low=1, high=512)
     """G, groups, such as labels or sources; strata times groups is at most 1024."""
 
-    loss_decay: float = number(0.7, low=0.0, high=MAX_DECAY)
+    loss_decay: float = number(0.5, low=0.0, high=MAX_DECAY)
     """Decay per visit of an example's smoothed loss."""
 
     window: float = number(256.0, low=16.0, high=1e6)

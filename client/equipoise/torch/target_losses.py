@@ -31,20 +31,21 @@ class TargetLosses:
         self._direction = direction
         self._every = every
         self._modes: list[tuple[nn.Module, bool]] = []
+        """Of the modules, at the forward pass before the one that is looked at."""
         self._fields = StepFields()
         self.restart()
 
     def restart(self) -> None:
         """A checkpoint is made: from here on the job goes on as one does that resumes from it."""
-        self._modes.clear()
+        self._modes = []
         self._age, self._looks = self._every, 0
 
     def advance(self) -> None:
         """A batch begins: measures, if it is time to."""
         self._fields, self._age = StepFields(), self._age + 1
         if self._modes and self._age > self._every:
-            self._age = 1
             self._measure()
+            self._age, self._modes = 1, []
 
     def take(self) -> StepFields:
         """What goes with the losses of the batch that has had its forward pass; with most it is nothing.
@@ -52,7 +53,8 @@ class TargetLosses:
         `target_losses`, their mean `target_loss`, and of every `look_every`-th look `guard_loss`, nats. Losses that
         are not finite are left out and counted.
         """
-        self._modes = [(module, module.training) for module in unwrapped(self._direction.model).modules()]
+        if self._age >= self._every:  # the next batch is looked at
+            self._modes = [(module, module.training) for module in unwrapped(self._direction.model).modules()]
         fields, self._fields = self._fields, StepFields()
         return fields
 

@@ -835,8 +835,9 @@ class StepRequest(google.protobuf.message.Message):
     add up. Needs `successes`.
     """
     target_losses: builtins.bytes
-    """float32 each: unweighted losses of single examples of target set A, nats, under the model of this step; at most
-    `max_batch_examples`. For rule `strata`, which compares them with `losses`, that must be in the same step. Finite.
+    """float32 each: unweighted losses of single examples of target set A, nats, under the model of this step, in the mode of
+    training; at most `max_batch_examples`. For rule `strata`, which compares them with `losses`, that must be in the
+    same step. Finite.
     """
     target_groups: builtins.bytes
     """uint32 each: the groups of these examples. Absent: every group is compared with all of them."""

@@ -316,7 +316,7 @@ def test_noise_alone_hardly_moves_the_weights() -> None:
 def test_harmful_strata_get_the_floor_whatever_the_sign_of_loss() -> None:
     """High losses are bad here, low ones there: contributions decide."""
     for sign in (1.0, -1.0):
-        rule = build("strata", {})
+        rule = build("strata", {"strata": 8.0})
         state, rng = start(rule), np.random.default_rng(5)
         for _ in range(120):
             ids = rng.choice(N, 32, replace=False).astype(np.int64)
@@ -343,7 +343,7 @@ def test_losses_of_two_values_have_weights_too() -> None:
 
 
 def test_quantiles_follow_losses_that_fall() -> None:
-    rule = build("strata", {"window": 128.0})
+    rule = build("strata", {"strata": 8.0, "window": 128.0})
     state, rng = start(rule, 4000), np.random.default_rng(6)
     shares = np.zeros(8)
     for index in range(300):

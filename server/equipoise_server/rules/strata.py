@@ -1,4 +1,4 @@
-"""`strata`: losses propose groups of examples, contributions averaged within each decide about its weight."""
+"""`strata`: examples with about the same loss have one weight; the target's losses and contributions decide about it."""
 
 import math
 from collections.abc import Mapping
@@ -114,10 +114,11 @@ class Strata(Rule):
     Two things lower it. Where there are losses of target examples, a stratum is lowered in which they have a smaller
     share than the training examples: see `DensityRatio`. Where there are contributions, a stratum is whose mean is low.
 
-    The loss of an example says a lot about it, but not whether that is good or bad; its contribution says just that,
-    but under noise that hides it. Averaged over a stratum the noise goes. Contributions should be norm-matched: their
-    mean is then about 0, and its sign compares a stratum with all others. A step may have losses, contributions, or
-    losses of all rows and contributions of some (NaN elsewhere; see `Rule` for what each public method promises).
+    The loss of an example says a lot about it, but not whether that is good or bad. Losses of the target say so, and
+    contributions do: under noise that hides it in a single one, and goes in the mean of a stratum. They should be
+    norm-matched: their mean is then about 0, and its sign compares a stratum with all others. A step may have losses,
+    contributions, or losses of all rows and contributions of some (NaN elsewhere; see `Rule` for what each public
+    method promises).
     """
 
     name = "strata"

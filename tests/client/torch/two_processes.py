@@ -76,6 +76,7 @@ def run(
         "contributions": torch.stack(found),
         "target_loss": direction.target_loss,
         "guard_loss": direction.guard_loss,
+        "guard_now": direction.measure_guard(),
         "norm": direction.norm,
         "parameters": [full(parameter) for parameter in model.parameters()],
     }

@@ -287,6 +287,21 @@ def test_what_is_missing_is_named() -> None:
         WeightedSteps(Sent(), GhostContributions(model, alone), sampled=True, measure_until=4, guard_every=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"relative": True}, "relative = True: is for contributions, and measure_every = 0 measures none"),
+        ({"measure_until": 4}, "measure_until = 4: needs measure_every, which is 0"),
+    ],
+)
+def test_what_is_for_contributions_is_refused_where_the_rule_makes_do_with_losses(
+    options: dict[str, Any], message: str
+) -> None:
+    client: Any = Asked()
+    with pytest.raises(CaptureError, match=message):
+        TrainingOptions(**options).steps(client, network(), losses_of, [rows(8, 0)])
+
+
 def test_options_of_frameworks_reach_the_steps() -> None:
     model = network()
     options = TrainingOptions(**{**OPTIONS, "refresh_every": 2})

@@ -2,6 +2,7 @@
 
 Counters and histograms are added up, and never fall: what a process had counted stays when it ends. Of gauges, each has
 a rule. A policy's gauges are those of the process that serves it: while it moves, the one that has its newest version.
+A limit is what there could be in all, if more came to each process as it has come so far.
 """
 
 import json
@@ -24,13 +25,11 @@ Rule: TypeAlias = Callable[[Iterable[float]], float]
 _OURS: Mapping[str, Rule] = {
     **dict.fromkeys(
         (
-            "active_streams", "active_streams_limit", "calls", "calls_limit", "clients", "clients_remembered",
-            "event_loop_tasks", "import_bytes", "import_bytes_limit", "inflight_bytes", "inflight_bytes_limit",
-            "loading_entries", "loading_entries_replayed", "loading_pages", "loading_pages_read", "log_bytes",
-            "log_entries", "log_memory_bytes", "log_memory_bytes_limit", "policies", "policies_hidden",
-            "policies_loading", "policies_resting", "queue_depth", "table_bytes", "tenant_calls",
-            "tenant_calls_limit", "tenant_inflight_bytes", "tenant_policies", "tenant_streams",
-            "tenant_streams_limit", "tenant_table_bytes", "trainers", "unpersisted_updates",
+            "active_streams", "calls", "clients", "clients_remembered", "event_loop_tasks", "import_bytes",
+            "inflight_bytes", "loading_entries", "loading_entries_replayed", "loading_pages", "loading_pages_read",
+            "log_bytes", "log_entries", "log_memory_bytes", "policies", "policies_hidden", "policies_loading",
+            "policies_resting", "queue_depth", "table_bytes", "tenant_calls", "tenant_inflight_bytes",
+            "tenant_policies", "tenant_streams", "tenant_table_bytes", "trainers", "unpersisted_updates",
         ),
         sum,
     ),
@@ -56,6 +55,9 @@ RULES: Mapping[str, Rule] = {
 
 DEVICE_RULES: Mapping[str, Rule] = {"tables": sum, "reserved": sum, "free": min, "total": max}
 """The same for the memory of the device, which all processes see, by its state."""
+
+LIMIT = "_limit"
+"""End of the name of a gauge that says how much there may be of the one before it."""
 
 POLICY_STATES = frozenset(
     PREFIX + name
@@ -137,7 +139,12 @@ class MergedMetrics:
             told = {number: page[name] for number, page in pages.items() if name in page}
             family = next(iter(told.values()))
             summed = family.counts and name not in POLICY_STATES
-            samples = self._counted(name, told.values()) if summed else _measured(name, told, owners)
+            if summed:
+                samples = self._counted(name, told.values())
+            elif name.endswith(LIMIT):
+                samples = _limited(name, pages.values())
+            else:
+                samples = _measured(name, told, owners)
             metric = Metric(name, family.help_text, family.kind)
             for (sample, labels), value in samples.items():
                 metric.add_sample(sample, dict(labels), value)
@@ -273,6 +280,26 @@ def _measured(name: str, told: Mapping[int, _Family], owners: Mapping[str, int])
             if policy == OTHER or owners.get(policy, number) == number:
                 found.setdefault(key, []).append(value)
     return {key: _rule(name, key)(values) for key, values in found.items()}
+
+
+def _limited(name: str, pages: Iterable[_Page]) -> _Samples:
+    """How much there may be in all, shared out as it is now: X over X_limit is then what the fullest process has.
+
+    Each process has a limit of its own, and refuses what is beyond it, however empty the others are.
+    """
+    used_name = name.removesuffix(LIMIT)
+    total: _Samples = {}
+    each: dict[_Key, list[tuple[float, float]]] = {}
+    for page in pages:
+        used = page[used_name].samples if used_name in page else {}
+        for (_, labels), value in used.items():
+            total[name, labels] = total.get((name, labels), 0.0) + value
+        for (sample, labels), limit in page[name].samples.items() if name in page else ():
+            each.setdefault((sample, labels), []).append((limit, used.get((used_name, labels), 0.0)))
+    return {
+        key: min((limit * total[key] / used for limit, used in pairs if used), default=sum(limit for limit, _ in pairs))
+        for key, pairs in each.items()
+    }
 
 
 def _rule(name: str, key: _Key) -> Rule:

@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Coroutine, Mapping
 
 import structlog
@@ -16,6 +14,7 @@ from equipoise_server import logs
 from equipoise_server.metrics import Endpoint, ParentMetrics, ServerStatus
 from equipoise_server.part import Part, own_addresses
 from equipoise_server.processes.child import SILENT, Child
+from equipoise_server.processes.directory import PrivateDirectory
 from equipoise_server.processes.ports import Port
 from equipoise_server.settings import Settings, SettingsError
 from equipoise_server.store import EmbeddedRedis, StoreError, Usage
@@ -30,8 +29,6 @@ STEADY_S = 60.0
 STOP_S = 20.0
 """Beyond its own grace, what a process takes to write what is left: after that it is killed."""
 USAGE_CHECK_S = 5.0
-LONGEST_DIRECTORY = 90
-"""Bytes; of the path of a socket in it, systems allow 104 to 108."""
 
 
 class ProcessFailed(Exception):  # noqa: N818 - as the rest of the tree
@@ -84,8 +81,8 @@ class Parent:
     async def _serve(self) -> None:
         settings = self._settings
         url, _ = settings.redis, settings.redis_access  # raise for what cannot be used, once instead of by each process
-        directory = _private_directory()
-        self._stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        directory = PrivateDirectory()
+        self._stack.callback(directory.remove)
         metrics_address = await self._start_metrics()
         shared = self._port(settings.listen, setting="listen")
         own = [
@@ -102,7 +99,7 @@ class Parent:
                     own=port.address,
                     advertise=advertise,
                     redis_url=own_redis_url,
-                    directory=directory,
+                    directory=directory.path,
                 ),
                 settings,
             )
@@ -278,17 +275,6 @@ def _begun(work: Coroutine[None, None, None]) -> asyncio.Task[None]:
 def _tell_failure(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
         log.error("a background task ended", exc_info=error)
-
-
-def _private_directory() -> str:
-    """For sockets and ready files; in a container that has no disk to write to, in its shared memory."""
-    for parent in (None, "/tmp"):
-        with contextlib.suppress(OSError):
-            path = tempfile.mkdtemp(prefix="equipoise-", dir=parent)
-            if len(os.fsencode(path)) <= LONGEST_DIRECTORY:
-                return path
-            os.rmdir(path)
-    return tempfile.mkdtemp(prefix="equipoise-", dir="/dev/shm")
 
 
 def run_all(settings: Settings) -> int:

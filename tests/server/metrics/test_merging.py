@@ -6,7 +6,7 @@ import pytest
 
 from equipoise_server.engine import ServiceStatus
 from equipoise_server.engine.progress import Progress
-from equipoise_server.metrics import Metrics, ParentMetrics, ServerStatus, Use
+from equipoise_server.metrics import Metrics, ParentMetrics, ServerStatus, TenantStatus, Use
 from equipoise_server.metrics.merging import OF_PARENT, POLICY_STATES, told
 from tests.server.metrics.exposed import OWN, Series, full_house, policy, scraped, series_of, value
 
@@ -55,12 +55,24 @@ def test_amounts_are_added_and_of_the_rest_the_worst_counts(parent: ParentMetric
         parent.merged.told(number, page(one(), status))
     series = merged(parent)
     assert value(series, "active_streams") == 7
-    assert value(series, "active_streams_limit") == 200
     assert value(series, "redis_up") == 0
     assert value(series, "address_shared") == 1
     assert value(series, "certificate_expiry_timestamp_seconds") == 100
     assert value(series, "device_memory_bytes", device="cpu", state="free") == 7
     assert value(series, "device_memory_bytes", device="cpu", state="tables") == 17
+
+
+def test_what_is_full_is_the_fullest_process(parent: ParentMetrics) -> None:
+    """It refuses, however empty the others are: at half of all, one of two may have no room left."""
+    for number, (streams, calls) in enumerate([(0, 0), (100, 30), (0, 10)]):
+        tenants = (TenantStatus(name="t", calls=calls, max_calls=40),) if calls else ()
+        status = ServerStatus(streams=Use(streams, 100), calls=Use(0, 50), tenants=tenants)
+        parent.merged.told(number, page(one(), status))
+    series = merged(parent)
+    assert (value(series, "active_streams"), value(series, "active_streams_limit")) == (100, 100)
+    assert (value(series, "calls"), value(series, "calls_limit")) == (0, 150)
+    assert value(series, "tenant_calls", tenant="t") == 40
+    assert value(series, "tenant_calls_limit", tenant="t") == pytest.approx(40 / 0.75)
 
 
 def test_readiness_is_the_parents(parent: ParentMetrics) -> None:

@@ -23,6 +23,7 @@ from equipoise.errors import PolicyNotFoundError, UnavailableError
 from equipoise_server.processes.child import MODULE, SILENT
 from tests.e2e.faults.gauges import gauges
 from tests.e2e.faults.proxy import until as within
+from tests.e2e.faults.redis_server import RedisServer
 from tests.patience import PATIENT
 from tests.ports import free_port
 from tests.servers import ServerProcess, serve
@@ -225,6 +226,20 @@ def test_all_speak_for_the_server() -> None:
         assert "equipoise_server_policies" in page(server, "metrics")[1]
         first.resume()
         until(lambda: page(server, "livez")[0] == 200, what="it answers again")
+
+
+def test_redis_knows_of_both_before_they_serve(tmp_path: Path) -> None:
+    """One without a heartbeat counts as gone: the other would take what it has just acquired."""
+    redis = RedisServer(tmp_path)
+    redis.start()
+    try:
+        with several(redis_url=redis.url, redis_timeout_s=60, owner_timeout_s=600) as server, redis.client() as client:
+            addresses = set(client.scan_iter("*:address:*", count=1000))
+            assert len(addresses) == 2
+            assert not any(key.decode().endswith(server.address) for key in addresses)  # each has its own
+            assert len(set(client.scan_iter("*:server:*", count=1000))) == 2
+    finally:
+        redis.kill()
 
 
 def test_a_killed_process_is_replaced_and_its_policies_go_on(expected: dict[str, list[float]]) -> None:

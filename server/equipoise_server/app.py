@@ -9,6 +9,7 @@ import platform
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,7 @@ from equipoise_server.health import Health
 from equipoise_server.interceptors import EdgeInterceptor
 from equipoise_server.metrics import Endpoint, Metrics, measure_lag
 from equipoise_server.overview import Overview
+from equipoise_server.part import Part
 from equipoise_server.redis_url import RedisUrl
 from equipoise_server.reflection import add_reflection
 from equipoise_server.security import (
@@ -65,6 +67,8 @@ LAST_WORD_S = 2.0
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread may keep the interpreter from the event loop, seconds: Python's own 5 ms are many steps long."""
 START_FAILED = 1
+OTHERS = "processes"
+"""Name of the check that the other processes of the server serve, too."""
 REFUSALS_AT_ONCE = 4096
 """Calls beyond `max_concurrent_rpcs` that may be about to be refused: each takes a moment."""
 STREAM_WINDOW_BYTES = 1 << 20
@@ -74,16 +78,23 @@ MAX_PING_STRIKES = 30
 
 
 class Server:
-    """One server, from start to stop. Created and run inside one event loop, on the main thread."""
+    """One server, from start to stop. Created and run inside one event loop, on the main thread.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: of this server; of one among several processes, its own.
+        part: which process it is; None: the only one.
+    """
+
+    def __init__(self, settings: Settings, *, part: Part | None = None) -> None:
         self._settings = settings
+        self._part = part
         self._stack = contextlib.AsyncExitStack()
         # A Redis of its own serves no other server: who finds a policy there owns it.
-        self._instance = secrets.token_hex(8) if settings.redis else ""
+        self._instance = secrets.token_hex(8) if settings.redis or part else ""
         self._redis_trouble = ""
         self._address_shared_until = 0.0
-        self._health = Health("redis")
+        self._health = Health("redis", *((OTHERS,) if part else ()))
+        self._health.lacks(OTHERS, "they are starting")
         self._access = Access(settings.tokens_file)
         self._calls = Calls(
             CallLimits(max_calls=settings.max_concurrent_rpcs, max_tenant_calls=settings.max_tenant_rpcs)
@@ -95,6 +106,10 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
         self._takes_policies = settings.spread_policies
         self._leaving = False
+
+    async def meet_others(self) -> None:
+        """All processes of the server have started: from now on each may speak for all."""
+        await self._health.reached(OTHERS)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set, then drains: no new work, streams reconnect elsewhere, state is written."""
@@ -154,7 +169,9 @@ class Server:
         settings = self._settings
         url: RedisUrl | str | None = settings.redis
         access = settings.redis_access
-        if url is None:
+        if url is None and self._part is not None:
+            url = self._part.redis_url
+        elif url is None:
             embedded = EmbeddedRedis(settings.data_dir, fsync=settings.fsync, on_sync_change=self._note_sync)
             self._health.lacks("redis", "its own Redis is loading its file")
             await embedded.start()
@@ -193,7 +210,7 @@ class Server:
                     write_timeout_s=settings.write_timeout_s,
                 )
             ],
-            options=_grpc_options(settings),
+            options=_grpc_options(settings, shares_port=self._part is not None),
             # `Calls` refuses with details, and keeps room for health; this is for what has not reached it yet.
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs + REFUSALS_AT_ONCE,
         )
@@ -206,7 +223,8 @@ class Server:
         except RuntimeError as error:
             raise SettingsError(f"listen: {settings.listen!r} cannot be bound; is another server there?") from error
         self.address = f"{bindable(settings.listen).rpartition(':')[0]}:{port}"
-        self._engine.address = settings.advertise or reachable(self.address, os.environ)
+        advertise, own = (self._part.advertise, self._part.own) if self._part else (settings.advertise, self.address)
+        self._engine.address = advertise or reachable(own, os.environ)
         await self._health.start()
         # One without a heartbeat counts as gone: another server would take what this one has just acquired.
         with contextlib.suppress(StoreError, TimeoutError):  # without Redis nothing can be acquired either
@@ -215,9 +233,12 @@ class Server:
         await self._grpc.start()
 
     def _bind(self) -> int:
+        """Binds the address, and that of this process alone, if there are several; the port of the first."""
         settings = self._settings
+        addresses = [settings.listen] if self._part is None else [self._part.shared, self._part.own]
         if settings.tls_certificate is None or settings.tls_key is None:
-            return self._grpc.add_insecure_port(bindable(settings.listen))
+            ports = [self._grpc.add_insecure_port(bindable(address)) for address in addresses]
+            return ports[0]
         files = CertificateFiles(
             certificate=settings.tls_certificate, key=settings.tls_key, client_ca=settings.tls_client_ca
         )
@@ -225,12 +246,17 @@ class Server:
             certificates = self._overview.certificates = Certificates(files)
         except CertificateError as error:
             raise SettingsError(f"tls_certificate, tls_key or tls_client_ca: {error}") from error
-        return self._grpc.add_secure_port(bindable(settings.listen), certificates.credentials())
+        ports = [self._grpc.add_secure_port(bindable(address), certificates.credentials()) for address in addresses]
+        return ports[0]
 
     async def _start_metrics(self) -> str:
+        endpoint = Endpoint(self._page, ready=self._health.ready)
+        if self._part is not None:
+            await endpoint.start_private(self._part.socket)
+            self._stack.push_async_callback(endpoint.stop)
+            return ""
         if not self._settings.metrics_listen:
             return ""
-        endpoint = Endpoint(self._metrics, status=self._overview.status, checks=self._health.checks)
         try:
             address = await endpoint.start(self._settings.metrics_listen)
         except OSError as error:
@@ -238,6 +264,11 @@ class Server:
             raise SettingsError(message) from error
         self._stack.push_async_callback(endpoint.stop)
         return address
+
+    async def _page(self, accept: str) -> tuple[bytes, str]:
+        if self._part is not None:
+            return await self._metrics.told(self._overview.status)
+        return await self._metrics.page(self._overview.status, accept=accept)
 
     async def _drain(self) -> None:
         log.info("stopping", grace_s=self._settings.drain_grace_s)
@@ -370,14 +401,18 @@ class Server:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def run(settings: Settings) -> int:
-    """Serves until SIGTERM or SIGINT; a second one ends at once. Returns the exit status."""
-    logs.configure(level=settings.log_level, form=settings.log_format)
+def run(settings: Settings, *, part: Part | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; a second one ends at once. Returns the exit status.
+
+    One of several processes ends at once when its parent does, and otherwise in order, however many signals it gets.
+    """
+    logs.configure(level=settings.log_level, form=settings.log_format, process=part.number if part else None)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # a core is left to the event loop during long work
+    cores = (os.cpu_count() or 1) // (part.processes if part else 1)
+    torch.set_num_threads(max(1, cores - 1))  # a core is left to the event loop during long work
     tune_allocator()
     try:
-        asyncio.run(_run(settings))
+        asyncio.run(_run(settings, part))
     except (SettingsError, StoreError, OSError, ValueError) as error:
         log.error("the server did not start", error=str(error))
         print(f"equipoise serve: {error}", file=sys.stderr)
@@ -385,12 +420,27 @@ def run(settings: Settings) -> int:
     return 0
 
 
-async def _run(settings: Settings) -> None:
+async def _run(settings: Settings, part: Part | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stopper(stop))
-    await Server(settings).run(stop)
+        loop.add_signal_handler(number, stop.set if part else _stopper(stop))
+    server = Server(settings, part=part)
+    if part is not None:
+        threading.Thread(target=_hear_parent, args=(loop, server), name="parent", daemon=True).start()
+    await server.run(stop)
+
+
+def _hear_parent(loop: asyncio.AbstractEventLoop, server: Server) -> None:
+    """Reads what the parent says: one line once all processes serve, and the end of the pipe when it has ended.
+
+    It then ends at once, as if it had been killed, too: nothing is in the way of a server that is started anew.
+    """
+    if os.read(sys.stdin.fileno(), 1):
+        asyncio.run_coroutine_threadsafe(server.meet_others(), loop)
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+    os._exit(1)
 
 
 def _stopper(stop: asyncio.Event) -> Callable[[], None]:
@@ -446,13 +496,13 @@ def _service_limits(settings: Settings, device: str) -> ServiceLimits:
     )
 
 
-def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
+def _grpc_options(settings: Settings, *, shares_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.http2.bdp_probe", 0),  # else a stream that is not read fills the memory with what it sends
         ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
-        ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+        ("grpc.so_reuseport", int(shares_port)),  # a second server on the port must fail, not share it
         ("grpc.http2.min_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1000)),
         # A client that reads slowly measures its bandwidth with a ping a second: that is no abuse yet.
         ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),

@@ -56,6 +56,10 @@ class Health:
             **{component: self._lacking(component) for component in self._components},
         }
 
+    async def ready(self) -> dict[str, str]:
+        """The same, for who asks several servers alike."""
+        return self.checks()
+
     def problems(self) -> list[str]:
         """Why the server is not ready, in words; empty when it is."""
         return [trouble for trouble in self.checks().values() if trouble]

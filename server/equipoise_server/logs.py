@@ -13,20 +13,23 @@ from typing import Literal, TextIO
 
 import structlog
 from structlog.contextvars import bound_contextvars
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 QUIET = ("asyncio", "grpc")
 """Libraries whose everyday messages are not news."""
 
 
-def configure(*, level: str, form: Literal["auto", "json", "console"], stream: TextIO | None = None) -> None:
+def configure(
+    *, level: str, form: Literal["auto", "json", "console"], stream: TextIO | None = None, process: int | None = None
+) -> None:
     """Sends everything logged in this process, by whatever library, to `stream` (default: standard error).
 
-    With `auto` a terminal gets `console`, anything else `json`.
+    With `auto` a terminal gets `console`, anything else `json`. Every event has the number of the `process`, if given.
     """
     stream = stream or sys.stderr
     common: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        *([] if process is None else [_numbered(process)]),
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
@@ -53,6 +56,13 @@ def configure(*, level: str, form: Literal["auto", "json", "console"], stream: T
     root.setLevel(level.upper())
     for name in QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def _numbered(process: int) -> Processor:
+    def add(_: object, __: str, event: EventDict) -> EventDict:
+        return {"process": process, **event}
+
+    return add
 
 
 @contextmanager

@@ -97,6 +97,15 @@ class Settings(BaseSettings):
     metrics_listen: OptionalAddress = Field(
         "127.0.0.1:9464", description="address of /metrics, /livez, /readyz and /healthz, without TLS; empty: none"
     )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="processes that share the policies, for more than one core: all listen at listen, and each at a"
+        " port of its own behind it, where others send trainers: 50052 to 50055 for four at 50051, of advertise too."
+        " max_inflight_bytes, max_import_bytes, max_backlogs_bytes and metrics_max_policies are divided among them;"
+        " every other bound holds for each",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where policies live; auto: the GPU if any")
     ready_file: OptionalPath = Field(
         None, description="file that appears once the server serves: JSON with address, metrics_address and pid"
@@ -240,6 +249,14 @@ class Settings(BaseSettings):
     def _one_redis_url(self) -> "Settings":
         if self.redis_url is not None and self.redis_url_file is not None:
             raise ValueError("redis_url and redis_url_file are both set: keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _ports_of_processes(self) -> "Settings":
+        for name in ("listen", "advertise"):
+            last = host_and_port(getattr(self, name) or ":0")[1] + self.processes
+            if self.processes > 1 and last > 65_535:
+                raise ValueError(f"{name}: processes = {self.processes} need the ports up to {last}, beyond 65535")
         return self
 
     @model_validator(mode="after")

@@ -131,6 +131,16 @@ SERVICE_CASES = (
         severities=("critical",),
     ),
     Case(
+        alert="EquipoiseProcessEnds",
+        fires=event(OWN + "process_exits_total"),
+        silent=(gauge(OWN + "process_exits_total", 3),),
+    ),
+    Case(
+        alert="EquipoiseProcessEnds",
+        fires={**gauge("processes_running", 1), **gauge("processes_wanted", 2)},
+        silent=({series("processes_running"): "2x28 1x1 2x300", **gauge("processes_wanted", 2)},),
+    ),
+    Case(
         alert="EquipoiseNotReady",
         fires={**gauge("ready", 0), **gauge("draining", 0)},
         silent=({**gauge("ready", 0), **gauge("draining", 1)}, {**gauge("ready", 1), **gauge("draining", 0)}),

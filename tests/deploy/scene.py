@@ -43,7 +43,7 @@ class Scene:
     Attributes:
         redis: of the first two servers.
         servers: two replicas on one Redis.
-        guarded: a server with TLS, tokens and a Redis of its own.
+        guarded: a server with TLS, tokens, a Redis of its own, and two processes.
         tokens: file of the latter.
         certificate: of the latter.
         authority: signs certificates.
@@ -120,7 +120,13 @@ def scene(folder: Path, *, scrape_s: float = 1.0, hurries: bool = False) -> Iter
             secrets[tenant], kept = new_token(tenant=tenant, scopes=tuple(Scope))
             tokens.write_text(tokens.read_text() + entry(kept))
         guarded = stack.enter_context(
-            serve(tls_certificate=certificate.certificate, tls_key=certificate.key, tokens_file=tokens)
+            serve(
+                listen="127.0.0.1:0",
+                processes=2,
+                tls_certificate=certificate.certificate,
+                tls_key=certificate.key,
+                tokens_file=tokens,
+            )
         )
         registry = CollectorRegistry()
         metrics, port = PrometheusMetrics(registry), free_port()

@@ -133,6 +133,17 @@ def test_a_resource_claim_says_which_kubernetes_it_needs() -> None:
         rendered(CHART.parent / "examples" / "gpu-claim.yaml", version="1.30")
 
 
+def test_the_ports_of_processes_are_open_to_trainers_alone() -> None:
+    one, four = (
+        rendered(TRIAL, sets=sets).one("NetworkPolicy")["spec"]["ingress"] for sets in ({}, {"settings.processes": 4})
+    )
+    assert four[0]["ports"] == [*one[0]["ports"], {"protocol": "TCP", "port": 50052, "endPort": 50055}]
+    assert four[1:] == one[1:]
+    settings = rendered(TRIAL, sets={"settings.processes": 4}).settings
+    assert settings["EQUIPOISE_PROCESSES"] == "4"
+    assert settings["EQUIPOISE_LISTEN"] == ":50051"
+
+
 def test_values_of_a_parent_chart_are_allowed() -> None:
     assert rendered(TRIAL, sets={"global.anything.at": "all"})
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from json import loads
 
 import pytest
+from psutil import Process
 
 from equipoise import PolicyClient, Security
 from equipoise.errors import AccessDeniedError
+from equipoise_server.processes.child import MODULE
 from tests.deploy.prometheus import queried, until
 from tests.deploy.scene import Scene, scene
 from tests.deploy.training import COLLAPSED
@@ -74,6 +76,12 @@ def test_the_own_redis_is_killed(world: Scene, fires: Callable[..., None]) -> No
     lock = world.guarded.data_dir / "equipoise.lock"
     os.kill(int(loads(lock.read_text())["redis_pid"]), signal.SIGKILL)
     fires("EquipoiseOwnRedisEnds", instance=world.guarded.metrics_address)
+
+
+def test_a_process_of_several_that_is_killed(world: Scene, fires: Callable[..., None]) -> None:
+    process, _ = (each for each in Process(world.guarded.pid).children() if MODULE in each.cmdline())
+    process.kill()
+    fires("EquipoiseProcessEnds", instance=world.guarded.metrics_address)
 
 
 def test_a_redis_that_is_full(world: Scene, fires: Callable[..., None]) -> None:

@@ -109,7 +109,7 @@ def test_every_command_of_every_runbook_runs(world: Scene) -> None:
         **os.environ,
         "PATH": path,
         "PROMETHEUS": world.prometheus,
-        "METRICS": world.guarded.metrics_address,  # it has a certificate, and a Redis of its own
+        "METRICS": world.guarded.metrics_address,  # it has a certificate, a Redis of its own, and processes
         "SERVER": world.servers[0].address,
         "POLICY": "run-ema-sign",
     }

@@ -11,8 +11,8 @@ _PROCESS = Row(
     panels=(
         Panel(
             title="CPU",
-            description="Cores in use. A server is one process with one event loop and some threads: it rarely uses"
-            " more than two without a large step.",
+            description="Cores in use. A process has one event loop and some threads: it rarely uses more than two"
+            " without a large step.",
             unit="short",
             queries=(Query(f"rate(process_cpu_seconds_total{{SERVER}}[RATE]){_OURS}", "{{instance}}"),),
             runbooks=("EquipoiseEventLoopLags",),
@@ -66,6 +66,18 @@ _PROCESS = Row(
             most=1,
             queries=(Query("equipoise_server_draining{SERVER}", "{{instance}}"),),
             runbooks=("EquipoiseDrainsTooLong",),
+        ),
+        Panel(
+            title="Processes",
+            description="Of servers with several: how many serve, how many should, and how many were replaced. One that"
+            " is missing for longer than a start takes says in the log why it ends.",
+            unit="short",
+            queries=(
+                Query("equipoise_server_processes_running{SERVER}", "{{instance}}"),
+                Query("equipoise_server_processes_wanted{SERVER}", "{{instance}} wanted"),
+                Query("increase(equipoise_server_process_exits_total{SERVER}[RATE])", "{{instance}} replaced"),
+            ),
+            runbooks=("EquipoiseProcessEnds",),
         ),
     ),
 )

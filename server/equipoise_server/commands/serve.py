@@ -15,6 +15,10 @@ def main(arguments: Sequence[str]) -> int:
     except SettingsError as error:
         print(f"equipoise serve: {error}", file=sys.stderr)
         return USAGE_ERROR
+    if settings.processes > 1:
+        from equipoise_server.processes import run_all
+
+        return run_all(settings)
     from equipoise_server.app import run  # after the settings: torch takes seconds to load
 
     return run(settings)

@@ -4,38 +4,50 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
+from pathlib import Path
+from typing import TypeAlias
 
 from equipoise_server.addresses import bindable, host_and_port, joined
-from equipoise_server.metrics.server import Metrics
-from equipoise_server.metrics.status import ServerStatus
 
 REQUEST_TIMEOUT_S = 5.0
 MAX_HEADER_BYTES = 16 * 1024
 PLAIN = "text/plain; charset=utf-8"
 
+Checks: TypeAlias = Mapping[str, str]
+"""What has to be well, by name, and why it is not; empty: it is well."""
+
 logger = logging.getLogger(__name__)
+
+
+async def event_loop_turns() -> Checks:
+    """That it says this is all there is to it."""
+    return {"event-loop": ""}
 
 
 class Endpoint:
     """Answers one GET per connection, on the event loop that owns what is measured.
 
-    The status is taken on the loop, where nothing moves meanwhile; the text is made in a thread. That the loop answers
-    is all that `/livez` says: a server whose Redis is gone, or that loads for minutes, is not to be restarted.
+    That event loops answer is all that `/livez` says: a server whose Redis is gone, or that loads for minutes, is not
+    to be restarted.
 
     Args:
-        metrics: what `/metrics` shows.
-        status: the state of the server.
-        checks: what has to be well for the server to be ready, and why it is not; empty: it is well.
+        metrics: the page of `/metrics` in the format that an `Accept` header asks for, and its content type.
+        ready: what has to be well for the server to be ready.
+        alive: what has to be well for it to be left alone.
     """
 
     def __init__(
-        self, metrics: Metrics, *, status: Callable[[], ServerStatus], checks: Callable[[], Mapping[str, str]]
+        self,
+        metrics: Callable[[str], Awaitable[tuple[bytes, str]]],
+        *,
+        ready: Callable[[], Awaitable[Checks]],
+        alive: Callable[[], Awaitable[Checks]] = event_loop_turns,
     ) -> None:
         self._metrics = metrics
-        self._status = status
-        self._checks = checks
+        self._ready = ready
+        self._alive = alive
         self._server: asyncio.Server | None = None
 
     async def start(self, address: str) -> str:
@@ -51,6 +63,10 @@ class Endpoint:
             self._server = await asyncio.start_server(self._connected, host, port, limit=MAX_HEADER_BYTES)
         bound_host, bound_port, *_ = self._server.sockets[0].getsockname()
         return joined(bound_host, bound_port)
+
+    async def start_private(self, socket_path: Path) -> None:
+        """Listens on a Unix socket instead. Raises OSError."""
+        self._server = await asyncio.start_unix_server(self._connected, socket_path, limit=MAX_HEADER_BYTES)
 
     async def stop(self) -> None:
         """Stops listening; answers under way are finished."""
@@ -88,9 +104,9 @@ class Endpoint:
             case "/metrics":
                 return await self._render(head)
             case "/livez":
-                return _verdict({"event-loop": ""}, verbose=verbose)
+                return _verdict(await self._alive(), verbose=verbose)
             case "/readyz" | "/healthz":
-                return _verdict(self._checks(), verbose=verbose)
+                return _verdict(await self._ready(), verbose=verbose)
             case _:
                 return HTTPStatus.NOT_FOUND, PLAIN, b"here are /metrics, /livez, /readyz and /healthz\n"
 
@@ -98,15 +114,14 @@ class Endpoint:
         fields = (line.partition(":") for line in head.split("\r\n")[1:])
         accept = ",".join(value.strip() for name, _, value in fields if name.lower() == "accept")
         try:
-            self._metrics.scrape(self._status)
-            body, content_type = await asyncio.to_thread(self._metrics.exposition, accept)
+            body, content_type = await self._metrics(accept)
         except Exception:
             logger.exception("the metrics could not be read")
             return HTTPStatus.INTERNAL_SERVER_ERROR, PLAIN, b"the metrics could not be read; see the log\n"
         return HTTPStatus.OK, content_type, body
 
 
-def _verdict(checks: Mapping[str, str], *, verbose: bool) -> tuple[HTTPStatus, str, bytes]:
+def _verdict(checks: Checks, *, verbose: bool) -> tuple[HTTPStatus, str, bytes]:
     """Whether all is well, and what is not; `verbose`: check by check, as Kubernetes' own endpoints do."""
     troubles = [trouble for trouble in checks.values() if trouble]
     lines = ["; ".join(troubles) or "ok"]

@@ -1,16 +1,19 @@
 """How the learning of each policy goes, and how it is served, read at scrape time."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from equipoise_server.engine import PolicyStatus, ServiceStatus
 from equipoise_server.metrics.labels import PolicyLabels
 from equipoise_server.metrics.names import OTHER, PREFIX
 
-LEARNING: tuple[tuple[str, str, Callable[[PolicyStatus], float | None]], ...] = (
+if TYPE_CHECKING:  # the engine loads torch, which the parent of several processes does without
+    from equipoise_server.engine import PolicyStatus, ServiceStatus
+
+LEARNING: "tuple[tuple[str, str, Callable[[PolicyStatus], float | None]], ...]" = (
     ("policy_version", "Steps applied or refused so far.", lambda status: status.progress.version),
     ("num_examples", "N, the examples that the policy has a weight for.", lambda status: status.num_examples),
     (
@@ -54,7 +57,7 @@ LEARNING: tuple[tuple[str, str, Callable[[PolicyStatus], float | None]], ...] = 
     ),
 )
 
-SERVICE: tuple[tuple[str, str, Callable[[ServiceStatus], float | None], Callable[[Iterable[float]], float]], ...] = (
+SERVICE: "tuple[tuple[str, str, Callable[[ServiceStatus], float | None], Callable[[Iterable[float]], float]], ...]" = (
     (
         "durability_lag_seconds",
         "How long ago the oldest step was taken that Redis does not have yet; 0: it has all.",
@@ -81,7 +84,7 @@ class PolicyCollector(Collector):
         self._labels = labels
         self._policies: tuple[ServiceStatus, ...] = ()
 
-    def show(self, policies: Iterable[ServiceStatus]) -> None:
+    def show(self, policies: "Iterable[ServiceStatus]") -> None:
         """Takes the policies as they stand: those in memory, and those that left it because nobody used them."""
         self._policies = tuple(policies)
 
@@ -117,7 +120,7 @@ class PolicyCollector(Collector):
             yield GaugeMetricFamily(PREFIX + name, help_text, count)
 
 
-def _rules(policies: Iterable[PolicyStatus]) -> Iterator[Metric]:
+def _rules(policies: "Iterable[PolicyStatus]") -> Iterator[Metric]:
     """Which rule each policy has, and how often its guard has looked whether the weights help."""
     info = GaugeMetricFamily(
         f"{PREFIX}policy_info",

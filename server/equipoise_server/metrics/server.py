@@ -1,5 +1,6 @@
 """All metrics of one server: what the engine reports as it works, and what is read at scrape time."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 
 from prometheus_client import (
@@ -14,6 +15,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from equipoise_server.metrics.labels import PolicyLabels
+from equipoise_server.metrics.merging import told
 from equipoise_server.metrics.names import PREFIX, SECONDS_BUCKETS
 from equipoise_server.metrics.policies import PolicyCollector
 from equipoise_server.metrics.refusals import LEFT_REASONS, LOAD_REASONS, ReasonCounter
@@ -149,6 +151,17 @@ class Metrics:
         self._now.show(status)
         self._policies.show(status.policies)
         self._tenants.show(status.tenants)
+
+    async def page(self, take: Callable[[], ServerStatus], *, accept: str = "") -> tuple[bytes, str]:
+        """All series as of now: the status is taken on the event loop, where nothing moves meanwhile, and the text is
+        made in a thread."""
+        self.scrape(take)
+        return await asyncio.to_thread(self.exposition, accept)
+
+    async def told(self, take: Callable[[], ServerStatus]) -> tuple[bytes, str]:
+        """The same for the parent of several processes, which adds them up."""
+        self.scrape(take)
+        return await asyncio.to_thread(lambda: told(self._registry.collect())), "application/json"
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """All series in the format that an HTTP `Accept` header asks for, and its content type. Any thread may call."""

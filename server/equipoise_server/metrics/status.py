@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from equipoise_server.engine import ServiceStatus
 from equipoise_server.metrics.names import PREFIX
 from equipoise_server.metrics.tenants import TenantStatus
 from equipoise_server.security import Reloads
 from equipoise_server.store import Usage
+
+if TYPE_CHECKING:  # the engine loads torch, which the parent of several processes does without
+    from equipoise_server.engine import ServiceStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class ServerStatus:
     """
 
     checks: Mapping[str, str] = field(default_factory=dict)
-    policies: tuple[ServiceStatus, ...] = ()
+    policies: "tuple[ServiceStatus, ...]" = ()
     loading: LoadingStatus = LoadingStatus()
     streams: Use = Use()
     calls: Use = Use()

@@ -2,6 +2,7 @@
 
 import math
 import ssl
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,19 @@ class CertificateFiles:
     client_ca: Path | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Content:
+    """What the files hold, in PEM."""
+
+    key: bytes
+    chain: bytes
+    authorities: bytes | None
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        """For one handshake of one port: gRPC takes what is in it away."""
+        return grpc.ssl_server_certificate_configuration([(self.key, self.chain)], self.authorities)
+
+
 class Certificates:
     """The certificates for new connections; open connections keep theirs.
 
@@ -47,35 +61,46 @@ class Certificates:
         self._files = files
         self.expires = math.inf
         self.reloads = Reloads()
+        self._lock = threading.Lock()
         self._stamp = self._look()
-        self._first = self._read()
+        self._content = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Credentials that follow the files."""
+        """Credentials of one port, which follow the files: another port needs others."""
+        shown = self._content
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal shown
+            with self._lock:
+                self._refresh()
+                if shown is self._content:
+                    return None
+                shown = self._content
+                return shown.configuration()
+
         mutual = self._files.client_ca is not None
         # Their types do not know that None keeps what there is.
-        return grpc.dynamic_ssl_server_credentials(self._first, self._changed, mutual)  # type: ignore[arg-type]
+        return grpc.dynamic_ssl_server_credentials(shown.configuration(), changed, mutual)  # type: ignore[arg-type]
 
-    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """The certificates if they have changed; None, also when the new ones cannot be used: the old ones stay."""
+    def _refresh(self) -> None:
+        """Reads the files if they have changed; if the new ones cannot be used, the old ones stay."""
         now = self._look()
         if now == self._stamp:
-            return None
+            return
         self._stamp = now
         try:
-            fresh = self._read()
+            self._content = self._read()
         except CertificateError as error:
             self.reloads.failed += 1
             log.error("the certificates cannot be used; those known before still hold", error=str(error))
-            return None
-        self.reloads.ok += 1
-        log.info("certificates loaded", certificate=str(self._files.certificate))
-        return fresh
+        else:
+            self.reloads.ok += 1
+            log.info("certificates loaded", certificate=str(self._files.certificate))
 
     def _look(self) -> object:
         return stamp([self._files.certificate, self._files.key, self._files.client_ca])
 
-    def _read(self) -> grpc.ServerCertificateConfiguration:
+    def _read(self) -> _Content:
         files = self._files
         key, chain = _bytes(files.key), _bytes(files.certificate)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -91,13 +116,13 @@ class Certificates:
         except ValueError as error:
             raise CertificateError(f"{files.certificate}: {error}") from error
         if files.client_ca is None:
-            return grpc.ssl_server_certificate_configuration([(key, chain)])
+            return _Content(key, chain, None)
         authorities = _bytes(files.client_ca)
         try:
             context.load_verify_locations(cadata=authorities.decode("ascii", "replace"))
         except ssl.SSLError as error:
             raise CertificateError(f"{files.client_ca}: no certificates of authorities: {error.reason}") from error
-        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
+        return _Content(key, chain, authorities)
 
 
 def _bytes(path: Path) -> bytes:

@@ -26,11 +26,13 @@ from equipoise.errors import UnavailableError
 from tests.e2e.faults import stacks
 from tests.ports import free_port
 
-START_SECONDS = 60.0
+START_SECONDS = 300.0
+"""Until a server serves; one with several processes loads everything anew in each."""
 STACKS_SECONDS = 3.0
 END_SECONDS = 60.0
 """Of the process that forks: all of it is unloading modules, on a busy machine."""
-STOP_SECONDS = 40.0
+STOP_SECONDS = 90.0
+"""More than a server gives itself: its grace, what is left to write, and the end of its Redis."""
 PR_SET_PDEATHSIG = 1
 
 

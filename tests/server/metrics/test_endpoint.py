@@ -17,6 +17,18 @@ def metrics() -> Metrics:
     return Metrics(build={"version": "1.2.3"}, max_policies=2)
 
 
+def endpoint_of(
+    metrics: Metrics, *, status: Callable[[], ServerStatus], checks: Callable[[], Mapping[str, str]]
+) -> Endpoint:
+    async def page(accept: str) -> tuple[bytes, str]:
+        return await metrics.page(status, accept=accept)
+
+    async def ready() -> Mapping[str, str]:
+        return checks()
+
+    return Endpoint(page, ready=ready)
+
+
 @contextlib.asynccontextmanager
 async def serving(
     metrics: Metrics,
@@ -24,7 +36,7 @@ async def serving(
     status: Callable[[], ServerStatus] = ServerStatus,
     checks: Callable[[], Mapping[str, str]] = dict,
 ) -> AsyncIterator[str]:
-    endpoint = Endpoint(metrics, status=status, checks=checks)
+    endpoint = endpoint_of(metrics, status=status, checks=checks)
     address = await endpoint.start("127.0.0.1:0")
     try:
         yield address
@@ -125,4 +137,4 @@ async def test_a_status_that_fails_is_an_answer_too(metrics: Metrics) -> None:
 async def test_a_second_endpoint_on_the_address_fails(metrics: Metrics) -> None:
     async with serving(metrics) as address:
         with pytest.raises(OSError, match="in use"):
-            await Endpoint(metrics, status=ServerStatus, checks=dict).start(address)
+            await endpoint_of(metrics, status=ServerStatus, checks=dict).start(address)

@@ -291,6 +291,31 @@ def _strata() -> Iterator[Asked]:
             requests += [without, high, mixed]
         requests.append({"sequence": 0, "all_examples": True})
         yield Asked(rule="strata", name=name, about=about, settings=settings, requests=requests)
+    for name, about, settings in (
+        ("target", "losses of the target, also too few at first, and without losses of the rows", {}),
+        (
+            "target_groups",
+            "the same of two groups, each with its own or with all; a target group that is too high is refused",
+            {"groups": 2.0},
+        ),
+    ):
+        trainer = Trainer(54)
+        told = {**small, "min_target_losses": 8.0, "target_memory": 24.0, **settings}
+        requests = []
+        for turn in range(12):
+            request = _stratum_step(trainer, grouped="groups" in settings)
+            if turn % 2 == 0:
+                request["target_losses"] = [trainer.uniform(0.1, 2.5) for _ in range(5)]
+                if settings and turn % 4:
+                    request["target_groups"] = [0, 1, 0, 1, 1]
+            requests.append(request)
+        alone = {key: value for key, value in requests[0].items() if key not in ("losses", "groups")}
+        requests.append(alone)
+        if settings:
+            high = {"target_losses": [1.0, 2.0], "target_groups": [0, 2]}
+            requests.append(_stratum_step(trainer, grouped=True) | high)
+        requests.append({"sequence": 0, "all_examples": True})
+        yield Asked(rule="strata", name=name, about=about, settings=told, requests=requests)
     trainer = Trainer(53)
     requests = [_stratum_step(trainer, grouped=False) for _ in range(20)]
     requests[10]["contributions"][2] = -1e6

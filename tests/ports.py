@@ -7,6 +7,7 @@ pytest-xdist has a part, so that two tests that run at once do not choose the sa
 import os
 import random
 import socket
+from collections import deque
 from contextlib import suppress
 
 FIRST, LAST = 10_000, 20_000
@@ -14,7 +15,9 @@ FIRST, LAST = 10_000, 20_000
 WORKERS = 20
 _EACH = (LAST - FIRST) // WORKERS
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
-_next = random.randrange(_EACH)  # two runs of the tests on one machine rarely meet
+_next = random.randrange(_EACH)
+_held: deque[socket.socket] = deque(maxlen=200)
+"""Names that tell other runs of the tests on this machine which ports are in use here, the newest ones."""
 
 
 def free_port() -> int:
@@ -23,7 +26,11 @@ def free_port() -> int:
     for _ in range(_EACH):
         port = FIRST + _worker * _EACH + _next
         _next = (_next + 1) % _EACH
+        name = socket.socket(socket.AF_UNIX)
         with suppress(OSError), socket.socket() as bare:
             bare.bind(("127.0.0.1", port))
+            name.bind(f"\0equipoise-tests-{port}")
+            _held.append(name)
             return port
+        name.close()
     raise OSError(f"ports {FIRST} to {LAST}: all of worker {_worker} are taken")

@@ -99,6 +99,8 @@ class Stratum:
         mean: their mean, in units of the running root mean square of all contributions.
         error: standard error of the mean; 0 without contributions.
         z: mean over standard error, of it and its neighbours; 0 where there are too few contributions.
+        ratio: the share of the target's losses that lie in it over the share of the training examples', at most 1; 1
+            where the target has told too few.
         weight: served weight of its examples.
     """
 
@@ -110,6 +112,7 @@ class Stratum:
     mean: float
     error: float
     z: float
+    ratio: float
     weight: float
 
     @classmethod
@@ -124,6 +127,7 @@ class Stratum:
             mean=message.mean,
             error=message.error,
             z=message.z,
+            ratio=message.ratio,
             weight=message.weight,
         )
 

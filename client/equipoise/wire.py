@@ -48,6 +48,9 @@ class StepFields(TypedDict, total=False):
             rule `learnability`.
         attempts: integers [B] in [0, 2^32), where scored at least 1: how many there were, such as the completions of a
             prompt; rows of one id add up.
+        target_losses: float [A], finite: the unweighted losses of single examples of the target set A under the model
+            of this step, nats, for rule `strata`, which compares them with `losses`.
+        target_groups: integers [A] in [0, 2^32): their groups; without, every group is compared with all of them.
         target_loss: mean loss on the target set A, nats.
         guard_loss: mean loss on the guard set B, nats.
         step: the number of the training step, in [0, 2^64), for people to read. For rule `trajectory` it is the row
@@ -67,6 +70,8 @@ class StepFields(TypedDict, total=False):
     groups: ArrayLike
     successes: ArrayLike
     attempts: ArrayLike
+    target_losses: ArrayLike
+    target_groups: ArrayLike
     target_loss: float
     guard_loss: float
     step: int
@@ -133,6 +138,7 @@ def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Req
     if (groups := fields.get("groups")) is not None:
         message.groups = _counts("groups", groups, len(rows)).tobytes()
     _outcomes(message, fields, len(rows), scored)
+    _target(message, fields, len(rows), bounds)
     if (target_loss := fields.get("target_loss")) is not None:
         message.target_loss = _loss("target_loss", target_loss)
     if (guard_loss := fields.get("guard_loss")) is not None:
@@ -236,6 +242,22 @@ def _rows(message: pb.StepRequest, ids: ArrayLike | None, fields: StepFields, bo
         if fields.get(name) is not None:
             raise InvalidRequestError(field="ids", rule=f"{name} need the ids of their rows, or all_examples=True")
     return np.zeros(0, np.uint64)
+
+
+def _target(message: pb.StepRequest, fields: StepFields, rows: int, bounds: Bounds) -> None:
+    """Losses of single target examples, and their groups."""
+    losses, groups = fields.get("target_losses"), fields.get("target_groups")
+    if losses is None:
+        if groups is not None:
+            raise InvalidRequestError(field="target_groups", rule="needs target_losses")
+        return
+    if not rows or fields.get("losses") is None:
+        raise InvalidRequestError(field="target_losses", rule="needs losses of the rows, to be compared with")
+    count = _length(losses)
+    _check_rows("target_losses", count, bounds)
+    message.target_losses = _row_statistic("target_losses", losses, count, None).tobytes()
+    if groups is not None:
+        message.target_groups = _counts("target_groups", groups, count).tobytes()
 
 
 def _mask(field: str, values: ArrayLike | None, rows: int) -> NDArray[np.uint8] | None:

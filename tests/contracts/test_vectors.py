@@ -166,7 +166,7 @@ class Strata(ByHand):
         return self.definition.weights()
 
     def scores(self) -> Floats:
-        z, strata = self.definition.z(), self.definition.stratum
+        z, strata = self.definition.scores(), self.definition.stratum
         return np.array([z[strata[one]] if one in strata else np.nan for one in range(self.size)])
 
     def above_floor(self, request: Request) -> NDArray[np.bool_]:
@@ -272,7 +272,9 @@ def _aggregated(request: Request, num_examples: int) -> Statistics | None:
         for name in ("successes", "attempts")
         if name in request
     }
-    return Statistics(ids=found, counts=counts, groups=of_found, **means, **outcomes)
+    target = {"target_losses": floats(request["target_losses"])} if "target_losses" in request else {}
+    target |= {"target_groups": np.array(request["target_groups"])} if "target_groups" in request else {}
+    return Statistics(ids=found, counts=counts, groups=of_found, **means, **outcomes, **target)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -1,6 +1,7 @@
 """Rule `strata` through a server: groups, sparse contributions, what can be read, and deaths on the way."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ from numpy.typing import NDArray
 from equipoise import PolicyClient
 from equipoise.commands import policy as command
 from equipoise.errors import InvalidRequestError, StepRefusedError
-from equipoise_server.rules import aggregate, build
+from equipoise_server.rules import Statistics, aggregate, build
 from tests.patience import PATIENT
 from tests.servers import ServerProcess, serve
 
 NUM_EXAMPLES, ROWS, GROUPS = 400, 48, 2
-SETTINGS = {"strata": 4, "groups": GROUPS, "min_count": 10, "memory": 60}
+SETTINGS = {"strata": 4, "groups": GROUPS, "min_count": 10, "memory": 60, "min_target_losses": 20}
 
 
 def steps(count: int) -> Iterator[dict[str, Any]]:
-    """Losses first, contributions of some rows behind them, then both at once; high losses harm in group 0 alone."""
+    """Losses first, contributions of some rows behind them, then both at once; high losses harm in group 0 alone.
+
+    Losses of the target come with the losses of every fifth step or so, and lie where those of the harmless do.
+    """
     random = np.random.default_rng(3)
     for index in range(count):
         ids = random.integers(0, NUM_EXAMPLES, ROWS)
@@ -31,11 +35,24 @@ def steps(count: int) -> Iterator[dict[str, Any]]:
         measured = random.random(ROWS) < 0.4
         told = {"losses": losses, "groups": ids % GROUPS}
         sparse = {"contributions": np.where(measured, contributions, np.float32(np.nan)), "measured": measured}
+        if index % 5 == 0:
+            groups = random.integers(0, GROUPS, 16)
+            told |= {
+                "target_losses": (groups * 5 + random.uniform(0, 6, 16)).astype(np.float32),
+                "target_groups": groups,
+            }
         if index % 2:
             yield {"ids": ids, **told, **sparse}
         else:
             yield {"ids": ids, **told}
             yield {"ids": ids, **sparse}
+
+
+def statistics(step: dict[str, Any]) -> Statistics:
+    """A step as the rule gets it."""
+    target = {name: step.get(name) for name in ("target_losses", "target_groups")}
+    rest = {name: values for name, values in step.items() if name not in target}
+    return replace(aggregate(**({"contributions": None, "losses": None} | rest)), **target)
 
 
 def client_of(server: ServerProcess, name: str, **options: Any) -> PolicyClient:
@@ -60,8 +77,7 @@ def test_what_is_served_is_the_rule_s_own(server: ServerProcess) -> None:
     with client_of(server, "strata-exact") as client:
         for step in steps(40):
             served = client.step(**step).weights
-            given = {"contributions": None, "losses": None} | step
-            state = rule.update(state, aggregate(**given))
+            state = rule.update(state, statistics(step))
             np.testing.assert_array_equal(served, rule.weights(state, step["ids"]))
         tables = read(client)
         status = client.status()
@@ -72,6 +88,8 @@ def test_what_is_served_is_the_rule_s_own(server: ServerProcess) -> None:
     assert report is not None
     assert status.strata_contrast == report.contrast
     assert [each.z for each in status.strata] == [each.z for each in report.strata]
+    assert [each.ratio for each in status.strata] == [each.ratio for each in report.strata]
+    assert min(each.ratio for each in status.strata) < 0.5
     weights = {(each.group, each.stratum): each.weight for each in status.strata}
     assert weights[0, 3] < 0.1 < 1.0 < weights[0, 0]  # high losses harm here,
     assert weights[1, 0] < 0.1 < 1.0 < weights[1, 3]  # and low ones there
@@ -129,6 +147,10 @@ def test_what_does_not_fit_is_refused(server: ServerProcess) -> None:
             ({"losses": [1.0, 2.0]}, "groups is absent: rule strata with 2 groups"),
             ({"losses": [1.0, 2.0], "groups": [0, 2]}, "groups = 2 of example 1: rule strata has groups"),
             ({"losses": [1.0, 2.0], "groups": [0, 1], "reference_losses": [1.0, 2.0]}, "reference_losses"),
+            (
+                {"losses": [1.0, 2.0], "groups": [0, 1], "target_losses": [1.0, 1.0], "target_groups": [0, 2]},
+                r"target_groups\[1\] = 2: rule strata has groups",
+            ),
         ):
             with pytest.raises(StepRefusedError, match=message):
                 client.step([0, 1], **fields)

@@ -11,7 +11,7 @@ import { pathToFileURL } from "node:url";
 const [folder, path] = process.argv.slice(2);
 const { PolicyClient, StepRefusedError } = await import(pathToFileURL(`${folder}/dist/index.js`).href);
 const { address, cases } = JSON.parse(readFileSync(path, "utf8"));
-const WHOLE = ["scored", "measured", "groups", "successes", "attempts"];
+const WHOLE = ["scored", "measured", "groups", "successes", "attempts", "targetGroups"];
 const base64 = (weights) => Buffer.from(weights.buffer).toString("base64");
 
 async function answered(client, { ids, half = false, read = false, fields = {} }) {

@@ -214,7 +214,7 @@ def _facts(status: PolicyStatus) -> list[tuple[str, object]]:
     return [(name.replace("_", " "), value) for name, value in named]
 
 
-STRATA = ("GROUP", "STRATUM", "EXAMPLES", "ABOVE LOSS", "CONTRIBUTIONS", "MEAN", "ERROR", "Z", "WEIGHT", "")
+STRATA = ("GROUP", "STRATUM", "EXAMPLES", "ABOVE LOSS", "CONTRIBUTIONS", "MEAN", "ERROR", "Z", "RATIO", "WEIGHT", "")
 BAR = 20
 """Characters of a bar that stands for the largest weight."""
 

@@ -16,8 +16,8 @@ Json: TypeAlias = Mapping[str, Any]
 
 FORMAT = 1
 IDS = ("example_ids", "weights_for")
-PER_ROW = ("contributions", "losses", "reference_losses")
-COUNTS = ("groups", "successes", "attempts")
+PER_ROW = ("contributions", "losses", "reference_losses", "target_losses")
+COUNTS = ("groups", "successes", "attempts", "target_groups")
 MASKS = ("scored", "measured")
 SKETCHES = ("gradient_sketches", "target_sketch")
 PLAIN = ("sequence", "step", "all_examples", "target_loss", "guard_loss", "omit_weights")

@@ -36,6 +36,7 @@ has the policy's numbers for any logger, `steps.progress()` a line that says whe
 | `LastLayerContributions` | after the backward pass | small | no | any with a last linear layer |
 | `SketchContributions` | by the server, after the backward pass | small | no | transformers; see there |
 | `JvpContributions` | before the backward pass | 1.3 steps | yes | any with forward-mode kernels |
+| `LossesAlone` | never: losses are compared with those of the target, for rule `strata` | none | | any |
 
 Contributions are exact, or the model is refused with the line to paste instead; training is never touched: losses,
 gradients and random numbers are those of the same job without hooks, bit for bit. The first step is surveyed, at two
@@ -49,7 +50,8 @@ likely cause; `WeightedSteps` has four examples of the first step verified by gr
 
 `TargetDirection(..., norm_matched=True)` makes them norm-matched: what an example does for the target at equal step
 length, since to lower the target loss by longer steps along what all examples share is no merit of one. Plain ones are
-those of the Learning Law. Rule `strata` takes the former, of every third batch: `weighted_steps` and trainers know.
+those of the Learning Law. Rule `strata` takes the former, of some batches. It is content with losses, of the training
+and of target examples: that is what `weighted_steps` and trainers send it, at a forward pass every sixth batch.
 
 `Mixture` draws rows of several sources by the weights of a policy whose examples are the sources.
 
@@ -81,6 +83,7 @@ from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContri
 from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.step import WeightedStep
 from equipoise.torch.steps import WeightedSteps, look_ahead
+from equipoise.torch.target_losses import LossesAlone
 from equipoise.torch.training import TrainingOptions, weighted_steps
 
 __all__ = [
@@ -95,6 +98,7 @@ __all__ = [
     "GhostContributions",
     "JvpContributions",
     "LastLayerContributions",
+    "LossesAlone",
     "Mixture",
     "OnePassContributions",
     "SketchContributions",

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from equipoise.torch.direction import Noise, TargetDirection, checked_losses
+from equipoise.torch.direction import TargetDirection, checked_losses
 from equipoise.torch.errors import CaptureError, ContributionsDifferError
+from equipoise.torch.gradients import Noise
 from equipoise.torch.identity import product_of
 from equipoise.torch.processes import sharded_modules, unreduced
 from equipoise.torch.quiet import ModelState, repeating
@@ -354,7 +355,8 @@ class Contributions(ABC, Generic[CaptureT]):
         """
         self.direction.expect_gradients()
         capture = LossCapture(self.direction, ids)
-        capture.trains(None)
+        if self.direction.norm_matched:
+            capture.trains(None)
         return capture
 
     def verify_first(self, examples: int = 4) -> None:

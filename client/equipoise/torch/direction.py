@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from math import inf, isfinite
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from equipoise.torch.errors import DirectionError
-from equipoise.torch.gradients import GradientAverage
+from equipoise.torch.gradients import GradientAverage, Noise, Signs
 from equipoise.torch.losses import LossMean
 from equipoise.torch.preconditioner import AdamPreconditioner
 from equipoise.torch.processes import (
@@ -38,22 +37,6 @@ T = TypeVar("T")
 
 _SCALE = 1024.0
 """What a loss is multiplied by where gradients are float16, as a GradScaler does."""
-
-SIGNS_SEED = 20_240_217
-
-
-@dataclass(frozen=True, slots=True)
-class Noise:
-    """How an example's own gradient lengthens the step that it is in.
-
-    Attributes:
-        signs: a random vector r by parameter, scaled as steps are: the mean of (∇l·r)² is |∇l|².
-        factor: what |∇l|² takes away from a contribution: float64, without dimensions.
-    """
-
-    signs: dict[nn.Parameter, Tensor]
-    factor: Tensor
-
 
 ExampleLoss: TypeAlias = Callable[[Any, Any], Tensor]
 """From a model and a batch to the loss of each example, nats: [B]."""
@@ -107,7 +90,7 @@ class TargetDirection:
             found beside norm-matched ones, and contributions compared with the gradient.
 
     Attributes:
-        example_losses: as given.
+        example_losses, look_every: as given.
         vectors: the direction by parameter, in float32 or better; empty before the first refresh.
         plain: V by parameter: the same, unless it is norm-matched.
         target_loss: mean loss on target A at the last refresh, nats: a tensor without dimensions.
@@ -170,9 +153,9 @@ class TargetDirection:
         if norm_matched:
             self._average = GradientAverage(model, scaled=self._precondition, noisy=step_noise > 0)
         self._step_noise = step_noise
-        self._look_every = look_every
+        self.look_every = look_every
         self._refreshes = 0
-        self._drawn = 0
+        self._signs = Signs()
         self._largest = 0
         """Target examples of the largest refresh."""
 
@@ -195,7 +178,7 @@ class TargetDirection:
     @property
     def looks_closely(self) -> bool:
         """Whether the last refresh is one with a close look: see `look_every`."""
-        return (self._refreshes - 1) % self._look_every == 0
+        return (self._refreshes - 1) % self.look_every == 0
 
     def note_backward(self, multiplier: Tensor) -> None:
         """A captured backward pass is over.
@@ -217,7 +200,7 @@ class TargetDirection:
         average = self._average
         if average is None or not self._step_noise or average.multiplier is None:
             return None
-        signs = self._signs()
+        signs = self._signs.draw(_trainable(self.model))
         if self._precondition is not None:
             signs = self._precondition(signs)
         return Noise(signs, self._step_noise * average.share * average.multiplier)
@@ -251,8 +234,9 @@ class TargetDirection:
             raise DirectionError("model: has no trainable parameter")
         with evaluating(self.model):
             gradients, self.target_loss, count = self._gradients(parameters)
-            guard = self._guard if self._refreshes % self._look_every == 0 else None
-            self.guard_loss = None if guard is None else self._mean_loss(guard)
+            looks = self._refreshes % self.look_every == 0
+            guard = self._guard if looks else None
+            self.guard_loss = None if guard is None else self._mean_loss(guard, self._everybody)
         self._refreshes += 1
         if self._average is not None:
             self._average.agree(self._group)
@@ -267,6 +251,28 @@ class TargetDirection:
     def quiet_losses(self, batch: Any) -> Tensor:
         """The same past DistributedDataParallel: no process waits for another one's gradients."""
         return checked_losses(self.example_losses(unwrapped(self.model), batch))
+
+    def next_batches(self) -> Iterator[Any]:
+        """The target batches of a refresh: all, or the next ones in turn."""
+        if self._batches_per_refresh is None:
+            yield from self._target
+            return
+        left = self._batches_per_refresh
+        for again in (False, True):
+            if again:
+                self._turn, self._taken = iter(self._target), 0
+            for batch in islice(self._turn, left):
+                left, self._taken = left - 1, self._taken + 1
+                yield batch
+            if not left:
+                return
+
+    def guard_loss_here(self) -> float | None:
+        """Mean loss on the guard batches of this process, nats; None: it has none."""
+        if self._guard is None:
+            return None
+        with evaluating(self.model):
+            return float(self._mean_loss(self._guard, None))
 
     def without_graph(self, compute: Callable[[], T]) -> T:
         """What is computed of losses, without keeping a graph of them.
@@ -319,7 +325,7 @@ class TargetDirection:
         what cannot be computed again, and are part of it, as is the average of the training gradients of a norm-matched
         direction; of a sharded model those of this process.
         """
-        rest: dict[str, Any] = {"drawn": self._drawn, "refreshes": self._refreshes, "largest": self._largest}
+        rest: dict[str, Any] = {"drawn": self._signs.drawn, "refreshes": self._refreshes, "largest": self._largest}
         if self._average is not None:
             rest |= {"gradients": self._average.state_dict(), "lengths": self._average.lengths()}
         if self._momentum:
@@ -341,7 +347,8 @@ class TargetDirection:
             DirectionError: the vectors are not those of this model.
         """
         self._taken = state["batches_taken"]
-        self._drawn, self._refreshes, self._largest = (state.get(name, 0) for name in ("drawn", "refreshes", "largest"))
+        self._refreshes, self._largest = (state.get(name, 0) for name in ("refreshes", "largest"))
+        self._signs.drawn = state.get("drawn", 0)
         self._due = "vectors" not in state
         if self._average is not None and "gradients" in state:
             self._average.load_state_dict(state["gradients"], state.get("lengths"))
@@ -357,21 +364,6 @@ class TargetDirection:
         average = self._average
         self.vectors = self.plain if average is None or not average.known else average.without(self.plain)
 
-    def _signs(self) -> dict[nn.Parameter, Tensor]:
-        """Random signs by parameter, of generators of their own: alike wherever as many were drawn before."""
-        generators: dict[torch.device, torch.Generator] = {}
-        signs = {}
-        for parameter in _trainable(self.model):
-            device = parameter.device
-            if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed(SIGNS_SEED + self._drawn)
-            real = torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter.detach()
-            ones = torch.empty_like(real, dtype=precise(real.dtype))
-            ones.bernoulli_(0.5, generator=generators[device]).mul_(2).sub_(1)
-            signs[parameter] = torch.view_as_complex(ones) if parameter.is_complex() else ones
-        self._drawn += 1
-        return signs
-
     def _averaged(self, fresh: dict[nn.Parameter, Tensor], count: int) -> dict[nn.Parameter, Tensor]:
         """The fresh direction, of `count` examples, with what is kept of those before."""
         if not self._momentum:
@@ -380,15 +372,19 @@ class TargetDirection:
         kept = self._momentum ** (count / self._largest)
         return {p: torch.lerp(vector, old[p], kept) if p in old else vector for p, vector in fresh.items()}
 
+    @property
+    def _everybody(self) -> Group:
+        """The processes whose batches are taken together."""
+        return world() if sharded_modules(self.model) else self._group
+
     def _gradients(self, parameters: list[nn.Parameter]) -> tuple[dict[nn.Parameter, Tensor], Tensor, int]:
         """Gradient of the mean loss over the target batches, that loss, and of how many examples it is."""
-        sharded = bool(sharded_modules(self.model))
-        group = world() if sharded else self._group
+        sharded, group = bool(sharded_modules(self.model)), self._everybody
         sums: dict[nn.Parameter, Tensor] = {}
         if group is not None:
             sums = {p: torch.zeros_like(p, dtype=precise(p.dtype)) for p in parameters}
         means = LossMean()
-        for batch in self._next_batches():
+        for batch in self.next_batches():
             with torch.enable_grad():
                 losses = self.quiet_losses(batch)
                 gradients = self._reduced(losses, parameters) if sharded else _gradient(losses.sum(), parameters)
@@ -409,25 +405,11 @@ class TargetDirection:
             averaged = num_averaged(parameters)
             return [None if parameter.grad is None else parameter.grad * averaged for parameter in parameters]
 
-    def _mean_loss(self, batches: Iterable[Any]) -> Tensor:
+    def _mean_loss(self, batches: Iterable[Any], group: Group) -> Tensor:
         means = LossMean()
         for batch in batches:
             means.add(self.without_graph(partial(self.quiet_losses, batch)))
-        return means.over(world() if sharded_modules(self.model) else self._group, field="guard_batches")[0]
-
-    def _next_batches(self) -> Iterator[Any]:
-        if self._batches_per_refresh is None:
-            yield from self._target
-            return
-        left = self._batches_per_refresh
-        for again in (False, True):
-            if again:
-                self._turn, self._taken = iter(self._target), 0
-            for batch in islice(self._turn, left):
-                left, self._taken = left - 1, self._taken + 1
-                yield batch
-            if not left:
-                return
+        return means.over(group, field="guard_batches")[0]
 
 
 def norm_of(vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:

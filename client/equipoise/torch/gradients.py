@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,8 @@ from equipoise.torch.rows import precise
 from equipoise.torch.vectors import load_vectors, named_vectors
 
 Vectors: TypeAlias = dict[nn.Parameter, Tensor]
+
+SIGNS_SEED = 20_240_217
 
 KEPT = 0.9
 """Share of the average before that a step keeps: it goes over the newest ten steps or so."""
@@ -212,3 +215,42 @@ def _inner(a: Mapping[nn.Parameter, Tensor], b: Mapping[nn.Parameter, Tensor]) -
     if not products:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([product.to(products[0].device) for product in products]).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How an example's own gradient lengthens the step that it is in.
+
+    Attributes:
+        signs: a random vector r by parameter, scaled as steps are: the mean of (∇l·r)² is |∇l|².
+        factor: what |∇l|² takes away from a contribution: float64, without dimensions.
+    """
+
+    signs: dict[nn.Parameter, Tensor]
+    factor: Tensor
+
+
+class Signs:
+    """Random signs by parameter, of generators of their own: alike wherever as many were drawn before.
+
+    Attributes:
+        drawn: how often; to be kept in checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def draw(self, parameters: Iterable[nn.Parameter]) -> Vectors:
+        """+1 or -1 for each number of each parameter."""
+        generators: dict[torch.device, torch.Generator] = {}
+        signs = {}
+        for parameter in parameters:
+            device = parameter.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(SIGNS_SEED + self.drawn)
+            real = torch.view_as_real(parameter.detach()) if parameter.is_complex() else parameter.detach()
+            ones = torch.empty_like(real, dtype=precise(real.dtype))
+            ones.bernoulli_(0.5, generator=generators[device]).mul_(2).sub_(1)
+            signs[parameter] = torch.view_as_complex(ones) if parameter.is_complex() else ones
+        self.drawn += 1
+        return signs

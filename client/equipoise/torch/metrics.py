@@ -29,7 +29,7 @@ class Metrics:
     | `mean_weight` | mean weight of the rows | newest step |
     | `rows_weighted` | share of the rows with a weight other than 1 | newest step |
     | `rows_scored` | share of the rows whose contribution is known | newest step |
-    | `target_loss`, `guard_loss` | mean losses on target A and guard B, nats | newest refresh |
+    | `target_loss`, `guard_loss` | mean losses on target A and guard B, nats | newest look |
     | `sim` | mean over deviation of contributions, the Learning Law's evidence | the policy |
     | `plain_sim` | the same of plain contributions, where those that are sent are norm-matched | newest refresh |
     | `effective_ratio` | effective examples as a share of all; 1 is uniform | the policy |
@@ -70,14 +70,18 @@ class Metrics:
             self._newest["rows_weighted"] = float((weights != 1).mean())
         if "scored" in fields:
             self._newest["rows_scored"] = float(np.asarray(fields["scored"]).mean())
-        for name in ("target_loss", "guard_loss"):
-            if name in fields:
-                self._newest[name] = fields[name]
+        self.note_target(fields)
         self._steps += 1
         first = self._steps == 1 and rank() == 0
         if first and not self._sampled and self.known is False and "weights_for" not in fields:
             self._note_first_pass(client)
         self._ask(client)
+
+    def note_target(self, fields: StepFields) -> None:
+        """Losses on target A and guard B were measured, if they are among what is sent."""
+        for name in ("target_loss", "guard_loss"):
+            if name in fields:
+                self._newest[name] = fields[name]
 
     def note_plain(self, contributions: NDArray[np.float64], weights: NDArray[np.float32]) -> None:
         """What plain contributions were, [B], where others were sent: their mean under the weights over the deviation.

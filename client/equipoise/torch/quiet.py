@@ -48,14 +48,21 @@ class ModelState:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards the model and the random generators are as before."""
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model and the random generators are as before."""
     before = ModelState(model)
-    model.eval()
     try:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards the model and the random generators are as before."""
+    with untouched(model):
+        model.eval()
+        yield
 
 
 @contextmanager

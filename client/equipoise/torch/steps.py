@@ -18,6 +18,7 @@ from equipoise.torch.one_pass import OnePassContributions
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import WeightedSampler
 from equipoise.torch.step import WeightedStep
+from equipoise.torch.target_losses import LossesAlone, TargetLosses
 from equipoise.wire import StepFields
 
 logger = logging.getLogger("equipoise")
@@ -25,7 +26,8 @@ logger = logging.getLogger("equipoise")
 T = TypeVar("T")
 
 LOSSES_FIRST: Final = frozenset({"strata"})
-"""Rules that give weights for losses, before they know contributions: in the same step, also at a first visit."""
+"""Rules that give weights for losses, before they know contributions: in the same step, also at a first visit. They
+compare losses with those of the target, where these are told."""
 
 
 class Policy(Protocol):
@@ -50,8 +52,9 @@ class WeightedSteps:
     """Trains under the weights of a policy and sends what it learns from: the whole of a loop's part, in two lines.
 
     What is sent when follows from the policy's rule. With `strata` losses are sent at the forward pass, and the step
-    waits for the answer and is weighted by it, at an example's first visit too; contributions follow after the backward
-    pass, in a request of their own that nothing waits for. Each micro-batch and each process asks for its own rows.
+    waits for the answer and is weighted by it, at an example's first visit too; with some go losses of target examples.
+    Contributions, where they are measured, follow after the backward pass, in a request of their own that nothing waits
+    for. Each micro-batch and each process asks for its own rows.
 
     With any other rule weights are the newest known when a step begins; statistics are sent when it ends; the network
     is in between, beside the training. The answer to a step holds the weights of its own rows, for their next visit: in
@@ -79,7 +82,9 @@ class WeightedSteps:
         accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
         sampled: the examples come from a `WeightedSampler` or `Mixture`, so that losses are not weighted again.
         measure_every: contributions are measured of every k-th batch, or micro-batch, alone, from the first on: for
-            rules that need them of a share of the rows, as `strata` does. Losses are sent of all.
+            rules that need them of a share of the rows, as `strata` does. Losses are sent of all. 0: of none.
+        compare_every: before every k-th batch, or micro-batch, the losses of target examples are measured, by a forward
+            pass, and sent with those of the batch: for `strata`. 0: never. See `TargetLosses`.
         verify: whether the first step's first four examples are compared with gradients of their own, at a backward
             pass for each.
 
@@ -100,6 +105,7 @@ class WeightedSteps:
         accelerator: Accumulating | None = None,
         sampled: bool = False,
         measure_every: int = 1,
+        compare_every: int = 0,
         verify: bool = True,
     ) -> None:
         if isinstance(contributions, OnePassContributions):
@@ -109,8 +115,16 @@ class WeightedSteps:
             )
         if accumulate is not None and accumulate < 1:
             raise CaptureError(f"accumulate = {accumulate}: must be at least 1")
-        if measure_every < 1:
-            raise CaptureError(f"measure_every = {measure_every}: must be at least 1")
+        for name, every in (("measure_every", measure_every), ("compare_every", compare_every)):
+            if every < 0:
+                raise CaptureError(f"{name} = {every}: must not be negative")
+        if not (measure_every or compare_every):
+            raise CaptureError(
+                "measure_every = 0, compare_every = 0: one of them must be at least 1, since weights follow from "
+                "contributions or from losses of the target"
+            )
+        if isinstance(contributions, LossesAlone) and measure_every:
+            raise CaptureError(f"measure_every = {measure_every}: must be 0 with LossesAlone, which measures none")
         if accelerator is not None and accumulate not in (1, None):
             raise CaptureError(f"accumulate = {accumulate}: must not be given beside accelerator, which knows it")
         self.client = client
@@ -120,6 +134,8 @@ class WeightedSteps:
         self._accelerator = accelerator
         self._sampled = sampled
         self._measure_every = measure_every
+        self._compare_every = compare_every
+        self._target = TargetLosses(contributions.direction, every=compare_every) if compare_every else None
         self._begun = 0
         self._losses_first: bool | None = None
         self._open: WeightedStep | None = None
@@ -173,6 +189,9 @@ class WeightedSteps:
         ids, fields = step.capture.ids, step.capture.loss_fields()
         if step.groups is not None:
             fields["groups"] = step.groups
+        if self._target is not None:
+            fields |= (of_target := self._target.take())
+            self._metrics.note_target(of_target)
         if self._sampled:
             fields["omit_weights"] = True
             self.client.submit(ids, **fields)
@@ -248,6 +267,8 @@ class WeightedSteps:
         if self._taken and self._moved():
             self.submit()
         self._begun = 0  # the next batch is measured, here as in a job that resumes
+        if self._target is not None:
+            self._target.restart()
         client: Any = self.client
         return run_state(client, direction=self.contributions.direction, sampler=sampler, trained=trained, keep=keep)
 
@@ -296,7 +317,10 @@ class WeightedSteps:
                 "TrainingOptions(norm_matched=False)"
             )
         losses_first = self._find_losses_first()
-        measured = self._begun % self._measure_every == 0 or not losses_first
+        every = self._measure_every
+        measured = not losses_first or (every > 0 and self._begun % every == 0)
+        if losses_first and self._target is not None:
+            self._target.advance()
         self._begun += 1  # by batches, whether they are skipped or not, so that processes measure together
         return WeightedStep(
             self,
@@ -312,11 +336,12 @@ class WeightedSteps:
         if self._losses_first is not None or self._taken:  # what is sent together was begun alike
             return bool(self._losses_first)
         rule = rule_of(self.client)
-        if self._measure_every > 1 and rule not in LOSSES_FIRST:
+        if (self._measure_every != 1 or self._target is not None) and rule not in LOSSES_FIRST:
+            name = "compare_every" if self._measure_every == 1 else "measure_every"
             why = f"rule {rule} needs" if rule else "the policy's rule is not known, and may need"
             raise CaptureError(
-                f"measure_every = {self._measure_every}: {why} contributions of every row; those of some are enough "
-                f"for {', '.join(sorted(LOSSES_FIRST))}: give PolicyClient(rule=...)"
+                f"{name} = {getattr(self, f'_{name}')}: {why} contributions of every row; those of some, or losses of "
+                f"the target, are enough for {', '.join(sorted(LOSSES_FIRST))}: give PolicyClient(rule=...)"
             )
         if rule is None:
             return False

@@ -19,6 +19,7 @@ from equipoise.torch.processes import same_everywhere, world
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.steps import Accumulating, WeightedSteps, rule_of
+from equipoise.torch.target_losses import LossesAlone
 
 logger = logging.getLogger("equipoise")
 
@@ -39,9 +40,10 @@ METHODS: dict[str, Callable[..., Contributions[Any]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measuring:
-    """How contributions are measured, as suits a rule; attributes are those of `TrainingOptions`."""
+    """What is measured, as suits a rule; attributes are those of `TrainingOptions`."""
 
     measure_every: int = 1
+    compare_every: int = 0
     refresh_every: int = 10
     look_every: int = 1
     batches_per_refresh: int | Literal["all"] = "all"
@@ -52,7 +54,8 @@ class Measuring:
 
 MEASURING: Final[Mapping[str, Measuring]] = {
     "strata": Measuring(
-        measure_every=3,
+        measure_every=0,
+        compare_every=6,
         refresh_every=3,
         look_every=10,
         batches_per_refresh=1,
@@ -61,13 +64,14 @@ MEASURING: Final[Mapping[str, Measuring]] = {
         step_noise=2.0,
     )
 }
-"""By rule, where it is not `Measuring()`. Strata need some of the rows, and a direction that is the mean of many looks
-at a part of the target."""
+"""By rule, where it is not `Measuring()`. For strata losses are enough: those of the training, and of target examples.
+Where contributions of some batches are measured for them, it is along the mean of many looks at a part of the target.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOptions:
-    """How contributions are found and weights are used; good for most jobs as it is.
+    """What is measured for a policy, and how its weights are used; good for most jobs as it is.
 
     What is None is what suits the rule of the policy: see `MEASURING`.
 
@@ -77,10 +81,10 @@ class TrainingOptions:
         >>> TrainingOptions(method=partial(LastLayerContributions, layer="lm_head"))
 
     Attributes:
-        method: `ghost`; `jvp` for losses that hooks cannot tell apart, as with batch normalisation or in-batch
-            negatives: exact, about a step more; `finite_difference` for sharded models and operations without
-            forward-mode differentiation: right to about 0.5 %; `last_layer` and `sketch`, which are estimates; or a
-            function from (model, direction), for a method with options of its own.
+        method: how contributions are found, where they are measured: `ghost`; `jvp` for losses that hooks cannot tell
+            apart, as with batch normalisation or in-batch negatives: exact, about a step more; `finite_difference` for
+            sharded models and operations without forward-mode differentiation: right to about 0.5 %; `last_layer` and
+            `sketch`, which are estimates; or a function from (model, direction), for a method with options of its own.
         also: for `ghost`, as in `GhostContributions`: types of modules that are differentiated as a whole.
         shared: for `ghost` and `sketch`: paths of modules whose output all examples share.
         refresh_every: optimizer steps between two refreshes of the target direction.
@@ -96,7 +100,9 @@ class TrainingOptions:
         step_noise: how often an example's own gradient counts in the length of a step, as in `TargetDirection`; 0: not.
         sampled: whether examples are drawn by weight instead of weighing their losses.
         measure_every: contributions are measured of every k-th batch, or micro-batch, alone: for rule `strata`, which
-            is content with a share of the rows. Losses are sent of all.
+            is content with a share of the rows, or with none: 0. Losses are sent of all.
+        compare_every: before every k-th batch, or micro-batch, losses of target examples are measured, by a forward
+            pass, and sent with those of the batch: for rule `strata`. 0: never.
         verify: whether contributions of the first step's first examples are compared with gradients of their own, at
             a backward pass for each of four; a job whose contributions are wrong stops there.
         keep: forks of the policy that stay on the server for checkpoints; None: all.
@@ -117,6 +123,7 @@ class TrainingOptions:
     step_noise: float | None = None
     sampled: bool = False
     measure_every: int | None = None
+    compare_every: int | None = None
     verify: bool = True
     keep: int | None = 3
 
@@ -124,10 +131,10 @@ class TrainingOptions:
         if not callable(self.method) and self.method not in METHODS:
             rule = f"must be one of {', '.join(METHODS)}, or a function from a model and a direction"
             raise InvalidRequestError(field="method", value=repr(self.method), rule=rule)
-        for name in ("measure_every", "refresh_every", "look_every"):
+        for name, least in (("measure_every", 0), ("compare_every", 0), ("refresh_every", 1), ("look_every", 1)):
             every = getattr(self, name)
-            fits = every is None or is_integer(every, 1, 1 << 31)
-            require(fits, field=name, value=every, rule="must be an integer of at least 1")
+            fits = every is None or is_integer(every, least, 1 << 31)
+            require(fits, field=name, value=every, rule=f"must be an integer of at least {least}")
         batches = self.batches_per_refresh
         fits = batches in (None, "all") or is_integer(batches, 1, 1 << 31)
         require(fits, field="batches_per_refresh", value=batches, rule="must be all or an integer of at least 1")
@@ -141,7 +148,7 @@ class TrainingOptions:
                 raise InvalidRequestError(field=name, value=repr(given), rule=rule)
 
     def measuring(self, rule: str | None) -> Measuring:
-        """How contributions are measured for a rule; None: it is not known."""
+        """What is measured for a rule; None: it is not known."""
         suits = MEASURING.get(rule or "", Measuring())
         given = {field.name: getattr(self, field.name) for field in fields(Measuring)}
         if given["norm_matched"] is False and self.step_noise is None:
@@ -187,21 +194,23 @@ class TrainingOptions:
             model,
             losses,
             target,
-            refresh_every=max(1, measuring.refresh_every * micro // every),  # of those measured
+            refresh_every=max(1, measuring.refresh_every * micro // max(1, every)),  # of those measured
             guard_batches=guard,
             look_every=measuring.look_every,
             preconditioner=optimizer if self.preconditioned else None,
             batches_per_refresh=None if batches == "all" else batches,
-            momentum=measuring.momentum,
+            momentum=measuring.momentum if every else 0.0,
             group=world(),
-            norm_matched=measuring.norm_matched,
-            step_noise=measuring.step_noise,
+            norm_matched=measuring.norm_matched and every > 0,
+            step_noise=measuring.step_noise if every else 0.0,
         )
         method: Callable[..., Contributions[Any]] = self.method if callable(self.method) else METHODS[self.method]
         if self.also:
             method = partial(method, also=self.also)
         if self.shared:
             method = partial(method, shared=self.shared)
+        if not every:
+            method = LossesAlone
         return WeightedSteps(
             client,
             method(model, direction),
@@ -209,6 +218,7 @@ class TrainingOptions:
             accelerator=accelerator,
             sampled=self.sampled,
             measure_every=every,
+            compare_every=measuring.compare_every,
             verify=self.verify,
         )
 

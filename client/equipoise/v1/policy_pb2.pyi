@@ -432,6 +432,7 @@ class StratumStatus(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     Z_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
+    RATIO_FIELD_NUMBER: builtins.int
     group: builtins.int
     """Its group, in [0, groups)."""
     stratum: builtins.int
@@ -450,6 +451,10 @@ class StratumStatus(google.protobuf.message.Message):
     """Mean over standard error, of it and its neighbours; 0 where there are too few contributions."""
     weight: builtins.float
     """Served weight of its examples, the guard's mix included."""
+    ratio: builtins.float
+    """The share of the target's losses that lie in it over the share of the training examples', at most 1; 1 where the
+    target has told too few losses.
+    """
     def __init__(
         self,
         *,
@@ -462,9 +467,10 @@ class StratumStatus(google.protobuf.message.Message):
         error: builtins.float = ...,
         z: builtins.float = ...,
         weight: builtins.float = ...,
+        ratio: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_above_loss", b"_above_loss", "above_loss", b"above_loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_above_loss", b"_above_loss", "above_loss", b"above_loss", "contributions", b"contributions", "error", b"error", "examples", b"examples", "group", b"group", "mean", b"mean", "stratum", b"stratum", "weight", b"weight", "z", b"z"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_above_loss", b"_above_loss", "above_loss", b"above_loss", "contributions", b"contributions", "error", b"error", "examples", b"examples", "group", b"group", "mean", b"mean", "ratio", b"ratio", "stratum", b"stratum", "weight", b"weight", "z", b"z"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_above_loss", b"_above_loss"]) -> typing.Literal["above_loss"] | None: ...
 
 Global___StratumStatus: typing_extensions.TypeAlias = StratumStatus
@@ -769,6 +775,8 @@ class StepRequest(google.protobuf.message.Message):
     MEASURED_FIELD_NUMBER: builtins.int
     SUCCESSES_FIELD_NUMBER: builtins.int
     ATTEMPTS_FIELD_NUMBER: builtins.int
+    TARGET_LOSSES_FIELD_NUMBER: builtins.int
+    TARGET_GROUPS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Number of the step of this trainer, from 1, without gaps; 0 for a read (and, in UpdateWeights, for a step without
     deduplication).
@@ -826,6 +834,13 @@ class StepRequest(google.protobuf.message.Message):
     """uint32 per row: how often the model tried, such as completions of a prompt; at least 1 where scored. Rows of one id
     add up. Needs `successes`.
     """
+    target_losses: builtins.bytes
+    """float32 each: unweighted losses of single examples of target set A, nats, under the model of this step, in the mode of
+    training; at most `max_batch_examples`. For rule `strata`, which compares them with `losses`, that must be in the
+    same step. Finite.
+    """
+    target_groups: builtins.bytes
+    """uint32 each: the groups of these examples. Absent: every group is compared with all of them."""
     def __init__(
         self,
         *,
@@ -848,9 +863,11 @@ class StepRequest(google.protobuf.message.Message):
         measured: builtins.bytes = ...,
         successes: builtins.bytes = ...,
         attempts: builtins.bytes = ...,
+        target_losses: builtins.bytes = ...,
+        target_groups: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "example_ids", b"example_ids", "guard_loss", b"guard_loss", "rows", b"rows", "target_loss", b"target_loss", "weights_for", b"weights_for"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "attempts", b"attempts", "contributions", b"contributions", "example_ids", b"example_ids", "gradient_sketches", b"gradient_sketches", "groups", b"groups", "guard_loss", b"guard_loss", "losses", b"losses", "measured", b"measured", "omit_weights", b"omit_weights", "reference_losses", b"reference_losses", "rows", b"rows", "scored", b"scored", "sequence", b"sequence", "sketch_type", b"sketch_type", "step", b"step", "successes", b"successes", "target_loss", b"target_loss", "target_sketch", b"target_sketch", "weights_for", b"weights_for"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_guard_loss", b"_guard_loss", "_target_loss", b"_target_loss", "_weights_for", b"_weights_for", "all_examples", b"all_examples", "attempts", b"attempts", "contributions", b"contributions", "example_ids", b"example_ids", "gradient_sketches", b"gradient_sketches", "groups", b"groups", "guard_loss", b"guard_loss", "losses", b"losses", "measured", b"measured", "omit_weights", b"omit_weights", "reference_losses", b"reference_losses", "rows", b"rows", "scored", b"scored", "sequence", b"sequence", "sketch_type", b"sketch_type", "step", b"step", "successes", b"successes", "target_groups", b"target_groups", "target_loss", b"target_loss", "target_losses", b"target_losses", "target_sketch", b"target_sketch", "weights_for", b"weights_for"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_guard_loss", b"_guard_loss"]) -> typing.Literal["guard_loss"] | None: ...
     @typing.overload

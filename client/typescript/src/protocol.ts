@@ -26,6 +26,8 @@ export interface StepRequest {
   groups?: Uint8Array;
   successes?: Uint8Array;
   attempts?: Uint8Array;
+  targetLosses?: Uint8Array;
+  targetGroups?: Uint8Array;
   targetLoss?: number;
   guardLoss?: number;
   gradientSketches?: Uint8Array;

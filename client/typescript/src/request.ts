@@ -37,6 +37,10 @@ export interface StepFields {
   successes?: ArrayLike<number>;
   /** [B]: integers in [0, 2^32), where scored at least 1: attempts at each row's example. Needs `successes`. */
   attempts?: ArrayLike<number>;
+  /** [A]: losses of single examples of the target set A, nats; for rule `strata`, beside `losses`. */
+  targetLosses?: Numbers;
+  /** [A]: integers in [0, 2^32): their groups; without, every group is compared with all. */
+  targetGroups?: ArrayLike<number>;
   /** Mean loss on the target set A, nats. */
   targetLoss?: number;
   /** Mean loss on the guard set B, nats. */
@@ -97,6 +101,7 @@ export function buildStep(ids: Rows, fields: StepFields, bounds: Bounds): Reques
   setSketches(message, fields, rows.length, isMeasured);
   if (fields.groups !== undefined) message.groups = countBytes("groups", fields.groups, rows.length);
   setOutcomes(message, fields, rows.length, isScored);
+  setTarget(message, fields, rows.length);
   for (const name of LOSSES) {
     const loss = fields[name];
     if (loss === undefined) continue;
@@ -233,6 +238,21 @@ function setOutcomes(message: StepRequest, fields: StepFields, rows: number, isS
     if (successes[row]! > attempts[row]!) {
       throw invalid(`successes[${row}]`, successes[row], `must be at most the row's ${attempts[row]} attempts`);
     }
+  }
+}
+
+function setTarget(message: StepRequest, fields: StepFields, rows: number): void {
+  const { targetLosses, targetGroups } = fields;
+  if (targetLosses === undefined) {
+    if (targetGroups !== undefined) throw invalid("targetGroups", undefined, "needs targetLosses");
+    return;
+  }
+  if (!rows || fields.losses === undefined) {
+    throw invalid("targetLosses", undefined, "needs losses of the rows, to be compared with");
+  }
+  message.targetLosses = floats("targetLosses", targetLosses, targetLosses.length, () => true);
+  if (targetGroups !== undefined) {
+    message.targetGroups = countBytes("targetGroups", targetGroups, targetLosses.length);
   }
 }
 

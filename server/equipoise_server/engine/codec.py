@@ -21,7 +21,7 @@ from equipoise_server.errors import Code, ServiceError
 from equipoise_server.rules import Evidence, Scalars, Statistics
 
 _FAMILY = "s."
-_ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref"}
+_ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref", "target_losses": "tl"}
 _INT64, _INT32, _UINT32, _UINT64, _FLOAT32, _FLOAT64 = (
     np.dtype(name) for name in ("<i8", "<i4", "<u4", "<u8", "<f4", "<f8")
 )
@@ -140,6 +140,8 @@ def _encode_statistics(statistics: Statistics) -> dict[str, bytes]:
         fields["n"] = statistics.counts.astype(_INT32).tobytes()
     if statistics.groups is not None:
         fields["g"] = statistics.groups.astype(_UINT32).tobytes()
+    if statistics.target_groups is not None:
+        fields["tg"] = statistics.target_groups.astype(_UINT32).tobytes()
     for name, key in _COUNTS.items():
         if (values := getattr(statistics, name)) is not None:
             fields[key] = values.astype(_UINT64).tobytes()
@@ -158,6 +160,7 @@ def _decode_statistics(fields: Mapping[str, bytes]) -> Statistics | None:
         ids=np.frombuffer(fields["ids"], _INT64) if "ids" in fields else None,
         counts=np.frombuffer(fields["n"], _INT32).astype(np.int64) if "n" in fields else None,
         groups=np.frombuffer(fields["g"], _UINT32).astype(np.int64) if "g" in fields else None,
+        target_groups=np.frombuffer(fields["tg"], _UINT32).astype(np.int64) if "tg" in fields else None,
         trajectory_row=int(fields["row"]) if "row" in fields else None,
         **arrays,
     )

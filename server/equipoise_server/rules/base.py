@@ -47,6 +47,8 @@ class Statistics:
         successes: int64 [B], in [0, attempts]: how many attempts at each example succeeded; None where the trainer sent
             none.
         attempts: int64 [B], >= 1: how many there were; None where `successes` is.
+        target_losses: float32 [A], nats, finite: of single examples of the target; None where the trainer sent none.
+        target_groups: int64 [A], >= 0: their groups; None where the trainer sent none.
         counts: int64 [B], rows of the request with this id, scored or not; None: one each.
         trajectory_row: t, which row of a trajectory the step or read is about; None: the rule has no trajectory.
     """
@@ -58,6 +60,8 @@ class Statistics:
     groups: NDArray[np.int64] | None = None
     successes: NDArray[np.int64] | None = None
     attempts: NDArray[np.int64] | None = None
+    target_losses: NDArray[np.float32] | None = None
+    target_groups: NDArray[np.int64] | None = None
     counts: NDArray[np.int64] | None = None
     trajectory_row: int | None = None
 
@@ -70,8 +74,8 @@ class Statistics:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        given = (self.ids, self.contributions, self.losses, self.reference_losses)
-        counted = (self.groups, self.successes, self.attempts, self.counts)
+        given = (self.ids, self.contributions, self.losses, self.reference_losses, self.target_losses)
+        counted = (self.groups, self.successes, self.attempts, self.counts, self.target_groups)
         return sum(values.nbytes for values in (*given, *counted) if values is not None)
 
 
@@ -104,6 +108,7 @@ class Stratum:
         mean: of these, in units of the running RMS of all.
         error: standard error of the mean; 0 without contributions.
         z: mean over error, of it and its neighbours; 0 where there are too few contributions.
+        ratio: the target's share of losses in it over its own, at most 1; 1 where the target told too little.
         weight: served weight of its examples.
     """
 
@@ -115,6 +120,7 @@ class Stratum:
     mean: float
     error: float
     z: float
+    ratio: float
     weight: float
 
 

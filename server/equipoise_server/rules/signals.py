@@ -22,6 +22,9 @@ def check_signals(statistics: Statistics, *, signals: tuple[str, ...], rule: str
         raise RuleError(name, f"{name}: rule {rule} does not use them (it reads {', '.join(signals)}); leave them out")
     if statistics.groups is not None:
         raise RuleError("groups", f"groups: rule {rule} does not use them; leave them out")
+    for name in ("target_losses", "target_groups"):
+        if getattr(statistics, name) is not None:
+            raise RuleError(name, f"{name}: rule {rule} does not use them; leave them out")
     check_no_outcomes(statistics, signals=signals, rule=rule)
 
 

@@ -1,4 +1,4 @@
-"""`strata`: losses propose groups of examples, contributions averaged within each decide about its weight."""
+"""`strata`: examples with about the same loss have one weight; the target's losses and contributions decide about it."""
 
 import math
 from collections.abc import Mapping
@@ -19,13 +19,14 @@ from equipoise_server.rules.base import (
     Stratum,
     TableState,
 )
-from equipoise_server.rules.merits import Decision, Merits
-from equipoise_server.rules.quantiles import POINTS_PER_STRATUM, Quantiles
+from equipoise_server.rules.density_ratio import DensityRatio
+from equipoise_server.rules.merits import Decision
 from equipoise_server.rules.rule import Rule
 from equipoise_server.rules.scale import MEAN_SQUARE, next_mean_square, scaled
 from equipoise_server.rules.settings import MAX_DECAY, MIN_FLOOR, SignalSettings, flag, integer, number
 from equipoise_server.rules.signals import check_finite, check_length, check_no_outcomes
 from equipoise_server.rules.slices import SLICE_VALUES, Slices, fill
+from equipoise_server.rules.strata_scalars import StrataScalars
 from equipoise_server.rules.sums import spans
 from equipoise_server.rules.weights import ONE, fixed_point
 
@@ -36,6 +37,9 @@ STRATUM = "stratum"
 
 MAX_CELLS = 1024
 """Strata of all groups: a step keeps 64 bytes of each in the log."""
+
+MIN_RATIO = 1e-3
+"""A density ratio below it has its logarithm."""
 
 MAX_CONTRIBUTION = 3.0
 """Larger contributions, in units of the running RMS, count as this: no single one decides about a stratum."""
@@ -54,13 +58,13 @@ class StrataSettings(SignalSettings):
     there is evidence, and a guard of 100 examples, which sees no more than noise of what they do in a short time, took
     away what they gained."""
 
-    strata: float = integer(8, low=2, high=64)
+    strata: float = integer(16, low=2, high=64)
     """S, strata of each group: quantiles of its smoothed losses."""
 
     groups: float = integer(1, low=1, high=512)
     """G, groups, such as labels or sources; strata times groups is at most 1024."""
 
-    loss_decay: float = number(0.7, low=0.0, high=MAX_DECAY)
+    loss_decay: float = number(0.5, low=0.0, high=MAX_DECAY)
     """Decay per visit of an example's smoothed loss."""
 
     window: float = number(256.0, low=16.0, high=1e6)
@@ -79,10 +83,21 @@ class StrataSettings(SignalSettings):
     """What a contribution to a neighbour, the stratum of the next higher or lower losses of the group, counts for in z:
     what is decided then follows the loss smoothly."""
 
-    lower_below: float = number(-1.6, low=-100.0, high=100.0)
+    target_memory: float = number(1024.0, low=16.0, high=1e6)
+    """How many losses of the target a group remembers, about."""
+
+    min_target_losses: float = number(384.0, low=2.0, high=1e6)
+    """With fewer losses of the target in its memory a group's strata are not compared with them: they are those of few
+    examples, and while a model is new they differ by chance."""
+
+    sharpness: float = number(4.0, low=0.0, high=16.0)
+    """Power of the density ratio by which a stratum's weight is multiplied: 1 makes the distribution of the losses that
+    of the target's; more leaves less of what is unlike the target."""
+
+    lower_below: float = number(-2.2, low=-100.0, high=100.0)
     """z, mean contribution over its standard error, below which a stratum loses its weight."""
 
-    raise_above: float = number(-0.3, low=-100.0, high=100.0)
+    raise_above: float = number(-0.8, low=-100.0, high=100.0)
     """z above which it has full weight, about; without `soft` it keeps between the two what it has."""
 
     soft: bool = flag(True)
@@ -96,10 +111,14 @@ class StrataSettings(SignalSettings):
 class Strata(Rule):
     """The weight of an example is that of its stratum: a quantile of the smoothed loss, within its group.
 
-    The loss of an example says a lot about it, but not whether that is good or bad; its contribution says just that,
-    but under noise that hides it. Averaged over a stratum the noise goes. Contributions should be norm-matched: their
-    mean is then about 0, and its sign compares a stratum with all others. A step may have losses, contributions, or
-    losses of all rows and contributions of some (NaN elsewhere; see `Rule` for what each public method promises).
+    Two things lower it. Where there are losses of target examples, a stratum is lowered in which they have a smaller
+    share than the training examples: see `DensityRatio`. Where there are contributions, a stratum is whose mean is low.
+
+    The loss of an example says a lot about it, but not whether that is good or bad. Losses of the target say so, and
+    contributions do: under noise that hides it in a single one, and goes in the mean of a stratum. They should be
+    norm-matched: their mean is then about 0, and its sign compares a stratum with all others. A step may have losses,
+    contributions, or losses of all rows and contributions of some (NaN elsewhere; see `Rule` for what each public
+    method promises).
     """
 
     name = "strata"
@@ -121,7 +140,7 @@ class Strata(Rule):
             floor=fixed_point(settings.floor, ONE) / ONE,
             smoothing=settings.smoothing,
         )
-        self._names = _names(self._groups, self._strata)
+        self._kept = StrataScalars(strata=self._strata, groups=self._groups, floor=self._decision.floor, rule=self.name)
 
     @property
     def columns(self) -> Mapping[str, torch.dtype]:
@@ -140,6 +159,7 @@ class Strata(Rule):
         if not statistics.size:
             return
         check_no_outcomes(statistics, signals=self.signals, rule=self.name)
+        self._check_target(statistics)
         if statistics.losses is None and statistics.contributions is None:
             raise RuleError("losses", f"losses is absent: rule {self.name} needs losses or contributions in every step")
         if statistics.reference_losses is not None:
@@ -155,14 +175,28 @@ class Strata(Rule):
             text = f"{groups[row]} of example {example}: rule {self.name} has groups [0, {self._groups})"
             raise RuleError("groups", f"groups = {text}")
 
+    def _check_target(self, statistics: Statistics) -> None:
+        groups = statistics.target_groups
+        if statistics.target_losses is None:
+            return
+        if statistics.losses is None:
+            text = f"target_losses: rule {self.name} compares them with losses, which are absent"
+            raise RuleError("target_losses", text)
+        if groups is not None and groups.max() >= self._groups:
+            where = f"target_groups[{int(np.argmax(groups >= self._groups))}]"
+            text = f"{where} = {groups.max()}: rule {self.name} has groups [0, {self._groups})"
+            raise RuleError(where, text)
+
     def prepare(self, state: TableState, statistics: Statistics) -> Scalars:
         """All of what is kept beside the tables, with this step in it."""
         if not statistics.size:
             return dict(state.scalars)
-        quantiles, merits = self.quantiles(state.scalars), self.merits(state.scalars)
+        quantiles, merits = self._kept.quantiles(state.scalars), self._kept.merits(state.scalars)
+        density = self._kept.density(state.scalars)
         losses, strata = self._rows(state, statistics)
         if statistics.losses is not None:
             groups = self._groups_of(statistics)
+            density = self._compared(density, statistics, groups)
             quantiles = quantiles.after(losses.astype(np.float64), groups, window=self._settings.window)
             strata = groups * self._strata + quantiles.strata(losses.astype(np.float64), groups)
         mean_square = state.scalars.get(MEAN_SQUARE, 0.0)
@@ -180,18 +214,18 @@ class Strata(Rule):
             values = scaled(contributions[told], mean_square, rule=self.name, clip=True)
             values = values.clip(-MAX_CONTRIBUTION, MAX_CONTRIBUTION)
             merits = merits.after(values, strata[told], memory=self._settings.memory, decision=self._decision)
-        return self._to_scalars(mean_square, quantiles, merits)
+        return self._kept.pack(mean_square, quantiles, merits, density)
 
     def apply(
         self, state: TableState, statistics: Statistics, scalars: Scalars, *, pages: NDArray[np.bool_] | None = None
     ) -> TableState:
         """Moves the smoothed losses, and puts the step's examples into their strata."""
-        self._check_scalars(scalars)
+        self._kept.check(scalars)
         self._contributions(state, statistics)  # as many as there are examples
         if statistics.size and statistics.losses is not None:
             losses, before = self._rows(state, statistics)
             groups = self._groups_of(statistics)
-            quantiles = self.quantiles(scalars)
+            quantiles = self._kept.quantiles(scalars)
             after = groups * self._strata + quantiles.strata(losses.astype(np.float64), groups)
             ids = statistics.ids
             if pages is not None and not pages.all():
@@ -210,7 +244,7 @@ class Strata(Rule):
 
     def restore_slices(self, state: TableState) -> Slices[TableState]:
         """Checks tables and scalars, and counts who is in which stratum."""
-        self._check_scalars(state.scalars)
+        self._kept.check(state.scalars)
         for name, dtype in self.columns.items():
             column = state.columns.get(name)
             if column is None or column.dtype != dtype or column.shape != (state.num_examples,):
@@ -239,8 +273,9 @@ class Strata(Rule):
         return np.asarray(served.astype(np.float32)[_read(state, STRATUM, ids)])
 
     def scores(self, state: TableState, ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        """z of the stratum, NaN where no loss was reported."""
-        z = self.merits(state.scalars).z(self._decision)
+        """z of the stratum, and the logarithm of what its density ratio leaves; NaN where no loss was reported."""
+        z = self._kept.merits(state.scalars).z(self._decision)
+        z = z + self._settings.sharpness * np.log(np.maximum(self._ratio(state.scalars), MIN_RATIO))
         return np.asarray(np.append(z, np.nan).astype(np.float32)[_read(state, STRATUM, ids)])
 
     def above_floor(
@@ -248,7 +283,7 @@ class Strata(Rule):
     ) -> NDArray[np.bool_]:
         """Whether the weight of the stratum is above the floor."""
         floor = self._decision.floor
-        above = np.append((self.merits(state.scalars).weight > floor) | (floor == 1.0), True)
+        above = np.append((self._raw(state.scalars) > floor) | (floor == 1.0), True)
         return np.asarray(above[_read(state, STRATUM, ids)])
 
     def effective_examples(self, state: TableState) -> float:
@@ -267,9 +302,9 @@ class Strata(Rule):
 
     def strata(self, state: TableState) -> StrataReport:
         """All of them, as they stand."""
-        quantiles, merits = self.quantiles(state.scalars), self.merits(state.scalars)
+        quantiles, merits = self._kept.quantiles(state.scalars), self._kept.merits(state.scalars)
         errors = np.where(merits.count > 0.0, merits.errors, 0.0)
-        z, guard = merits.z(self._decision), state.guard_strength
+        z, ratio, guard = merits.z(self._decision), self._ratio(state.scalars), state.guard_strength
         served = self._served(state) * (1.0 - guard) + guard
         found = []
         for cell in range(self._cells):
@@ -285,24 +320,40 @@ class Strata(Rule):
                     mean=float(merits.means[cell]),
                     error=float(errors[cell]),
                     z=float(z[cell]),
+                    ratio=float(ratio[cell]),
                     weight=float(served[cell]),
                 )
             )
         return StrataReport(strata=tuple(found), contrast=merits.contrast(self._decision))
 
-    def quantiles(self, scalars: Mapping[str, float]) -> Quantiles:
-        """The distribution of recent losses."""
-        if _MASS + "0" not in scalars:
-            return Quantiles.empty(groups=self._groups, strata=self._strata)
-        points, mass = (_array(scalars, self._names[prefix]) for prefix in (_POINT, _MASS))
-        return Quantiles(points=points.reshape(self._groups, -1), mass=mass)
+    def _compared(
+        self, density: DensityRatio | None, statistics: Statistics, groups: NDArray[np.int64]
+    ) -> DensityRatio | None:
+        """With the losses of a step in it, if it has some of the target."""
+        if statistics.target_losses is None or statistics.losses is None:
+            return density
+        before = density or DensityRatio.none(strata=self._strata, groups=self._groups)
+        return before.after(
+            statistics.losses.astype(np.float64),
+            groups,
+            target_losses=statistics.target_losses.astype(np.float64),
+            target_groups=statistics.target_groups,
+            memory=self._settings.target_memory,
+        )
 
-    def merits(self, scalars: Mapping[str, float]) -> Merits:
-        """What contributions say about the strata."""
-        if _COUNT + "0" not in scalars:
-            return Merits.none(strata=self._strata, groups=self._groups)
-        count, total, square, weight = (_array(scalars, self._names[name]) for name in (_COUNT, _SUM, _SQUARE, _WEIGHT))
-        return Merits(of_group=self._strata, count=count, total=total, square=square, weight=weight)
+    def _ratio(self, scalars: Mapping[str, float]) -> NDArray[np.float64]:
+        """Density ratio of each stratum, float64 [cells], in [0, 1]; 1 where the target told too little."""
+        density, told = self._kept.density(scalars), self._settings
+        if density is None:
+            return np.ones(self._cells)
+        return density.ratio(min_count=told.min_target_losses, smoothing=told.smoothing).ravel()
+
+    def _raw(self, scalars: Mapping[str, float]) -> NDArray[np.float64]:
+        """Raw weight of each stratum, float64 [cells], in [floor, 1], a multiple of 2^-30."""
+        weight, ratio = self._kept.merits(scalars).weight, self._ratio(scalars)
+        return np.asarray(
+            np.maximum(np.rint(weight * ratio**self._settings.sharpness * ONE) / ONE, self._decision.floor)
+        )
 
     def _check_settings(self) -> None:
         """Raises RuleError where settings contradict each other."""
@@ -318,7 +369,7 @@ class Strata(Rule):
 
     def _served(self, state: TableState) -> NDArray[np.float64]:
         """Served weight of each stratum before the guard, float64 [cells]: mean 1 over the examples in them."""
-        weight = self.merits(state.scalars).weight
+        weight = self._raw(state.scalars)
         total = math.fsum((state.sizes * weight).tolist())
         return weight * (state.scored / total) if total else weight
 
@@ -344,44 +395,6 @@ class Strata(Rule):
     def _groups_of(self, statistics: Statistics) -> NDArray[np.int64]:
         return np.zeros(statistics.size, np.int64) if statistics.groups is None else statistics.groups
 
-    def _to_scalars(self, mean_square: float, quantiles: Quantiles, merits: Merits) -> Scalars:
-        scalars = {MEAN_SQUARE: mean_square}
-        for prefix, values in (
-            (_POINT, quantiles.points.ravel()),
-            (_MASS, quantiles.mass),
-            (_COUNT, merits.count),
-            (_SUM, merits.total),
-            (_SQUARE, merits.square),
-            (_WEIGHT, merits.weight),
-        ):
-            scalars.update(zip(self._names[prefix], values.tolist(), strict=True))
-        return scalars
-
-    def _check_scalars(self, scalars: Mapping[str, float]) -> None:
-        """Raises RuleError unless the rule may have written them: all or none."""
-        if not scalars:
-            return
-        scaled(np.zeros(0), scalars.get(MEAN_SQUARE, 0.0), rule=self.name)
-        for prefix, low, high in (
-            (_POINT, -math.inf, math.inf),
-            (_MASS, 0.0, math.inf),
-            (_COUNT, 0.0, math.inf),
-            (_SUM, -math.inf, math.inf),
-            (_SQUARE, 0.0, math.inf),
-            (_WEIGHT, self._decision.floor, 1.0),
-        ):
-            names = self._names[prefix]
-            values = [scalars.get(name, math.nan) for name in names]
-            for name, value in zip(names, values, strict=True):
-                if not (low <= value <= high and math.isfinite(value)):
-                    raise RuleError(name, f"{name} = {value}: rule {self.name} never writes that")
-        falls = np.diff(self.quantiles(scalars).points, prepend=-np.inf).ravel() < 0.0
-        if falls.any():
-            name = self._names[_POINT][int(np.argmax(falls))]
-            raise RuleError(
-                name, f"{name} = {scalars[name]}: points of a group rise; rule {self.name} never writes that"
-            )
-
 
 def _read(state: TableState, name: str, ids: NDArray[np.int64] | None) -> NDArray[Any]:
     """Rows of a column on the host."""
@@ -389,25 +402,7 @@ def _read(state: TableState, name: str, ids: NDArray[np.int64] | None) -> NDArra
     return here(gather(column, rows_of(column, ids)))
 
 
-_POINT, _MASS, _COUNT, _SUM, _SQUARE, _WEIGHT = "point.", "mass.", "count.", "sum.", "square.", "weight."
-
-
 def _held(contributions: NDArray[np.float32], mean_square: float) -> NDArray[np.float64]:
     """Contributions within `MAX_RISE` times the RMS so far; as they are while there is none."""
     reach = MAX_RISE * math.sqrt(mean_square) if mean_square else math.inf
     return contributions.astype(np.float64).clip(-reach, reach)
-
-
-def _names(groups: int, strata: int) -> dict[str, tuple[str, ...]]:
-    """Names of the scalars by their prefix."""
-    cells = groups * strata
-    sizes = {
-        _POINT: POINTS_PER_STRATUM * cells,
-        _MASS: groups,
-        **dict.fromkeys((_COUNT, _SUM, _SQUARE, _WEIGHT), cells),
-    }
-    return {prefix: tuple(f"{prefix}{index}" for index in range(size)) for prefix, size in sizes.items()}
-
-
-def _array(scalars: Mapping[str, float], names: tuple[str, ...]) -> NDArray[np.float64]:
-    return np.array([scalars[name] for name in names])

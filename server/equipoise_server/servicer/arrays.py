@@ -34,12 +34,12 @@ def parse_mask(data: bytes, *, field: str, rows: int) -> NDArray[np.bool_] | Non
     return mask.view(np.bool_)
 
 
-def parse_groups(data: bytes, *, rows: int) -> NDArray[np.int64] | None:
+def parse_groups(data: bytes, *, rows: int, field: str = "groups") -> NDArray[np.int64] | None:
     """uint32 per row; None for absent. Raises ServiceError (SHAPE_MISMATCH)."""
     if not data:
         return None
     if len(data) != 4 * rows:
-        raise invalid("SHAPE_MISMATCH", "groups", f"{len(data)} bytes for {rows} rows; one uint32 (4 bytes) per row")
+        raise invalid("SHAPE_MISMATCH", field, f"{len(data)} bytes for {rows} rows; one uint32 (4 bytes) per row")
     return np.frombuffer(data, "<u4").astype(np.int64)
 
 

@@ -1,7 +1,7 @@
 """Requests to steps, answers to responses."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def to_step(request: StepFields, *, trainer_id: str, policy: Policy, limits: Ser
     weights_for = _weights_for(request, rows, policy, limits)
     if not request.is_step:
         return _to_read(request, rows, weights_for, trainer_id, policy)
-    statistics = _statistics(request, rows, policy)
+    statistics = _statistics(request, rows, policy, limits)
     if statistics is not None:
         _check_rule(policy, statistics)
     return Step(
@@ -165,9 +165,9 @@ def _trajectory_row(request: StepFields, policy: Policy) -> int | None:
     return request.step if rows else None
 
 
-def _statistics(request: StepFields, rows: _Rows, policy: Policy) -> Statistics | None:
+def _statistics(request: StepFields, rows: _Rows, policy: Policy, limits: ServiceLimits) -> Statistics | None:
     if not rows.given:
-        for name in (*STATISTICS, "scored", "groups", "measured"):
+        for name in (*STATISTICS, "scored", "groups", "measured", "target_losses", "target_groups"):
             if getattr(request, name):
                 raise invalid("SHAPE_MISMATCH", name, "sent without rows; send example_ids or all_examples with it")
         return None
@@ -184,14 +184,34 @@ def _statistics(request: StepFields, rows: _Rows, policy: Policy) -> Statistics 
     values |= parse_outcomes(request.successes, request.attempts, rows=rows.count, scored=scored)
     groups = parse_groups(request.groups, rows=rows.count)
     if all(given is None for given in values.values()):
+        if request.target_losses:
+            raise invalid(
+                "UNUSABLE_STATISTICS", "target_losses", "sent without losses of the rows, to be compared with"
+            )
         return None
     if measured is not None and not policy.rule.sparse_contributions:
         scored, measured = known["contributions"], None
     row = _trajectory_row(request, policy)
     try:
-        return aggregate(rows.ids, scored=scored, measured=measured, groups=groups, trajectory_row=row, **values)
+        found = aggregate(rows.ids, scored=scored, measured=measured, groups=groups, trajectory_row=row, **values)
     except RuleError as error:
         raise invalid("UNUSABLE_STATISTICS", error.field, str(error)) from error
+    return replace(found, **_target(request, limits)) if request.target_losses or request.target_groups else found
+
+
+def _target(request: StepFields, limits: ServiceLimits) -> dict[str, Any]:
+    """Losses of single examples of the target, and their groups."""
+    count, rest = divmod(len(request.target_losses), 4)
+    if rest or not count:
+        description = f"{len(request.target_losses)} bytes are no float32 (4 bytes) each"
+        raise invalid("SHAPE_MISMATCH", "target_losses", description)
+    if count > limits.max_batch_examples:
+        description = f"{count} losses, the limit max_batch_examples is {limits.max_batch_examples}"
+        raise invalid("TOO_MANY_EXAMPLES", "target_losses", description)
+    return {
+        "target_losses": parse_statistic(request.target_losses, field="target_losses", rows=count, scored=None),
+        "target_groups": parse_groups(request.target_groups, rows=count, field="target_groups"),
+    }
 
 
 def _measured(request: StepFields, rows: _Rows) -> NDArray[np.bool_] | None:

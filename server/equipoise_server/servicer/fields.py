@@ -33,6 +33,8 @@ class StepFields:
     measured: bytes = b""
     successes: bytes = b""
     attempts: bytes = b""
+    target_losses: bytes = b""
+    target_groups: bytes = b""
 
     @classmethod
     def of(cls, message: pb.StepRequest) -> Self:
@@ -44,7 +46,7 @@ class StepFields:
         """Whether it carries statistics or losses; else it is a read."""
         if self.target_loss is not None or self.guard_loss is not None:
             return True
-        return any(getattr(self, name) for name in STATISTICS)
+        return any(getattr(self, name) for name in (*STATISTICS, "target_losses"))
 
     def answer_bytes(self, *, num_examples: int) -> int:
         """Bytes of the weights that the answer will carry, at most."""

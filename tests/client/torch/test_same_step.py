@@ -313,7 +313,7 @@ def test_a_lost_server_does_not_stop_the_training(server: ServerProcess) -> None
 @pytest.mark.parametrize(
     ("options", "every", "message"),
     [
-        ({"rule": "strata"}, 0, "measure_every = 0: must be at least 1"),
+        ({"rule": "strata"}, -1, "measure_every = -1: must not be negative"),
         ({"rule": "ema_sign"}, 2, "measure_every = 2: rule ema_sign needs contributions of every row; .* for strata"),
         ({}, 2, r"the policy's rule is not known, .* give PolicyClient\(rule=...\)"),
     ],

@@ -90,7 +90,7 @@ def test_the_square_of_a_product_with_random_signs_is_that_of_the_norm_in_the_me
     gradient[: 6 * 7] = gradient[6 * 7 : 2 * 6 * 7] = gradient[2 * 6 * 7 :]
     squares = []
     for _ in range(4000):
-        signs = flat(direction._signs(), model)
+        signs = flat(direction._signs.draw(model.parameters()), model)
         assert (signs.abs() == 1).all()
         squares.append(float(gradient @ signs) ** 2)
     assert sum(squares) / len(squares) == pytest.approx(float(gradient @ gradient), rel=0.1)

@@ -19,7 +19,9 @@ from tests.servers import ServerProcess
 
 EXCHANGE = "/equipoise.v1.PolicyService/Exchange"
 DELETE = "/equipoise.v1.PolicyService/DeletePolicy"
-STRATA = {f"rules/strata/{case}" for case in ("defaults", "evidence", "groups", "soft", "spike")}
+STRATA = {
+    f"rules/strata/{case}" for case in ("defaults", "evidence", "groups", "soft", "spike", "target", "target_groups")
+}
 OUTCOMES = {f"rules/learnability/{case}" for case in ("defaults", "greedy", "patient")}
 SOURCES = {
     f"rules/{case}"

@@ -15,7 +15,7 @@ from tests.server.engine.runs import spec
 
 ENTRY = {
     *("at", "step", "trainer", "sequence", "target", "guard", "scalars", "evidence", "s.NAME"),
-    *("row", "ids", "n", "g", "won", "tried", "c", "l", "ref"),
+    *("row", "ids", "n", "g", "won", "tried", "c", "l", "ref", "tl", "tg"),
 }
 COLUMNS: dict[str, set[str]] = {
     "boltzmann": set(),
@@ -55,6 +55,8 @@ def test_an_entry_of_everything_has_these_fields() -> None:
                 losses=ones,
                 reference_losses=ones,
                 groups=counts,
+                target_losses=ones,
+                target_groups=counts,
                 successes=counts,
                 attempts=counts,
                 counts=counts,

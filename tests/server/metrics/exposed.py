@@ -62,7 +62,7 @@ def served(name: str = "p", **facts: Any) -> ServiceStatus:
 
 def strata_report() -> StrataReport:
     """Two strata, a good one and a bad one."""
-    common = {"group": 0, "above_loss": None, "contributions": 50.0, "error": 0.1}
+    common = {"group": 0, "above_loss": None, "contributions": 50.0, "error": 0.1, "ratio": 1.0}
     return StrataReport(
         strata=(
             Stratum(stratum=0, examples=6, mean=0.2, z=2.0, weight=1.3, **common),  # type: ignore[arg-type]

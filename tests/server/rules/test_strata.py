@@ -22,6 +22,8 @@ SETTINGS: dict[str, float | bool] = {
     "window": 64.0,
     "memory": 40.0,
     "min_count": 8.0,
+    "min_target_losses": 10.0,
+    "target_memory": 40.0,
     "loss_decay": 0.6,
     "rms_decay": 0.9,
     "floor": 0.1,
@@ -41,7 +43,8 @@ class Definition:
         self.mean_square = 0.0
         cells = int(settings["strata"]) * int(settings["groups"])
         self.sums = [[0.0, 0.0, 0.0] for _ in range(cells)]
-        self.raw = [1.0] * cells
+        self.merit = [1.0] * cells
+        self.target = [0.0] * cells
 
     def step(self, told: Statistics) -> None:
         assert told.ids is not None
@@ -52,23 +55,63 @@ class Definition:
                 kept = self.set["loss_decay"]
                 smoothed = self.loss[example] * kept + loss * (1 - kept) if example in self.loss else loss
                 self.loss[example] = float(np.float32(smoothed))
+            self._compare(told, groups)
             for group in set(groups):
-                self._merge(group, [self.loss[e] for e, g in zip(ids, groups, strict=True) if g == group])
+                self._merge(self.points, group, [self.loss[e] for e, g in zip(ids, groups, strict=True) if g == group])
             for example, group in zip(ids, groups, strict=True):
-                self.stratum[example] = group * int(self.set["strata"]) + self._quantile(group, self.loss[example])
+                self.stratum[example] = group * int(self.set["strata"]) + self._quantile(
+                    self.points, group, self.loss[example]
+                )
         if told.contributions is not None:
             pairs = [(e, c) for e, c in zip(ids, told.contributions.tolist(), strict=True) if not math.isnan(c)]
             if pairs:
                 self._contribute(pairs)
 
+    def _compare(self, told: Statistics, groups: list[int]) -> None:
+        """Where losses of the target lie among the training examples' losses of the step, as these were reported."""
+        if told.losses is None or told.target_losses is None:
+            return
+        size, memory = int(self.set["strata"]), self.set["target_memory"]
+        of = [None] * len(told.target_losses) if told.target_groups is None else told.target_groups.tolist()
+        for group in set(groups):
+            own = [loss for loss, one in zip(told.losses.tolist(), groups, strict=True) if one == group]
+            target = [t for t, one in zip(told.target_losses.tolist(), of, strict=True) if one in (None, group)]
+            for cell in range(group * size, (group + 1) * size):
+                self.target[cell] *= memory / (memory + len(target))
+            for loss in target:
+                begin = sum(other < loss for other in own) / (len(own) + 1)
+                end = (sum(other <= loss for other in own) + 1) / (len(own) + 1)
+                for k in range(size):
+                    inside = min(end, (k + 1) / size) - max(begin, k / size)
+                    self.target[group * size + k] += max(inside, 0.0) / (end - begin)
+
+    def ratios(self) -> list[float]:
+        size, found = int(self.set["strata"]), []
+        for cell in range(len(self.merit)):
+            group = range(cell // size * size, (cell // size + 1) * size)
+            total = sum(self.target[k] for k in group)
+            near = {k: 1.0 if k == cell else self.set["smoothing"] for k in (cell - 1, cell, cell + 1) if k in group}
+            mean = sum(weight * self.target[k] for k, weight in near.items()) / sum(near.values())
+            found.append(1.0 if total < self.set["min_target_losses"] else min(mean * size / total, 1.0))
+        return found
+
+    @property
+    def raw(self) -> list[float]:
+        floor = self.set["floor"]
+        power = self.set["sharpness"]
+        return [max(merit * ratio**power, floor) for merit, ratio in zip(self.merit, self.ratios(), strict=True)]
+
+    def scores(self) -> list[float]:
+        power = self.set["sharpness"]
+        return [z + power * math.log(max(ratio, 1e-3)) for z, ratio in zip(self.z(), self.ratios(), strict=True)]
+
     def weights(self) -> NDArray[np.float64]:
-        mean = sum(self.raw[cell] for cell in self.stratum.values()) / max(len(self.stratum), 1)
-        return np.array(
-            [self.raw[self.stratum[e]] / mean if e in self.stratum else 1.0 for e in range(self.num_examples)]
-        )
+        raw = self.raw
+        mean = sum(raw[cell] for cell in self.stratum.values()) / max(len(self.stratum), 1)
+        return np.array([raw[self.stratum[e]] / mean if e in self.stratum else 1.0 for e in range(self.num_examples)])
 
     def z(self) -> list[float]:
-        return [self._z(cell) if self._has_enough(cell) else 0.0 for cell in range(len(self.raw))]
+        return [self._z(cell) if self._has_enough(cell) else 0.0 for cell in range(len(self.merit))]
 
     def _has_enough(self, cell: int) -> bool:
         of_group, least = int(self.set["strata"]), self.set["min_count"]
@@ -81,16 +124,16 @@ class Definition:
         of_group = int(self.set["strata"])
         weights = {cell: 1.0}
         for neighbour in (cell - 1, cell + 1):
-            if 0 <= neighbour < len(self.raw) and neighbour // of_group == cell // of_group:
+            if 0 <= neighbour < len(self.merit) and neighbour // of_group == cell // of_group:
                 weights[neighbour] = self.set["smoothing"]
         count, total, square = (sum(w * self.sums[k][i] for k, w in weights.items()) for i in range(3))
         effective = count**2 / sum(w * w * self.sums[k][0] for k, w in weights.items())
         mean = total / count
         return mean / math.sqrt(max(square / count - mean**2, 1e-9) / effective)
 
-    def _merge(self, group: int, new: list[float]) -> None:
+    def _merge(self, kept: dict[int, tuple[list[float], float]], group: int, new: list[float]) -> None:
         size = 4 * int(self.set["strata"])
-        points, mass = self.points.get(group, ([], 0.0))
+        points, mass = kept.get(group, ([], 0.0))
         mass *= self.set["window"] / (self.set["window"] + len(new))
         line = sorted([(p, mass / size) for p in points] + [(value, 1.0) for value in new], key=lambda each: each[0])
         middles, below = [], 0.0
@@ -105,10 +148,10 @@ class Definition:
             (low, high), span = (line[left][0], line[right][0]), middles[right] - middles[left]
             share = min(max((wanted - middles[left]) / span, 0.0), 1.0) if span else 0.0
             merged.append(low + share * (high - low))
-        self.points[group] = merged, mass + len(new)
+        kept[group] = merged, mass + len(new)
 
-    def _quantile(self, group: int, loss: float) -> int:
-        points, _ = self.points[group]
+    def _quantile(self, kept: dict[int, tuple[list[float], float]], group: int, loss: float) -> int:
+        points, _ = kept[group]
         return sum((points[4 * k - 1] + points[4 * k]) / 2 < loss for k in range(1, int(self.set["strata"])))
 
     def _contribute(self, pairs: list[tuple[int, float]]) -> None:
@@ -117,7 +160,7 @@ class Definition:
         decay = self.set["rms_decay"]
         self.mean_square = decay * self.mean_square + (1 - decay) * square if self.mean_square else square
         scale = math.sqrt(self.mean_square)
-        for cell in range(len(self.raw)):
+        for cell in range(len(self.merit)):
             new = [min(max(c / scale, -3.0), 3.0) for e, c in pairs if self.stratum.get(e) == cell]
             kept = self.set["memory"] / (self.set["memory"] + len(new))
             old = [kept * value for value in self.sums[cell]]
@@ -128,13 +171,13 @@ class Definition:
             lower, upper, floor = self.set["lower_below"], self.set["raise_above"], self.set["floor"]
             if self.set["soft"]:
                 slope = 2.0 / max(upper - lower, 1e-3)
-                self.raw[cell] = floor + (1 - floor) / (
+                self.merit[cell] = floor + (1 - floor) / (
                     1 + math.exp(min(max(slope * ((lower + upper) / 2 - z), -30), 30))
                 )
             elif z < lower:
-                self.raw[cell] = floor
+                self.merit[cell] = floor
             elif z > upper:
-                self.raw[cell] = 1.0
+                self.merit[cell] = 1.0
 
 
 def made(**settings: float | bool) -> Rule:
@@ -152,38 +195,42 @@ def told(rng: np.random.Generator, *, rows: int = 24, kind: str = "both") -> Sta
     contributions = (1.0 - hard + rng.normal(size=rows)).astype(np.float32)
     if kind == "sparse":
         contributions[rng.random(rows) < 0.6] = np.nan
+    target = rng.gamma(2.0, 0.5, 10).astype(np.float32)
     return Statistics(
         ids=ids,
         losses=None if kind == "contributions" else hard.astype(np.float32),
-        contributions=None if kind == "losses" else contributions,
+        contributions=None if kind in ("losses", "target", "whole") else contributions,
         groups=None if kind == "contributions" else ids % G,
+        target_losses=target if kind in ("target", "whole") else None,
+        target_groups=rng.integers(0, G, 10) if kind == "target" else None,
     )
 
 
 KINDS = ("both", "sparse", "losses", "contributions", "both")
 
 
-def history(seed: int, steps: int = 60) -> list[Statistics]:
+def history(seed: int, steps: int = 60, kinds: tuple[str, ...] = KINDS) -> list[Statistics]:
     rng = np.random.default_rng(seed)
-    return [told(rng, kind=KINDS[index % len(KINDS)]) for index in range(steps)]
+    return [told(rng, kind=kinds[index % len(kinds)]) for index in range(steps)]
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"soft": True}, {"smoothing": 0.0}, {"floor": 0.001, "raise_above": -1.6, "smoothing": 1.0}]
 )
-def test_it_is_its_definition(settings: dict[str, float | bool]) -> None:
+@pytest.mark.parametrize("kinds", [KINDS, ("target", *KINDS, "whole"), ("whole", *KINDS)])
+def test_it_is_its_definition(settings: dict[str, float | bool], kinds: tuple[str, ...]) -> None:
     rule = made(**settings)
     state, definition = start(rule), Definition({name: float(value) for name, value in rule.settings.items()})
     lowered = 0
-    for step in history(1):
+    for step in history(1, kinds=kinds):
         definition.step(step)
         state = rule.update(state, step)
         seen = np.array(sorted(definition.stratum))
         np.testing.assert_array_equal(rule.read_kept(state, "stratum", seen), [definition.stratum[e] for e in seen])
         np.testing.assert_allclose(rule.read_kept(state, "loss", seen), [definition.loss[e] for e in seen], rtol=1e-6)
         np.testing.assert_allclose(rule.weights(state, None), definition.weights(), rtol=1e-6)
-        z = np.array(definition.z())[[definition.stratum[e] for e in seen]]
-        np.testing.assert_allclose(rule.scores(state, seen), z, rtol=1e-5, atol=1e-6)
+        scores = np.array(definition.scores())[[definition.stratum[e] for e in seen]]
+        np.testing.assert_allclose(rule.scores(state, seen), scores, rtol=1e-5, atol=1e-6)
         lowered += int((definition.weights() < 0.9).sum())
     assert lowered > 100, "the weights must have acted"
     weights = definition.weights()
@@ -269,7 +316,7 @@ def test_noise_alone_hardly_moves_the_weights() -> None:
 def test_harmful_strata_get_the_floor_whatever_the_sign_of_loss() -> None:
     """High losses are bad here, low ones there: contributions decide."""
     for sign in (1.0, -1.0):
-        rule = build("strata", {})
+        rule = build("strata", {"strata": 8.0})
         state, rng = start(rule), np.random.default_rng(5)
         for _ in range(120):
             ids = rng.choice(N, 32, replace=False).astype(np.int64)
@@ -296,7 +343,7 @@ def test_losses_of_two_values_have_weights_too() -> None:
 
 
 def test_quantiles_follow_losses_that_fall() -> None:
-    rule = build("strata", {"window": 128.0})
+    rule = build("strata", {"strata": 8.0, "window": 128.0})
     state, rng = start(rule, 4000), np.random.default_rng(6)
     shares = np.zeros(8)
     for index in range(300):

@@ -33,7 +33,15 @@ def images(
     ] = None,
     measure_every: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Contributions are measured of every K-th batch. Default: what suits the rule."),
+        typer.Option(
+            metavar="K", help="Contributions are measured of every K-th batch; 0: never. Default: what suits the rule."
+        ),
+    ] = None,
+    compare_every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Losses of target examples are measured every K-th batch; 0: never. Default: the same."
+        ),
     ] = None,
     refresh_every: Annotated[
         int | None,
@@ -69,7 +77,12 @@ def images(
             methods=parse_methods(methods),
             rule=rule,
             settings=parse_settings(settings or []),
-            options=TrainingOptions(measure_every=measure_every, refresh_every=refresh_every, momentum=momentum),
+            options=TrainingOptions(
+                measure_every=measure_every,
+                compare_every=compare_every,
+                refresh_every=refresh_every,
+                momentum=momentum,
+            ),
         )
     except ValueError as error:
         print(f"equipoise train images: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from torch.utils.data import DistributedSampler
 
 from equipoise.client import PolicyClient
 from equipoise.errors import require
+from equipoise.torch.batches import HostBatches
 from equipoise.torch.direction import ExampleLoss
 from equipoise.torch.errors import CaptureError
 from equipoise.torch.mixture import Mixture
@@ -19,7 +20,7 @@ from equipoise.torch.resume import resume_run
 from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
 from equipoise.torch.step import WeightedStep
 from equipoise.torch.steps import WeightedSteps
-from equipoise.torch.training import HostBatches, TrainingOptions
+from equipoise.torch.training import TrainingOptions
 
 
 class PolicyCallback(Callback):
@@ -137,6 +138,7 @@ class PolicyCallback(Callback):
         )
         if self._resumed is not None:
             self._steps.contributions.direction.load_state_dict(self._resumed["direction"])
+            self._steps.batches = self._resumed.get("batches", 0)
             self._resumed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

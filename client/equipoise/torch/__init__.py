@@ -53,7 +53,8 @@ length, since to lower the target loss by longer steps along what all examples s
 those of the Learning Law. Rule `strata` takes the former, of some batches. It is content with losses, of the training
 and of target examples: that is what `weighted_steps` and trainers send it, at a forward pass every sixth batch.
 
-`Mixture` draws rows of several sources by the weights of a policy whose examples are the sources.
+`Mixture` draws rows of several sources by the weights of a policy whose examples are the sources. For text
+`WeightedSteps(..., relative=True)` sends contributions relative to their batch, by `relative` and `shrunk`.
 
 Needs PyTorch: `pip install 'equipoise[torch]'`.
 """
@@ -65,7 +66,9 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("equipoise.torch needs PyTorch: pip install 'equipoise[torch]'", name="torch") from error
 
+from equipoise.torch.batches import look_ahead
 from equipoise.torch.capture import Capture, Contributions, join
+from equipoise.torch.comparison import relative, shrunk
 from equipoise.torch.direction import ExampleLoss, TargetDirection
 from equipoise.torch.errors import (
     CaptureError,
@@ -82,7 +85,7 @@ from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.step import WeightedStep
-from equipoise.torch.steps import WeightedSteps, look_ahead
+from equipoise.torch.steps import WeightedSteps
 from equipoise.torch.target_losses import LossesAlone
 from equipoise.torch.training import TrainingOptions, weighted_steps
 
@@ -111,8 +114,10 @@ __all__ = [
     "causal_lm_losses",
     "join",
     "look_ahead",
+    "relative",
     "resume_run",
     "run_state",
+    "shrunk",
     "token_losses",
     "weighted_mean",
     "weighted_steps",

@@ -295,7 +295,7 @@ class LossCapture(Capture):
     """Losses alone, of a batch whose contributions are not measured: it costs nothing."""
 
     def _contributions(self) -> Never:
-        raise CaptureError("contributions of this batch are not measured: `measure_every` leaves it out")
+        raise CaptureError("contributions of this batch are not measured: the options of `WeightedSteps` leave it out")
 
 
 CaptureT = TypeVar("CaptureT", bound=Capture)
@@ -347,15 +347,17 @@ class Contributions(ABC, Generic[CaptureT]):
             self._verify_again, self._verify_next, self._verifying = self._verify_next, 0, capture
         return capture
 
-    def capture_losses(self, ids: ArrayLike | None) -> LossCapture:
+    def capture_losses(self, ids: ArrayLike | None, *, last: bool = False) -> LossCapture:
         """A capture for a batch whose contributions are not measured; the direction stays as it is.
 
         Args:
             ids: as in `capture`.
+            last: whether contributions of no later batch are measured either: then the gradients of this one are not
+                read for a norm-matched direction.
         """
-        self.direction.expect_gradients()
         capture = LossCapture(self.direction, ids)
-        if self.direction.norm_matched:
+        if self.direction.norm_matched and not last:
+            self.direction.expect_gradients()
             capture.trains(None)
         return capture
 

@@ -68,7 +68,8 @@ class TargetDirection:
             use of the same time (measured: tests/benchmarks/RESULTS.md). With gradient accumulation each micro-batch
             is a capture.
         preconditioner: the Adam optimizer of the job: the direction is then where its step would lead.
-        guard_batches: batches of guard B, on which nothing but `guard_loss` is computed.
+        guard_batches: batches of guard B, on which nothing but `guard_loss` is computed: at each refresh, unless
+            `WeightedSteps` measures it every so many batches.
         batches_per_refresh: how many target batches one refresh takes, in turn; default: all of them.
         momentum: share of the direction before that a refresh keeps, in [0, 1); of fewer target examples than others
             had a refresh keeps more, so that all count alike. Part of a fresh direction swings with
@@ -139,6 +140,8 @@ class TargetDirection:
         self.unusable = 0
         self._target = target_batches
         self._guard = guard_batches
+        self._guards = True
+        """Whether refreshes measure the loss on guard B."""
         self._refresh_every = refresh_every
         self._precondition = None if preconditioner is None else AdamPreconditioner(preconditioner)
         self._batches_per_refresh = batches_per_refresh
@@ -234,7 +237,7 @@ class TargetDirection:
             raise DirectionError("model: has no trainable parameter")
         with evaluating(self.model):
             gradients, self.target_loss, count = self._gradients(parameters)
-            looks = self._refreshes % self.look_every == 0
+            looks = self._guards and self._refreshes % self.look_every == 0
             guard = self._guard if looks else None
             self.guard_loss = None if guard is None else self._mean_loss(guard, self._everybody)
         self._refreshes += 1
@@ -243,6 +246,28 @@ class TargetDirection:
         self.plain = self._averaged(self._precondition(gradients) if self._precondition else gradients, count)
         self._aim()
         self.age, self._due, self._parameters = 0, False, parameters
+
+    def leave_out_guard(self) -> None:
+        """Refreshes measure no loss on guard B any more: only `measure_guard` does.
+
+        Raises:
+            DirectionError: there are no guard batches.
+        """
+        if self._guard is None:
+            raise DirectionError("guard_batches = None: must be given, for a loss on guard B")
+        self._guards = False
+
+    def measure_guard(self, *, alone: bool = False) -> float | None:
+        """The mean loss on guard B at the parameters of now, nats; None: there are no guard batches.
+
+        Args:
+            alone: of this process's batches, whatever others do; else all processes of a `group` measure theirs in the
+                same call, and get the mean over all.
+        """
+        if self._guard is None:
+            return None
+        with evaluating(self.model):
+            return float(self._mean_loss(self._guard, None if alone else self._everybody))
 
     def losses(self, batch: Any) -> Tensor:
         """The loss of each example of a batch, with its graph: [B]."""
@@ -266,13 +291,6 @@ class TargetDirection:
                 yield batch
             if not left:
                 return
-
-    def guard_loss_here(self) -> float | None:
-        """Mean loss on the guard batches of this process, nats; None: it has none."""
-        if self._guard is None:
-            return None
-        with evaluating(self.model):
-            return float(self._mean_loss(self._guard, None))
 
     def without_graph(self, compute: Callable[[], T]) -> T:
         """What is computed of losses, without keeping a graph of them.

@@ -29,9 +29,9 @@ class Metrics:
     | `mean_weight` | mean weight of the rows | newest step |
     | `rows_weighted` | share of the rows with a weight other than 1 | newest step |
     | `rows_scored` | share of the rows whose contribution is known | newest step |
-    | `target_loss`, `guard_loss` | mean losses on target A and guard B, nats | newest look |
+    | `target_loss`, `guard_loss` | mean losses on target A and guard B, nats | newest measurement |
     | `sim` | mean over deviation of contributions, the Learning Law's evidence | the policy |
-    | `plain_sim` | the same of plain contributions, where those that are sent are norm-matched | newest refresh |
+    | `plain_sim` | the same of plain contributions, where others are sent | newest refresh or step |
     | `effective_ratio` | effective examples as a share of all; 1 is uniform | the policy |
     | `examples_scored` | share of the examples that were ever scored | the policy |
     | `positive_share` | share of rows with a positive contribution | the policy's newest step |

@@ -58,6 +58,10 @@ class Mixture(DistributedSampler[int]):
             `"drop"`, it is out for the rest of the epoch and the others share its draws. To know when a stream is over
             whose length is unknown, the first process then reads it one stretch ahead.
         refresh_every: draws, over all processes, under weights of one version.
+        explore: so many draws of the run, over all processes, are by natural shares whatever the weights, and nobody is
+            asked for these: exploration first, in which all sources are compared alike, and a model that sees all of
+            them; then what was found out counts. It ends with a stretch of `refresh_every` draws. Go together with it:
+            `WeightedSteps(measure_until=...)`, after as many batches.
         seed: equal seeds draw equal rows under equal weights.
         id_column: where rows that are mappings have the id of their source; others become pairs of id and row.
 
@@ -87,6 +91,7 @@ class Mixture(DistributedSampler[int]):
         minimum: float | Mapping[str, float] = 0.0,
         ends: Literal["repeat", "drop"] = "repeat",
         refresh_every: int = 1024,
+        explore: int = 0,
         seed: int = 0,
         id_column: str = "example_id",
     ) -> None:
@@ -94,7 +99,8 @@ class Mixture(DistributedSampler[int]):
         for field, value in (("num_samples", num_samples), ("refresh_every", refresh_every)):
             fits = value is None or is_integer(value, 1, 1 << 62)
             require(fits, field=field, value=value, rule="must be an integer of at least 1")
-        require(is_integer(seed, 0, 1 << 63), field="seed", value=seed, rule="must be an integer of at least 0")
+        for field, value in (("explore", explore), ("seed", seed)):
+            require(is_integer(value, 0, 1 << 63), field=field, value=value, rule="must be an integer of at least 0")
         require(ends in ("repeat", "drop"), field="ends", value=ends, rule='must be "repeat" or "drop"')
         self.names = list(named)
         self.dataset: MixedDataset = MixedDataset(named, id_column=id_column)
@@ -105,6 +111,8 @@ class Mixture(DistributedSampler[int]):
         self._drops = ends == "drop"
         self._identity = {"names": self.names, "seed": seed, "refresh_every": refresh_every, "ends": ends}
         self._refresh_every = refresh_every
+        self._explore = explore
+        self._earlier = 0
         self._stretches = Stretches(
             self.dataset, num_sources=len(named), seed=seed, size=refresh_every, repeats=not self._drops
         )
@@ -216,6 +224,7 @@ class Mixture(DistributedSampler[int]):
             **self._identity,
             "epoch": self.epoch,
             "position": position,
+            "earlier": self._earlier,
             "total": self._total,
             "begun": begun,
             "lengths": torch.from_numpy(self._lengths()),
@@ -247,6 +256,7 @@ class Mixture(DistributedSampler[int]):
                 self.dataset.know_length(self.names.index(name), before)
         self.epoch, self._total = state["epoch"], state["total"]
         self._position = self._origin = state["position"]
+        self._earlier = state.get("earlier", 0)
         self._present = state["present"].numpy().copy()
         self._newest.load_state_dict(state["newest"])
         self._stretches.resume(state["epoch"], state["begun"], [*state["agreed"], *state["agreed_later"]])
@@ -277,6 +287,7 @@ class Mixture(DistributedSampler[int]):
 
     def _begin_epoch(self) -> None:
         self.epoch += 1
+        self._earlier += self._position
         self._position, self._total = 0, self._measure()
         self._present = np.array([self.dataset.has(number) for number in range(len(self.names))])
         self._stretches.begin(self.epoch)
@@ -295,7 +306,9 @@ class Mixture(DistributedSampler[int]):
 
     def _tell(self, number: int) -> Told:
         """Shares by the newest weights."""
-        weights, drawn = self._newest.read(), self._stretches.counts
+        explores = self._earlier + self._stretches.end < self._explore
+        weights = np.ones(len(self.names)) if explores else self._newest.read()
+        drawn = self._stretches.counts
         lengths, open_ = self._lengths(), self._present.copy()
         if self._drops:
             lengths = self._lengths(within=drawn + self._refresh_every)

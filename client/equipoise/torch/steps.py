@@ -1,43 +1,31 @@
 """The steps of a training job under a policy: weights in, statistics out, and nothing waits for the network."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, Protocol, TypeVar, Unpack
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from equipoise.client import PolicyClient
-from equipoise.errors import UnavailableError
-from equipoise.results import Source
+from equipoise.errors import InvalidRequestError
 from equipoise.torch.capture import Contributions, join
+from equipoise.torch.comparison import compared
 from equipoise.torch.errors import CaptureError
 from equipoise.torch.metrics import Metrics
 from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
+from equipoise.torch.policy import LOSSES_FIRST, Policy, check_told_enough, rule_of
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import WeightedSampler
+from equipoise.torch.schedule import Schedule
+from equipoise.torch.sketch import SketchContributions
 from equipoise.torch.step import WeightedStep
 from equipoise.torch.target_losses import LossesAlone, TargetLosses
 from equipoise.wire import StepFields
 
 logger = logging.getLogger("equipoise")
-
-T = TypeVar("T")
-
-LOSSES_FIRST: Final = frozenset({"strata"})
-"""Rules that give weights for losses, before they know contributions: in the same step, also at a first visit. They
-compare losses with those of the target, where these are told."""
-
-
-class Policy(Protocol):
-    """What gives weights for statistics: a `PolicyClient`."""
-
-    def weights(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """The newest weights known."""
-
-    def submit(self, ids: ArrayLike | None = None, **fields: Unpack[StepFields]) -> None:
-        """Sends statistics and does not wait."""
 
 
 class Accumulating(Protocol):
@@ -81,15 +69,31 @@ class WeightedSteps:
             together; earlier where the parameters have moved. None: the loop scales losses itself and calls `submit`.
         accelerator: an `accelerate.Accelerator`, which scales losses, and says when statistics are sent.
         sampled: the examples come from a `WeightedSampler` or `Mixture`, so that losses are not weighted again.
-        measure_every: contributions are measured of every k-th batch, or micro-batch, alone, from the first on: for
-            rules that need them of a share of the rows, as `strata` does. Losses are sent of all. 0: of none.
+        measure_every: contributions are measured of every k-th batch, or micro-batch, alone. With `strata` losses are
+            sent of all, and 0 measures none; with any other rule nothing is sent of the others, so that it needs
+            `sampled`.
         compare_every: before every k-th batch, or micro-batch, the losses of target examples are measured, by a forward
             pass, and sent with those of the batch: for `strata`. 0: never. See `TargetLosses`.
+        measure_from: the first batch that is measured, from 0: before some frequencies are learned, contributions of
+            text say little.
+        measure_until: from this batch on none is measured: what was found out stays, and costs nothing more. None:
+            there is no end.
+        guard_every: batches between two losses on guard B from `measure_until` on, for the policy's guard; before there
+            is none, since weights that are still being learned are not to be judged. None: one at each refresh of the
+            direction, so none after `measure_until`.
+        relative: contributions are sent relative to the rows that they are sent with, those of this process's step, and
+            smaller by what chance explains between rows of different ids: see `relative` and `shrunk`. For ids that
+            stand for sources or other groups, and for text; not for `strata`, which compares by itself, nor for
+            `trajectory`, whose weights move by plain ones. The policy's SIM is then of what is sent, with a mean near
+            0; `policy/plain_sim` is logged of plain ones.
         verify: whether the first step's first four examples are compared with gradients of their own, at a backward
             pass for each.
 
     Attributes:
         client: the client that is in use: after `resume` from an older checkpoint that of a fork.
+        batches: how many were begun, or micro-batches: what is measured follows from it. `state` holds it; a loop with
+            checkpoints of its own keeps it, and sets it before the first step.
+        schedule: which of them are measured.
         discarded: batches of which nothing was sent because they were skipped, failed or were discarded.
 
     Raises:
@@ -106,6 +110,10 @@ class WeightedSteps:
         sampled: bool = False,
         measure_every: int = 1,
         compare_every: int = 0,
+        measure_from: int = 0,
+        measure_until: int | None = None,
+        guard_every: int | None = None,
+        relative: bool = False,
         verify: bool = True,
     ) -> None:
         if isinstance(contributions, OnePassContributions):
@@ -115,28 +123,37 @@ class WeightedSteps:
             )
         if accumulate is not None and accumulate < 1:
             raise CaptureError(f"accumulate = {accumulate}: must be at least 1")
-        for name, every in (("measure_every", measure_every), ("compare_every", compare_every)):
-            if every < 0:
-                raise CaptureError(f"{name} = {every}: must not be negative")
-        if not (measure_every or compare_every):
-            raise CaptureError(
-                "measure_every = 0, compare_every = 0: one of them must be at least 1, since weights follow from "
-                "contributions or from losses of the target"
-            )
-        if isinstance(contributions, LossesAlone) and measure_every:
-            raise CaptureError(f"measure_every = {measure_every}: must be 0 with LossesAlone, which measures none")
         if accelerator is not None and accumulate not in (1, None):
             raise CaptureError(f"accumulate = {accumulate}: must not be given beside accelerator, which knows it")
+        if isinstance(contributions, LossesAlone) and measure_every:
+            raise CaptureError(f"measure_every = {measure_every}: must be 0 with LossesAlone, which measures none")
+        if relative and isinstance(contributions, SketchContributions):
+            raise CaptureError("relative = True: SketchContributions leave it to the server to find contributions")
+        if relative and not measure_every:
+            raise CaptureError("relative = True: is for contributions, and measure_every = 0 measures none")
+        try:
+            self.schedule = Schedule(
+                every=measure_every,
+                compare_every=compare_every,
+                start=measure_from,
+                until=measure_until,
+                guard_every=guard_every,
+            )
+        except InvalidRequestError as error:
+            raise CaptureError(str(error)) from None
+        if guard_every is not None:
+            contributions.direction.leave_out_guard()
         self.client = client
         self.contributions = contributions
+        self.batches = 0
         self.discarded = 0
         self._accumulate = None if accelerator is not None else accumulate
         self._accelerator = accelerator
         self._sampled = sampled
-        self._measure_every = measure_every
-        self._compare_every = compare_every
-        self._target = TargetLosses(contributions.direction, every=compare_every) if compare_every else None
-        self._begun = 0
+        self._relative = relative
+        self._target: TargetLosses | None = None
+        if compare_every:
+            self._target = TargetLosses(contributions.direction, every=compare_every, guard=guard_every is None)
         self._losses_first: bool | None = None
         self._open: WeightedStep | None = None
         self._taken: list[WeightedStep] = []
@@ -243,7 +260,7 @@ class WeightedSteps:
             self.client.submit(ids, **fields)
         weights = [one.weights for one in taken]
         self._metrics.note(self.client, fields, np.concatenate(weights))
-        plain = [(one.capture.plain_contributions, one.weights) for one in sent]
+        plain = [(self._plain(one), one.weights) for one in sent]
         looked_at = [(c.double().cpu().numpy(), w) for c, w in plain if c is not None]
         if looked_at:
             self._metrics.note_plain(*(np.concatenate(parts) for parts in zip(*looked_at, strict=True)))
@@ -266,15 +283,17 @@ class WeightedSteps:
         """What belongs into the trainer's checkpoint; see `run_state`."""
         if self._taken and self._moved():
             self.submit()
-        self._begun = 0  # the next batch is measured, here as in a job that resumes
         if self._target is not None:
             self._target.restart()
         client: Any = self.client
-        return run_state(client, direction=self.contributions.direction, sampler=sampler, trained=trained, keep=keep)
+        direction = self.contributions.direction
+        state = run_state(client, direction=direction, sampler=sampler, trained=trained, keep=keep)
+        return state | {"batches": self.batches}
 
     def resume(self, state: Mapping[str, Any], *, sampler: WeightedSampler | Mixture | None = None) -> PolicyClient:
         """Goes on from a checkpoint, before the first step, with the client that it returns; see `resume_run`."""
         client: Any = self.client
+        self.batches = state.get("batches", 0)
         self.client = resumed = resume_run(client, state, direction=self.contributions.direction, sampler=sampler)
         return resumed
 
@@ -290,6 +309,8 @@ class WeightedSteps:
         """What is told of steps after their backward passes: without the losses, where these came first."""
         first = taken[0].capture
         ids, fields = (first.ids, first.fields()) if len(taken) == 1 else join(*(one.capture for one in taken))
+        if self._relative:
+            fields["contributions"] = compared(ids, fields)
         if taken[0].losses_first:
             del fields["losses"]
             fields["omit_weights"] = True
@@ -310,21 +331,24 @@ class WeightedSteps:
             )
         if self._taken and self._accumulate is not None and self._moved():
             self.submit()  # of an optimizer's step: the last micro-batches of an epoch are fewer
-        if self._ever and not self.contributions.direction.ready and self._moved():
+        measuring = not self.schedule.is_over(self.batches)
+        if measuring and self._ever and not self.contributions.direction.ready and self._moved():
             raise CaptureError(
                 "norm_matched: the parameters have moved, and no step of a torch.optim.Optimizer was seen, after which "
                 "gradients are read: call `direction.note_gradients()` before `.grad` is cleared, or give "
                 "TrainingOptions(norm_matched=False)"
             )
         losses_first = self._find_losses_first()
-        every = self._measure_every
-        measured = not losses_first or (every > 0 and self._begun % every == 0)
-        if losses_first and self._target is not None:
+        schedule, batch, ways = self.schedule, self.batches, self.contributions
+        self.batches += 1  # whether they are skipped or not, so that processes measure together
+        if schedule.hears(batch):
+            self._hear_guard()
+        if self._target is not None:
             self._target.advance()
-        self._begun += 1  # by batches, whether they are skipped or not, so that processes measure together
+        measured, last = schedule.measures(batch), schedule.is_over(batch)
         return WeightedStep(
             self,
-            self.contributions.capture(ids) if measured else self.contributions.capture_losses(ids),
+            ways.capture(ids) if measured else ways.capture_losses(ids, last=last),
             groups=groups,
             upcoming=upcoming,
             losses_first=losses_first,
@@ -336,17 +360,25 @@ class WeightedSteps:
         if self._losses_first is not None or self._taken:  # what is sent together was begun alike
             return bool(self._losses_first)
         rule = rule_of(self.client)
-        if (self._measure_every != 1 or self._target is not None) and rule not in LOSSES_FIRST:
-            name = "compare_every" if self._measure_every == 1 else "measure_every"
-            why = f"rule {rule} needs" if rule else "the policy's rule is not known, and may need"
-            raise CaptureError(
-                f"{name} = {getattr(self, f'_{name}')}: {why} contributions of every row; those of some, or losses of "
-                f"the target, are enough for {', '.join(sorted(LOSSES_FIRST))}: give PolicyClient(rule=...)"
-            )
+        check_told_enough(rule, self.schedule, sampled=self._sampled)
         if rule is None:
             return False
         self._losses_first = rule in LOSSES_FIRST
         return self._losses_first
+
+    def _hear_guard(self) -> None:
+        """The loss on guard B is sent by itself."""
+        direction = self.contributions.direction
+        loss = direction.measure_guard()
+        if loss is not None and direction.is_usable("guard_loss", loss):
+            self.client.submit(None, guard_loss=loss, omit_weights=True)
+            self._metrics.note_target({"guard_loss": loss})
+
+    def _plain(self, step: WeightedStep) -> Tensor | None:
+        """Plain contributions of a measured step, where others were sent; None: they were not looked at."""
+        if self._relative and not self.contributions.direction.norm_matched:
+            return step.capture.contributions
+        return step.capture.plain_contributions
 
     def _leave_open(self) -> None:
         step, self._open = self._open, None
@@ -359,34 +391,3 @@ class WeightedSteps:
 
     def _parameters_version(self) -> int:
         return sum(p._version for p in self.contributions.model.parameters() if p.requires_grad)
-
-
-def rule_of(client: Any) -> str | None:
-    """The name of a policy's rule, of a client that was not given it from the server; None: that is lost."""
-    rule: str | None = getattr(client, "rule", "")
-    if rule or not hasattr(client, "admin"):
-        return rule
-    try:
-        found = client.read([0], step=0).source is Source.SERVED  # it makes the policy, if there is none
-        rule = client.admin.get(client.policy).spec.rule if found else None
-    except UnavailableError:
-        return None
-    return rule
-
-
-def look_ahead(batches: Iterable[T]) -> Iterator[tuple[T, T | None]]:
-    """Each batch together with the one after it; None after the last.
-
-    Example:
-        >>> list(look_ahead("abc"))
-        [('a', 'b'), ('b', 'c'), ('c', None)]
-    """
-    rest = iter(batches)
-    try:
-        current = next(rest)
-    except StopIteration:
-        return
-    for following in rest:
-        yield current, following
-        current = following
-    yield current, None

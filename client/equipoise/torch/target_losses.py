@@ -25,11 +25,13 @@ class TargetLosses:
     Args:
         direction: has the model, its losses, target A in turn, and guard B.
         every: batches between two looks.
+        guard: whether every `look_every`-th look measures guard B too.
     """
 
-    def __init__(self, direction: TargetDirection, *, every: int) -> None:
+    def __init__(self, direction: TargetDirection, *, every: int, guard: bool = True) -> None:
         self._direction = direction
         self._every = every
+        self._guard = guard
         self._modes: list[tuple[nn.Module, bool]] = []
         """Of the modules, at the forward pass before the one that is looked at."""
         self._fields = StepFields()
@@ -69,7 +71,8 @@ class TargetLosses:
         if len(values):
             self._fields["target_losses"] = values
             self._fields["target_loss"] = float(values.astype(np.float64).mean())
-        guard = direction.guard_loss_here() if self._looks % direction.look_every == 0 else None
+        looks_closely = self._guard and self._looks % direction.look_every == 0
+        guard = direction.measure_guard(alone=True) if looks_closely else None
         if guard is not None and direction.is_usable("guard_loss", guard):
             self._fields["guard_loss"] = guard
         self._looks += 1

@@ -1,7 +1,7 @@
 """How the trainer of a framework uses a policy: what its user says, and what follows from that."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import inf
@@ -15,10 +15,12 @@ from equipoise.errors import InvalidRequestError, is_integer, require
 from equipoise.torch.capture import Contributions
 from equipoise.torch.direction import ExampleLoss, TargetDirection
 from equipoise.torch.ghost import GhostContributions, LastLayerContributions
+from equipoise.torch.policy import rule_of
 from equipoise.torch.processes import same_everywhere, world
+from equipoise.torch.schedule import Schedule
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
 from equipoise.torch.sketch import SketchContributions
-from equipoise.torch.steps import Accumulating, WeightedSteps, rule_of
+from equipoise.torch.steps import Accumulating, WeightedSteps
 from equipoise.torch.target_losses import LossesAlone
 
 logger = logging.getLogger("equipoise")
@@ -99,10 +101,13 @@ class TrainingOptions:
             gradients, as large as the trainable parameters.
         step_noise: how often an example's own gradient counts in the length of a step, as in `TargetDirection`; 0: not.
         sampled: whether examples are drawn by weight instead of weighing their losses.
-        measure_every: contributions are measured of every k-th batch, or micro-batch, alone: for rule `strata`, which
-            is content with a share of the rows, or with none: 0. Losses are sent of all.
+        measure_every, measure_from, measure_until: which batches are measured, as in `WeightedSteps`: contributions of
+            every k-th batch, or micro-batch, alone, for rule `strata`, which is content with none too: 0; and for
+            others with `sampled`.
         compare_every: before every k-th batch, or micro-batch, losses of target examples are measured, by a forward
             pass, and sent with those of the batch: for rule `strata`. 0: never.
+        guard_every: as in `WeightedSteps`: batches between two losses on guard B after `measure_until`.
+        relative: as in `WeightedSteps`: contributions are sent relative to their batch.
         verify: whether contributions of the first step's first examples are compared with gradients of their own, at
             a backward pass for each of four; a job whose contributions are wrong stops there.
         keep: forks of the policy that stay on the server for checkpoints; None: all.
@@ -124,6 +129,10 @@ class TrainingOptions:
     sampled: bool = False
     measure_every: int | None = None
     compare_every: int | None = None
+    measure_from: int = 0
+    measure_until: int | None = None
+    guard_every: int | None = None
+    relative: bool = False
     verify: bool = True
     keep: int | None = 3
 
@@ -131,10 +140,10 @@ class TrainingOptions:
         if not callable(self.method) and self.method not in METHODS:
             rule = f"must be one of {', '.join(METHODS)}, or a function from a model and a direction"
             raise InvalidRequestError(field="method", value=repr(self.method), rule=rule)
-        for name, least in (("measure_every", 0), ("compare_every", 0), ("refresh_every", 1), ("look_every", 1)):
+        for name in ("refresh_every", "look_every"):
             every = getattr(self, name)
-            fits = every is None or is_integer(every, least, 1 << 31)
-            require(fits, field=name, value=every, rule=f"must be an integer of at least {least}")
+            fits = every is None or is_integer(every, 1, 1 << 31)
+            require(fits, field=name, value=every, rule="must be an integer of at least 1")
         batches = self.batches_per_refresh
         fits = batches in (None, "all") or is_integer(batches, 1, 1 << 31)
         require(fits, field="batches_per_refresh", value=batches, rule="must be all or an integer of at least 1")
@@ -142,6 +151,19 @@ class TrainingOptions:
         require(fits, field="momentum", value=self.momentum, rule="must be in [0, 1)")
         fits = self.step_noise is None or 0.0 <= self.step_noise < inf
         require(fits, field="step_noise", value=self.step_noise, rule="must be finite and not negative")
+        Schedule(
+            every=1 if self.measure_every is None else self.measure_every,
+            compare_every=1 if self.compare_every is None else self.compare_every,
+            start=self.measure_from,
+            until=self.measure_until,
+            guard_every=self.guard_every,
+        )
+        require(
+            not self.relative or self.method != "sketch",
+            field="relative",
+            value=self.relative,
+            rule="is not for method sketch, which leaves it to the server to find contributions",
+        )
         for name, given, methods in (("also", self.also, ("ghost",)), ("shared", self.shared, ("ghost", "sketch"))):
             if given and self.method not in methods:
                 rule = f"is for method {' and '.join(methods)} alone; give a function as method for others"
@@ -219,6 +241,10 @@ class TrainingOptions:
             sampled=self.sampled,
             measure_every=every,
             compare_every=measuring.compare_every,
+            measure_from=self.measure_from,
+            measure_until=self.measure_until,
+            guard_every=self.guard_every,
+            relative=self.relative,
             verify=self.verify,
         )
 
@@ -257,27 +283,3 @@ def weighted_steps(
     """
     made = options or TrainingOptions()
     return made.steps(client, model, losses, target, guard=guard, accumulate=accumulate, accelerator=accelerator)
-
-
-class HostBatches:
-    """Batches that stay where they are, and are moved one at a time.
-
-    A refresh of the target direction takes one batch after another: of a target set that is kept on the device whole,
-    nearly all of it would only take memory there.
-
-    Args:
-        batches: the batches, on the host.
-        move: from a batch to the batch on the device.
-    """
-
-    def __init__(self, batches: Iterable[Any], move: Callable[[Any], Any]) -> None:
-        self._batches = list(batches)
-        self._move = move
-
-    def __len__(self) -> int:
-        """How many batches there are."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches on the device."""
-        return map(self._move, self._batches)

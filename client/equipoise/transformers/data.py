@@ -10,8 +10,8 @@ from torch.utils.data import IterableDataset
 
 from equipoise.errors import InvalidRequestError, is_integer, require
 from equipoise.keys import ExampleKeys
+from equipoise.torch.batches import HostBatches
 from equipoise.torch.processes import known, num_processes, rank
-from equipoise.torch.training import HostBatches
 
 ID = "equipoise_id"
 """Column with the ids, integers, that rows of the training dataset have in addition."""

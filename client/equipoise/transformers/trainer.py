@@ -15,13 +15,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from equipoise.client import PolicyClient
 from equipoise.errors import InvalidRequestError, PolicyNotFoundError, UnavailableError, require
 from equipoise.keys import ExampleKeys
+from equipoise.torch.batches import HostBatches
 from equipoise.torch.direction import ExampleLoss
 from equipoise.torch.mixture import Mixture
 from equipoise.torch.processes import rank
 from equipoise.torch.sampler import WeightedSampler
 from equipoise.torch.step import WeightedStep
 from equipoise.torch.steps import WeightedSteps
-from equipoise.torch.training import HostBatches, TrainingOptions
+from equipoise.torch.training import TrainingOptions
 from equipoise.transformers.data import GROUP, ID, IdCollator, TrainingData, own_batches, with_ids
 from equipoise.transformers.losses import model_losses, output_losses
 from equipoise.transformers.mixed import MixedTraining

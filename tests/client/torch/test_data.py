@@ -15,7 +15,8 @@ from equipoise import ExampleKeys, PolicyClient
 from equipoise.errors import InvalidRequestError
 from equipoise.testing import ServerProcess
 from equipoise.torch import CaptureError, GhostContributions, TargetDirection, WeightedSteps
-from equipoise.torch.training import HostBatches, TrainingOptions
+from equipoise.torch.batches import HostBatches
+from equipoise.torch.training import TrainingOptions
 from equipoise.transformers import PolicyTrainer, PolicyTraining
 from equipoise.transformers.data import ID, IdCollator, own_batches, with_ids
 from tests.client.torch.models import gpt2

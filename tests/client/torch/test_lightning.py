@@ -149,10 +149,12 @@ def test_an_interrupted_job_goes_on_from_its_checkpoint(
 ) -> None:
     """At the end of an epoch, to the same weights and the same model as one that was not interrupted, bit for bit."""
     name, ends, path = f"lightning-{lost_steps}-{sampled}".lower(), [], tmp_path / "saved.ckpt"
+    sent: list[Any] = []
 
     def job(client: PolicyClient, **options: Any) -> tuple[PolicyCallback, Model, lightning.Trainer, Any]:
         sampler = WeightedSampler(client, N, num_samples=32, draw=32, timeout=30) if sampled else None
-        chosen = TrainingOptions(refresh_every=5, sampled=sampled)
+        measured = {"measure_from": 2, "measure_every": 3} if sampled else {}
+        chosen = TrainingOptions(refresh_every=5, sampled=sampled, **measured)
         policy = PolicyCallback(client, losses_of, batches(9, 1, 4), options=chosen, sampler=sampler)
         loader = DataLoader(examples(N, 0), batch_size=8, sampler=sampler)  # type: ignore[arg-type]
         return policy, Model(policy), trainer_of(policy, tmp_path, max_epochs=3, **options), loader
@@ -168,8 +170,11 @@ def test_an_interrupted_job_goes_on_from_its_checkpoint(
             ends.append((policy.client.read_weights(), model))
             assert (policy.client is client) == (part != "rest" or not lost_steps)
             policy.client.close()
+            sent.append(policy.client.sent)  # type: ignore[attr-defined]
     (expected_weights, expected), _, (weights, model) = ends
-    if not sampled:  # what was drawn ahead of the checkpoint depends on timing
+    if sampled:  # of 12 batches the 3rd, 6th, 9th and 12th are measured, also where the job begins anew at the 5th
+        assert [len(steps) for steps in sent] == [4, 2 if lost_steps else 1, 3]
+    else:  # what was drawn ahead of the checkpoint depends on timing
         np.testing.assert_array_equal(weights, expected_weights)
         torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
     assert trainer.global_step == 3 * per_epoch

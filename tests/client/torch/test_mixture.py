@@ -79,6 +79,31 @@ def test_every_stretch_has_each_sources_share(
     np.testing.assert_allclose(shares, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("ends", ["repeat", "drop"])
+def test_a_run_explores_at_natural_shares_and_asks_nobody(ends: Any) -> None:
+    """Over the run: also where epochs end within a stretch, or are left."""
+    policy = Policy(3, 1, 1)
+    mixture = Mixture(places(100, 100, 100), client=policy, num_samples=50, refresh_every=20, explore=140, ends=ends)
+
+    def books(epoch: list[tuple[int, str]]) -> list[int]:
+        return [sum(number == 0 for number, _ in epoch[start : start + 20]) for start in range(0, len(epoch), 20)]
+
+    assert all(abs(count - 20 / 3) < 1 for epoch in range(2) for count in books(rows(mixture))[:2])
+    assert len(rows(mixture, 20)) == 20  # an epoch that is left: 120 draws
+    state = Unpickled.of(mixture.state_dict())
+    rest = rows(mixture)
+    assert abs(books(rest)[0] - 20 / 3) < 1
+    assert policy.reads == 2  # for what is drawn after 140
+    assert abs(books(rows(mixture))[0] - 12) < 1
+    resumed = Mixture(
+        places(100, 100, 100), client=Policy(3, 1, 1), num_samples=50, refresh_every=20, explore=140, ends=ends
+    )
+    resumed.load_state_dict(state)
+    assert abs(books(rows(resumed))[0] - 20 / 3) < 1
+    with pytest.raises(InvalidRequestError, match="explore = -1: must be an integer of at least 0"):
+        Mixture(places(1), explore=-1)
+
+
 def test_rounding_favours_nobody() -> None:
     counts = Counter(
         number for seed in range(400) for number, _ in rows(Mixture(places(5, 3, 2), num_samples=1, seed=seed))

@@ -8,7 +8,7 @@ import torch
 
 from tests.client.torch import two_mixtures
 from tests.client.torch.mixtures import NAMES
-from tests.client.torch.two_mixtures import BATCH, EVERY, TOTAL, mixture_of
+from tests.client.torch.two_mixtures import BATCH, EVERY, EXPLORED, TOTAL, mixture_of
 from tests.pairs import run_pair
 
 
@@ -63,6 +63,14 @@ def test_the_first_process_asks_for_all(results: list[dict[str, Any]]) -> None:
         {name: value for name, value in result["shares"].items() if "fallbacks" not in name} for result in results
     ]
     assert shares[0] == shares[1]
+
+
+def test_processes_explore_together(results: list[dict[str, Any]], alone: list[str]) -> None:
+    mixture = mixture_of(0, explore=EXPLORED)
+    rows = [mixture.dataset[place][1] for place in mixture]
+    assert rows != alone
+    assert interleaved([result["exploring"] for result in results]) == rows
+    assert [result["exploring, reads"] for result in results] == [-(-TOTAL // EVERY) - -(-EXPLORED // EVERY), 0]
 
 
 def test_processes_go_on_in_mid_epoch_and_so_does_one_alone(results: list[dict[str, Any]], alone: list[str]) -> None:

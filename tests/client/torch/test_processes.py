@@ -41,7 +41,7 @@ def test_contributions_are_those_of_one_process(results: list[dict[str, Any]], n
     for step in range(two_processes.STEPS):
         assert relative_error(found[step], expected["contributions"][step]) < 1e-6
     for part in both:
-        for key in ("target_loss", "guard_loss", "norm", "parameters"):
+        for key in ("target_loss", "guard_loss", "guard_now", "norm", "parameters"):
             torch.testing.assert_close(part[key], expected[key], rtol=1e-6, atol=1e-8)
 
 

@@ -90,8 +90,7 @@ def test_plain_loop(server: ServerProcess, run: Any) -> None:
     with names["client"] as client:
         assert client.flush(30)
         status = client.status()
-        measured = -(-N // BATCH // 3)
-        assert (status.spec.rule, status.version, status.scored_examples) == ("strata", N // BATCH + measured, N)
+        assert (status.spec.rule, status.version, status.scored_examples) == ("strata", N // BATCH, N)
         assert status.guard_loss is not None
         assert np.isfinite(client.read_weights("score")).all()
 
@@ -182,6 +181,33 @@ def test_sampling_and_resuming(client: PolicyClient, run: Any, tmp_path: Path) -
     assert resumed.policy != client.policy
     assert (np.diff(resumed.read_weights("score")) > 0).all()
     resumed.close()
+
+
+def test_exploring_sources(server: ServerProcess, run: Any) -> None:
+    """Explored for 44 batches, of which every second one after the 20th is measured; then the guard is heard."""
+
+    def connected(address: str, **options: Any) -> PolicyClient:
+        return PolicyClient(server.address, when_lost="wait", **options)
+
+    model = gpt2()
+    known = run(
+        "measure_until",
+        PolicyClient=connected,
+        sources={name: examples(16, seed=seed) for seed, name in enumerate(("books", "code", "web"))},
+        model=model,
+        losses=lm_losses,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        target_batches=list(batches(8, seed=3)),
+        guard_batches=list(batches(8, seed=4)),
+    )
+    client, mixture, steps = known["client"], known["mixture"], known["steps"]
+    assert next(iter(mixture)) in range(3 * 48)
+    schedule = steps.schedule
+    assert [number for number in range(99) if schedule.measures(number)] == [*range(20, 44, 2)]
+    assert [number for number in range(60) if schedule.hears(number)] == [44, 52]
+    with steps.capture([0, 1, 2]) as step:
+        assert not step.measured
+    client.close()
 
 
 def test_mixing_sources(server: ServerProcess, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,7 +313,7 @@ def test_a_lost_server_does_not_stop_the_training(server: ServerProcess) -> None
 @pytest.mark.parametrize(
     ("options", "every", "message"),
     [
-        ({"rule": "strata"}, -1, "measure_every = -1: must not be negative"),
+        ({"rule": "strata"}, -1, "measure_every = -1: must be an integer of at least 0"),
         ({"rule": "ema_sign"}, 2, "measure_every = 2: rule ema_sign needs contributions of every row; .* for strata"),
         ({}, 2, r"the policy's rule is not known, .* give PolicyClient\(rule=...\)"),
     ],

@@ -251,6 +251,32 @@ def test_a_job_that_resumes_goes_on_bit_for_bit(server: ServerProcess) -> None:
             np.testing.assert_array_equal(values, same[name])
 
 
+def test_the_guard_is_left_to_its_own_batches_where_these_are_given(server: ServerProcess) -> None:
+    """Contributions of the first four batches beside it; what is heard of guard B comes afterwards, by itself."""
+    _, target, guard = data()
+    model = network()
+    with client_of(server, "guard") as client:
+        direction = TargetDirection(model, losses_of, target, guard_batches=guard)
+        options: dict[str, int] = {"measure_every": 2, "compare_every": 3, "measure_until": 4, "guard_every": 2}
+        train(WeightedSteps(client, GhostContributions(model, direction), **options), model, range(9))
+        assert ["target_losses" in told for _, told, _ in client.asked] == [False, True, False] * 3
+        assert not any("guard_loss" in told for _, told, _ in client.asked)
+        sent = [fields for _, fields in client.sent]
+        assert ["contributions" in fields for fields in sent] == [True, True, False, False, False]
+        assert ["guard_loss" in fields for fields in sent] == [False, False, True, True, True]
+
+
+def test_a_norm_matched_direction_is_of_no_matter_where_nothing_is_measured(server: ServerProcess) -> None:
+    _, target, _ = data()
+    model = network()
+    with client_of(server, "norm-matched") as client:
+        direction = TargetDirection(model, losses_of, target, norm_matched=True)
+        options = {"measure_every": 0, "compare_every": 2}
+        train(WeightedSteps(client, GhostContributions(model, direction), **options), model, range(4))
+        assert len(client.asked) == 4
+        assert not direction.ready  # no gradient was read
+
+
 def replica(rank: int, address: str, folder: str) -> None:
     """One of two processes; the second skips its first batch, and has another number of target batches."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -291,15 +317,32 @@ def test_processes_look_on_their_own_and_wait_for_none(server: ServerProcess, tm
 @pytest.mark.parametrize(
     ("options", "contributions", "rule", "message"),
     [
-        ({"measure_every": 0}, LossesAlone, "strata", "measure_every = 0, compare_every = 0: one of them"),
-        ({"compare_every": -1}, GhostContributions, "strata", "compare_every = -1: must not be negative"),
+        ({"measure_every": 0}, LossesAlone, "strata", "measure_every = 0: must be at least 1 where compare_every is 0"),
+        ({"compare_every": -1}, GhostContributions, "strata", "compare_every = -1: must be an integer of at least 0"),
         ({"compare_every": 2}, LossesAlone, "strata", "measure_every = 1: must be 0 with LossesAlone"),
         ({"compare_every": 2}, GhostContributions, "ema_sign", "compare_every = 2: rule ema_sign needs"),
-        ({"measure_every": 0, "compare_every": 2}, LossesAlone, "ema_sign", "measure_every = 0: rule ema_sign needs"),
+        (
+            {"measure_every": 0, "compare_every": 2},
+            LossesAlone,
+            "ema_sign",
+            "measure_every = 0, compare_every = 2: rule ema_sign needs",
+        ),
+        (
+            {"compare_every": 2, "sampled": True},  # they go with losses that are sent first
+            GhostContributions,
+            "exponentiated_gradient",
+            "compare_every = 2: rule exponentiated_gradient needs",
+        ),
+        (
+            {"measure_every": 0, "compare_every": 2, "relative": True},
+            LossesAlone,
+            "strata",
+            "relative = True: is for contributions, and measure_every = 0 measures none",
+        ),
     ],
 )
 def test_what_tells_a_policy_nothing_is_refused(
-    options: dict[str, int], contributions: Any, rule: str, message: str
+    options: dict[str, Any], contributions: Any, rule: str, message: str
 ) -> None:
     model = network()
     direction = TargetDirection(model, losses_of, data()[1])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from equipoise.torch import Mixture
 from tests.client.torch.mixtures import NAMES, Places, Policy, SharedStream, Stream
 
-TOTAL, BATCH, EVERY = 240, 6, 25
+TOTAL, BATCH, EVERY, EXPLORED = 240, 6, 25, 60
 
 
 def mixture_of(rank: int, **options: Any) -> Mixture:
@@ -124,6 +124,9 @@ def process(rank: int, folder: str) -> None:
         "workers": trained(loader_of(mixture_of(rank), 2)),
         "resumed": resumed(rank, 2),
     }
+    exploring = mixture_of(rank, explore=EXPLORED)
+    results["exploring"] = trained(loader_of(exploring))
+    results["exploring, reads"] = exploring.client.reads  # type: ignore[union-attr]
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(loader_of(mixture_of(rank)))
     results["accelerate"], results["accelerate, length"] = rows_of(prepared), len(prepared)

@@ -76,6 +76,7 @@ def run(
         "contributions": torch.stack(found),
         "target_loss": direction.target_loss,
         "guard_loss": direction.guard_loss,
+        "guard_now": direction.measure_guard(),
         "norm": direction.norm,
         "parameters": [full(parameter) for parameter in model.parameters()],
     }
@@ -158,7 +159,7 @@ def agreed(rank: int) -> Result:
     for average in averages:
         average.agree(dist.group.WORLD)
     client: Any = SimpleNamespace(rule=None if rank else "strata")
-    steps = TrainingOptions(verify=False).steps(client, gpt2(), lm_losses, targets())
+    steps = TrainingOptions(measure_every=3, verify=False).steps(client, gpt2(), lm_losses, targets())
     multipliers = [average.multiplier for average in averages]
     return {"multipliers": multipliers, "norm_matched": steps.contributions.direction.norm_matched}
 

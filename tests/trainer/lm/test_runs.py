@@ -150,8 +150,8 @@ def test_what_a_policy_costs_is_counted(task: TextTask, server: ServerProcess, t
     batches, scored, heard = 61, 12, 3  # scored at 20, 22, ..., 42; B heard at 44, 52 and 60
     assert record.counts == {
         "plain": 8 * (batches - scored) + 8 * scored,  # trained on, and one batch of target A for each scored one
-        "ghost": 0,
-        "one_pass": 8 * scored,
+        "ghost": 8 * scored,
+        "one_pass": 0,
         "forward": len(task.guard) * heard,
     }
     assert record.facts is not None

@@ -21,7 +21,7 @@ from equipoise_trainer.lm.runs import RunPlan, execute
 OnStep: TypeAlias = Callable[[str, int], None]
 """Called after each training step with the method and the step within the run, from 1."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of what a run computes: runs of another version are not taken over."""
 
 

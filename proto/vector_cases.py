@@ -292,7 +292,7 @@ def _strata() -> Iterator[Asked]:
         requests.append({"sequence": 0, "all_examples": True})
         yield Asked(rule="strata", name=name, about=about, settings=settings, requests=requests)
     for name, about, settings in (
-        ("target", "losses of the target, also too few at first, and without losses of the rows", {}),
+        ("target", "losses of the target, also too few at first", {}),
         (
             "target_groups",
             "the same of two groups, each with its own or with all; a target group that is too high is refused",
@@ -309,8 +309,6 @@ def _strata() -> Iterator[Asked]:
                 if settings and turn % 4:
                     request["target_groups"] = [0, 1, 0, 1, 1]
             requests.append(request)
-        alone = {key: value for key, value in requests[0].items() if key not in ("losses", "groups")}
-        requests.append(alone)
         if settings:
             high = {"target_losses": [1.0, 2.0], "target_groups": [0, 2]}
             requests.append(_stratum_step(trainer, grouped=True) | high)

@@ -16,7 +16,8 @@ WORKERS = 20
 _EACH = (LAST - FIRST) // WORKERS
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
 _next = random.randrange(_EACH)
-_held: deque[socket.socket] = deque(maxlen=200)
+HELD = 200
+_held: deque[socket.socket] = deque()
 """Names that tell other runs of the tests on this machine which ports are in use here, the newest ones."""
 
 
@@ -31,6 +32,8 @@ def free_port() -> int:
             bare.bind(("127.0.0.1", port))
             name.bind(f"\0equipoise-tests-{port}")
             _held.append(name)
+            if len(_held) > HELD:
+                _held.popleft().close()
             return port
         name.close()
     raise OSError(f"ports {FIRST} to {LAST}: all of worker {_worker} are taken")

@@ -4,7 +4,7 @@
 
 The sources are code (6,000 sequences of the standard library), documentation (`pydoc_data.topics`), licences (of
 installed packages and of the system), generated lines that count, and noisy documentation, 30 % of whose tokens are
-random. Wanted is a low loss on documentation: 64 of its sequences are target A, 32 guard B, 320 the test set, all unseen.
+random. Wanted is a low loss on documentation: 64 of its sequences are target A, 32 guard B, 320 the test set, unseen.
 The model is the small one of `equipoise train lm`, 32 sequences a step. B chooses on the first seed: the learning rate
 of each method, and the best of the fixed mixtures, drawn from Dirichlet(1). All draw by `equipoise.torch.Mixture`.
 """

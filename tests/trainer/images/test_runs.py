@@ -95,7 +95,7 @@ def test_guard_b_chooses_the_learning_rate() -> None:
         (["--noise", "loud"], "noise: 'loud', must be one of confused, random"),
         (["--wrong", "1"], r"wrong: 1.0, must be at least 0 and below 1"),
         (["--epochs", "0"], "epochs: 0, must be at least 1"),
-        (["--measure-every", "0"], "measure_every = 0: must be an integer of at least 1"),
+        (["--measure-every", "-1"], "measure_every = -1: must be an integer of at least 0"),
         (["--refresh-every", "0"], "refresh_every = 0: must be an integer of at least 1"),
         (["--momentum", "1"], "momentum = 1.0: must be in [0, 1)"),
         (["--methods", "magic"], "methods: 'magic', must be among uniform, served"),

@@ -35,7 +35,7 @@ Rows = list[dict[str, Any]]
 
 
 def sentences(package: str) -> Iterator[str]:
-    """First sentences of docstrings, 6 to 40 words, without the name of the package."""
+    """First sentences of docstrings, 6 to 16 words, without the name of the package."""
     paths = sysconfig.get_paths()
     roots = [Path(paths[kind]) / package for kind in ("purelib", "stdlib")]
     for file in sorted(next(root for root in roots if root.is_dir()).rglob("*.py")):
@@ -47,7 +47,7 @@ def sentences(package: str) -> Iterator[str]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
                 first = re.split(r"(?<=\.)\s|\n\s*\n", ast.get_docstring(node) or "")[0]
                 text = re.sub(rf"\b{package}\b", "it", " ".join(first.split()), flags=re.IGNORECASE)
-                if 6 <= len(text.split()) <= 40:
+                if 6 <= len(text.split()) <= 16:
                     yield text
 
 
@@ -81,7 +81,7 @@ class Task:
         self.parts: dict[str, Rows] = {}
         for part, count in COUNTS.items():
             places = [next(order) for _ in range(count)]
-            encoded = tokenizer([texts[place][0] for place in places], truncation=True, max_length=48)
+            encoded = tokenizer([texts[place][0] for place in places], truncation=True, max_length=32)
             self.parts[part] = [
                 {"input_ids": ids, "attention_mask": mask, "labels": texts[place][1]}
                 for ids, mask, place in zip(encoded["input_ids"], encoded["attention_mask"], places, strict=True)

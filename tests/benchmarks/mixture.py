@@ -132,7 +132,7 @@ def trained(
     mixture = Mixture(
         {name: list(rows) for name, rows in task.sources.items()},
         client=client,
-        sizes=sizes,
+        sizes=sizes if client is None else dict.fromkeys(task.sources, 1),  # explored alike
         num_samples=steps * BATCH,
         refresh_every=BATCH,
         seed=seed,

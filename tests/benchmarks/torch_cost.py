@@ -4,8 +4,10 @@
 
 The model is the small GPT of the paper's size: width 128, 2 layers, 8 heads, length 64, vocabulary 5,000, 1.68 million
 parameters; 64 sequences a step, float32. A step is forward and backward pass; an optimizer's step would make every
-ratio smaller. Methods take turns, so that a noisy neighbour disturbs all alike; ratios are of medians, and quartiles
-of the ratios of each turn show their spread.
+ratio smaller. `losses_alone` is the default of rule `strata`, served: losses go to a server on this machine, weights
+come back before the backward pass, and every sixth step has a forward pass of as many target sequences. Methods take
+turns, so that a noisy neighbour disturbs all alike; ratios are of medians, and quartiles of the ratios of each turn
+show their spread.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from equipoise import PolicyClient
 from equipoise.torch import (
     Contributions,
     FiniteDifferenceContributions,
@@ -30,11 +33,15 @@ from equipoise.torch import (
     SketchContributions,
     TargetDirection,
     causal_lm_losses,
+    weighted_steps,
 )
+from tests.servers import serve
 
 WIDTH, LAYERS, HEADS, LENGTH, VOCABULARY = 128, 2, 8, 64, 5000
 BATCH = 64
 REFRESH_EVERY = 10
+LOOK_EVERY = 6
+"""Steps between two looks at the target by `losses_alone`."""
 
 GOALS = {"ghost": (1.35, 1.45), "finite_difference": (1.45, 1.55), "one_pass": (1.40, 1.50)}
 
@@ -104,6 +111,19 @@ def step_of(contributions: Contributions[Any], *, refreshed: bool = False) -> Ca
     return step
 
 
+def served(client: PolicyClient, model: nn.Module, targets: Tensor) -> Callable[[nn.Module, Tensor], None]:
+    """As many steps under a policy as have one look at the target."""
+    steps = weighted_steps(client, model, losses_of, [targets])
+
+    def some(model: nn.Module, tokens: Tensor) -> None:
+        for _ in range(LOOK_EVERY):
+            model.zero_grad()
+            with steps.capture(range(len(tokens))) as step:
+                step.loss(tokens).backward()  # type: ignore[no-untyped-call]
+
+    return some
+
+
 def main() -> None:
     """Prints a line for each method, and the whole as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,7 +132,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_memory()
-    seconds = measure(options.repeats)
+    with (
+        serve() as server,
+        PolicyClient(server.address, policy="cost", num_examples=BATCH, rule="strata") as client,
+    ):
+        seconds = measure(options.repeats, client)
     plain, refresh = median(seconds["plain"]), median(seconds["refresh"])
     watch = median(seconds["ghost_watched"]) - median(seconds["ghost"])
     print(f"a refresh takes {refresh / plain:.3f} plain steps, what is looked at again after it {watch / plain:.3f}")
@@ -136,7 +160,7 @@ def main() -> None:
     print(json.dumps(table))
 
 
-def measure(repeats: int) -> dict[str, list[float]]:
+def measure(repeats: int, client: PolicyClient) -> dict[str, list[float]]:
     """Seconds of each method, taken in turns."""
     torch.manual_seed(0)
     model = SmallGPT()
@@ -162,6 +186,7 @@ def measure(repeats: int) -> dict[str, list[float]]:
         "ghost_watched": step_of(GhostContributions(model, direction, shared=shared), refreshed=True),
         "refresh": lambda _model, _tokens: direction.refresh(),
         "norm_matching": follow,
+        "losses_alone": served(client, model, targets),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 2):
@@ -169,7 +194,8 @@ def measure(repeats: int) -> dict[str, list[float]]:
             start = perf_counter()
             step(model, tokens)
             if turn >= 2:  # the first turns warm up
-                seconds[name].append(perf_counter() - start)
+                times = LOOK_EVERY if name == "losses_alone" else 1
+                seconds[name].append((perf_counter() - start) / times)
     return seconds
 
 

@@ -14,6 +14,7 @@ import re
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from time import process_time
@@ -51,6 +52,7 @@ def sentences(package: str) -> Iterator[str]:
                     yield text
 
 
+@cache
 def corpus() -> list[tuple[str, int]]:
     """Distinct sentences with their classes, as many of each, in a fixed order."""
     each = sum(COUNTS.values()) // len(PACKAGES)

@@ -86,9 +86,7 @@ class SyncClients:
         """Clients of policies that exist, shared out among them."""
         threads = stack.enter_context(ThreadPoolExecutor(case.trainers))
         clients = [
-            stack.enter_context(
-                PolicyClient(server.address, policy=policy, when_lost="wait", security=server.security)
-            )
+            stack.enter_context(PolicyClient(server.address, policy=policy, when_lost="wait", security=server.security))
             for policy in islice(cycle(policies), case.trainers)
         ]
         return cls(case, rows, clients, threads)

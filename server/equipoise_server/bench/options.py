@@ -15,10 +15,10 @@ DURABILITIES = ("logged", "behind")
 SECURITIES = ("plain", "tls", "tls+token")
 
 STEPS = """\
-What a step costs: servers with a Redis of their own, and an echo of the same bytes on bare grpc.aio, run on this machine
-and take turns in short blocks. Ratios are medians over the turns of two blocks of one turn: they can be compared between
-machines, times cannot. Each combination of --rows, --trainers, --modes, --rule and --sketch is a case; within a case the
-sizes of --examples, --security, --processes, --durability and --via take turns.
+What a step costs: servers with a Redis of their own, and an echo of the same bytes on bare grpc.aio, run on this
+machine and take turns in short blocks. Ratios are medians over the turns of two blocks of one turn: they can be compared
+between machines, times cannot. Each combination of --rows, --trainers, --modes, --rule and --sketch is a case; within a
+case the sizes of --examples, --security, --processes, --durability and --via take turns.
 
   sent        one step in flight for each trainer, or pipelined: stubs keep 64 in flight, clients submit 256 (or 32 MiB)
               and wait for their answers
@@ -40,8 +40,8 @@ Steps of rule trajectory are whole rows: its N is that of --rows. With --rule al
 examples, or no sketches, is left out, and told.
 
 --reverb PYTHON compares with DeepMind Reverb, whose step is a mutate_priorities of as many items: an interpreter that
-has dm-reverb 0.14 and tensorflow-cpu 2.14. TLS needs openssl on PATH. The plot needs matplotlib. What is missing is told,
-and the rest runs. A run takes about (turns + 2) x seconds for each line of the table.
+has dm-reverb 0.14 and tensorflow-cpu 2.14. TLS needs openssl on PATH. The plot needs matplotlib. What is missing is
+told, and the rest runs. A run takes about (turns + 2) x seconds for each line of the table.
 """
 RESTORE = """\
 How fast a policy comes back: a server is killed and started again on a Redis that stays, and asked for the policy; in
@@ -93,7 +93,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         prog=f"equipoise bench {name}",
         usage="equipoise bench [PART] [options]" if name == "steps" else None,
         description=f"Parts, of which `steps` need not be named; each has a help of its own:\n\n{others}",
-        epilog=f"{part.told}\nThe JSON file has all that the table has, and more, unrounded, with the unit in each name.",
+        epilog=f"{part.told}\nThe JSON file has what the table has, and more, unrounded, with the unit in each name.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

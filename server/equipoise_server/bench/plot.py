@@ -52,6 +52,8 @@ def save_plot(results: Sequence[Result], path: Path) -> None:
         told = [each for each in results if each.case.pipelined == pipelined]
         _draw_ratios(panels[0, column], told, axis, pipelined=pipelined)
         _draw_cores(panels[1, column], told, axis)
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", fontsize="small", frameon=False)
     figure.savefig(path)
 
 
@@ -96,7 +98,6 @@ def _draw_ratios(panel: "Axes", results: Sequence[Result], axis: str, *, pipelin
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
     panel.grid(axis="y", color="#e5e7eb")
-    panel.legend(fontsize="small", framealpha=0.8)
 
 
 def _errorbar(panel: "Axes", at: Sequence[float], ratios: Sequence[Ratio], name: str, **style: Any) -> None:

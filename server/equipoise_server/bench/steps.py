@@ -150,7 +150,7 @@ def _line(result: Result) -> dict[str, object]:
         "via": result.via,
         "p50 ms": digits(result.p50_ms),
         "p99 ms": digits(result.p99_ms),
-        "p50/echo": digits(result.latency_ratio and result.latency_ratio.median),
+        "p50/echo": digits(result.latency_ratio.median if result.latency_ratio else None),
         "steps/s": f"{result.steps_per_s:,.0f}",
         "rate/echo": digits(result.rate_ratio.median),
         "/first": quartiles(of_first.median, of_first.low, of_first.high),

@@ -13,7 +13,9 @@ FAILED = 1
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `equipoise bench [PART] ...`; returns the exit status: 2 for wrong usage, 1 when something failed."""
-    name, given = ("steps", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
+    name, given = (
+        ("steps", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
+    )
     if name not in PARTS:
         return _failed(f"PART {name}: must be of {', '.join(PARTS)}", USAGE_ERROR)
     options = parser_of(name).parse_args(given)

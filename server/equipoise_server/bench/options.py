@@ -16,9 +16,9 @@ SECURITIES = ("plain", "tls", "tls+token")
 
 STEPS = """\
 What a step costs: servers with a Redis of their own, and an echo of the same bytes on bare grpc.aio, run on this
-machine and take turns in short blocks. Ratios are medians over the turns of two blocks of one turn: they can be compared
-between machines, times cannot. Each combination of --rows, --trainers, --modes, --rule and --sketch is a case; within a
-case the sizes of --examples, --security, --processes, --durability and --via take turns.
+machine and take turns in short blocks. Ratios are medians over the turns of two blocks of one turn: they can be
+compared between machines, times cannot. Each combination of --rows, --trainers, --modes, --rule and --sketch is a
+case; within a case the sizes of --examples, --security, --processes, --durability and --via take turns.
 
   sent        one step in flight for each trainer, or pipelined: stubs keep 64 in flight, clients submit 256 (or 32 MiB)
               and wait for their answers

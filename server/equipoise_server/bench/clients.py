@@ -28,14 +28,14 @@ class AioClients:
 
     @classmethod
     async def open(
-        cls, stack: AsyncExitStack, case: Case, rows: Sequence[Rows], *, server: Server, policies: Sequence[str]
+        cls, stack: AsyncExitStack, case: Case, rows: Sequence[Rows], *, policies: Sequence[tuple[str, Server]]
     ) -> "AioClients":
         """Clients of policies that exist, shared out among them."""
         clients = [
             await stack.enter_async_context(
                 aio.PolicyClient(server.address, policy=policy, when_lost="wait", security=server.security)
             )
-            for policy in islice(cycle(policies), case.trainers)
+            for policy, server in islice(cycle(policies), case.trainers)
         ]
         return cls(case, rows, clients)
 
@@ -81,13 +81,13 @@ class SyncClients:
 
     @classmethod
     async def open(
-        cls, stack: AsyncExitStack, case: Case, rows: Sequence[Rows], *, server: Server, policies: Sequence[str]
+        cls, stack: AsyncExitStack, case: Case, rows: Sequence[Rows], *, policies: Sequence[tuple[str, Server]]
     ) -> "SyncClients":
         """Clients of policies that exist, shared out among them."""
         threads = stack.enter_context(ThreadPoolExecutor(case.trainers))
         clients = [
             stack.enter_context(PolicyClient(server.address, policy=policy, when_lost="wait", security=server.security))
-            for policy in islice(cycle(policies), case.trainers)
+            for policy, server in islice(cycle(policies), case.trainers)
         ]
         return cls(case, rows, clients, threads)
 

@@ -169,18 +169,20 @@ async def _enter(stack: AsyncExitStack, case: Case, field: Field) -> list[Conten
     echo = await Stubs.to_echo(stack, case, rows[field.examples[0]], address=address)
     contenders = [Contender(name=ECHO, via="stubs", caller=echo, pids=[pid])]
     for server in field.servers:
-        admin = PolicyAdmin(server.address, timeout=CREATION_S, security=server.credentials)
-        await stack.enter_async_context(admin)
         for size in field.examples:
             for durability in field.durabilities:
                 for via in field.via:
-                    names = [f"bench-{durability}-{via}-{size}-{number}" for number in range(field.policies)]
-                    for name in names:
+                    kind = f"bench-{durability}-{via}-{size}"
+                    policies = [
+                        (f"{kind}-{number}", Server(server.address_of(number), server.credentials))
+                        for number in range(field.policies)
+                    ]
+                    for name, place in policies:
+                        admin = PolicyAdmin(place.address, timeout=CREATION_S, security=place.security)
+                        await stack.enter_async_context(admin)
                         made = await admin.create(_spec(case, name, durability, size))
                         stack.push_async_callback(admin.delete, name)
-                    caller = await CALLERS[via].open(
-                        stack, case, rows[size], server=Server(server.address, server.credentials), policies=names
-                    )
+                    caller = await CALLERS[via].open(stack, case, rows[size], policies=policies)
                     contenders.append(
                         Contender(
                             name=durability,

@@ -1,6 +1,8 @@
 """The policy servers that are compared: each with a Redis of its own, in plain text, with TLS, of several processes."""
 
 import json
+import random
+import socket
 import subprocess
 import tempfile
 from contextlib import ExitStack
@@ -18,6 +20,8 @@ CERTIFICATE = (
     *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
 )
 LARGEST_STEP = 65536
+PORTS = 20_000, 30_000
+"""Of servers of several processes, each of which has one of its own."""
 
 
 class NoTLSError(Exception):
@@ -45,6 +49,13 @@ class PolicyServer:
         """`host:port`."""
         return self.process.address
 
+    def address_of(self, policy: int) -> str:
+        """`host:port` of the process that has policy number so and so: equally many for each, and none moves."""
+        if self.processes == 1:
+            return self.address
+        host, _, port = self.address.rpartition(":")
+        return f"{host}:{int(port) + 1 + policy % self.processes}"
+
     @property
     def redis_pid(self) -> int:
         """Process id of its Redis."""
@@ -64,12 +75,26 @@ def start(stack: ExitStack, *, security: str, processes: int, rows: int) -> Poli
     """
     settings, credentials = _guard(stack, security)
     if processes > 1:
-        settings["processes"] = processes
+        alone = {"listen": f"127.0.0.1:{_free_ports(1 + processes)}", "spread_policies": "false"}
+        settings |= {"processes": processes, **alone}
     process = stack.enter_context(serve(max_batch_examples=max(LARGEST_STEP, rows), **settings))
     return PolicyServer(process, security, processes, credentials)
 
 
-def _guard(stack: ExitStack, security: str) -> tuple[dict[str, int | Path], Security]:
+def _free_ports(count: int) -> int:
+    """The first of so many ports one behind the other, below those that the system gives to connections."""
+    while True:
+        first = random.randrange(*PORTS)
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return first
+
+
+def _guard(stack: ExitStack, security: str) -> tuple[dict[str, str | int | Path], Security]:
     if security == PLAIN:
         return {}, Security()
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="equipoise-")))
@@ -80,7 +105,7 @@ def _guard(stack: ExitStack, security: str) -> tuple[dict[str, int | Path], Secu
         raise NoTLSError(f"openssl, which makes a certificate for it: {error.strerror}") from None
     if made.returncode:
         raise NoTLSError(f"openssl made no certificate: {made.stderr.strip()}")
-    settings: dict[str, int | Path] = {"tls_certificate": certificate, "tls_key": key}
+    settings: dict[str, str | int | Path] = {"tls_certificate": certificate, "tls_key": key}
     if security == TLS:
         return settings, Security(root_certificates=certificate)
     token, kept = new_token(tenant="bench", scopes=Scope)

@@ -4,13 +4,12 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from itertools import count
+from itertools import count, cycle, islice
 from typing import Any
 
 import grpc
 
 from equipoise.channel import Server
-from equipoise.errors import OWNER, OwnershipError, from_rpc
 from equipoise.security import Security
 from equipoise.v1 import policy_pb2 as pb
 from equipoise.v1.policy_pb2_grpc import PolicyServiceStub
@@ -19,8 +18,6 @@ from equipoise_server.bench.load import Case, Rows
 
 IN_FLIGHT = 64
 """Steps of a trainer that pipelines."""
-SPREAD_S = 30.0
-"""Longest search for the process that has a policy, while several share them out."""
 MESSAGE_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
@@ -42,38 +39,21 @@ class Stubs:
 
     @classmethod
     async def open(
-        cls, stack: AsyncExitStack, case: Case, rows: Sequence[Rows], *, server: Server, policies: Sequence[str]
+        cls, stack: AsyncExitStack, case: Case, rows: Sequence[Rows], *, policies: Sequence[tuple[str, Server]]
     ) -> "Stubs":
-        """Streams to policies that exist, shared out among the trainers; one channel for each process that has some."""
-        stubs: dict[str, Any] = {}
+        """Streams to policies that exist, shared out among the trainers; one channel for each server."""
+        stubs: dict[Server, Any] = {}
         calls = []
-        for place in range(case.trainers):
-            policy, address = policies[place % len(policies)], server.address
-            give_up = time.perf_counter() + SPREAD_S
-            while True:
-                if address not in stubs:
-                    channel = await stack.enter_async_context(_channel(Server(address, server.security)))
-                    stubs[address] = PolicyServiceStub(channel)
-                call = stubs[address].Exchange(metadata=server.headers(policy))
-                try:
-                    await cls._open_stream(call, policy, trainer_id=f"stub-{place}")
-                    break
-                except OwnershipError as error:  # another process has it
-                    if time.perf_counter() > give_up:
-                        raise
-                    address = error.metadata.get(OWNER) or server.address
-                    await asyncio.sleep(0.05)
+        for place, (policy, server) in enumerate(islice(cycle(policies), case.trainers)):
+            if server not in stubs:
+                stubs[server] = PolicyServiceStub(await stack.enter_async_context(_channel(server)))
+            call = stubs[server].Exchange(metadata=server.headers(policy))
             stack.callback(call.cancel)
+            opening = pb.OpenRequest(policy=policy, trainer_id=f"stub-{place}")
+            await call.write(pb.ExchangeRequest(open=opening))
+            await call.read()
             calls.append(call)
         return cls(case, rows, calls)
-
-    @staticmethod
-    async def _open_stream(call: Any, policy: str, *, trainer_id: str) -> None:
-        try:
-            await call.write(pb.ExchangeRequest(open=pb.OpenRequest(policy=policy, trainer_id=trainer_id)))
-            await call.read()
-        except grpc.aio.AioRpcError as failure:
-            raise from_rpc(failure, address=policy) from failure
 
     async def send(self, seconds: float) -> list[Sent]:
         """See `Caller`."""

@@ -48,7 +48,8 @@ class Result:
         rate_ratio: steps per second over the echo's.
         latency_of_first: p50 over that of the first server's, and first N's, contender of the same kind; None as above.
         rate_of_first: the same of steps per second.
-        fairness: steps of the trainer that made most over those of the one that made least.
+        fairness: steps of the trainer that made most over those of the one that made least; None where clients submit
+            many at once and a block ends among them.
         server_us: processor time of the server per step, microseconds; of Redis and of who sends the same.
         redis_us: see above.
         client_us: see above.
@@ -76,7 +77,7 @@ class Result:
     rate_ratio: Ratio
     latency_of_first: Ratio | None
     rate_of_first: Ratio
-    fairness: float
+    fairness: float | None
     server_us: float
     redis_us: float
     client_us: float
@@ -128,7 +129,7 @@ def _result(case: Case, contender: Contender, echo: Contender, first: Contender)
         rate_ratio=_ratio(contender, echo, lambda block: block.rate),
         latency_of_first=None if case.pipelined else _ratio(contender, first, lambda block: block.p50_s),
         rate_of_first=_ratio(contender, first, lambda block: block.rate),
-        fairness=max(of_trainers) / min(of_trainers),
+        fairness=max(of_trainers) / min(of_trainers) if latencies else None,
         server_us=1e6 * used["server"] / steps,
         redis_us=1e6 * used["redis"] / steps,
         client_us=1e6 * used["client"] / steps,

@@ -49,7 +49,7 @@ turn with that, this process reads the same bytes from the same Redis and does n
 
   from        pages: those of N examples, all of them scored, after a sweep; log: steps that no sweep has shortened
   ratio       seconds of that reading over seconds of the restore: median over the turns, with quartiles
-  server s    processor time of the server for a restore, seconds; of Redis the same
+  server s    processor time of the server for a restore, seconds; of Redis the same; read CPU s that of the reading
 """
 SWEEP = """\
 Whether steps notice a sweep: one trainer makes steps of 64 rows, answered at once, one in flight, while the server

@@ -54,6 +54,7 @@ class Restored:
         pages: that were read.
         entries: of the log that were replayed.
         read_s: seconds of the reading.
+        read_cpu_s: processor time of this process for it, seconds.
         read_bytes: values that it got, bytes.
     """
 
@@ -63,6 +64,7 @@ class Restored:
     pages: int
     entries: int
     read_s: float
+    read_cpu_s: float
     read_bytes: int
 
 
@@ -149,33 +151,33 @@ def _client(server: ServerProcess, case: Case, size: int) -> PolicyClient:
 
 async def _turn(server: ServerProcess, redis: EmbeddedRedis) -> Restored:
     await asyncio.to_thread(server.restart)
-    read_s, read_bytes = await _read(redis.url)
+    read = await _read(redis.url)
     pid = redis.pid or os.getpid()
     before = cpu_seconds(server.pid), cpu_seconds(pid)
     async with PolicyAdmin(server.address, timeout=PATIENCE_S) as admin:
         await admin.get(POLICY)
     used = cpu_seconds(server.pid) - before[0], cpu_seconds(pid) - before[1]
     *_, last = told(server, "loaded")
-    return Restored(last.seconds, *used, last.pages, last.entries, read_s, read_bytes)
+    return Restored(last.seconds, *used, last.pages, last.entries, *read)
 
 
-async def _read(url: str) -> tuple[float, int]:
-    """Seconds for all values of the policy's pages and log, one command after another, and their bytes."""
+async def _read(url: str) -> tuple[float, float, int]:
+    """Of all values of the policy's pages and log, one command after another: seconds, of the processor, and bytes."""
     client = client_for(url, command_timeout_s=PATIENCE_S)
     ask: Callable[..., Awaitable[Any]] = client.execute_command
     keys, size = PolicyKeys("equipoise", POLICY), 0
     generation = (await ask("HGET", keys.spec, "generation")).decode()
     pages = sorted(map(int, await ask("HKEYS", keys.manifest(generation))))
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for page in pages:
         size += sum(map(len, (await ask("HGETALL", keys.page(generation, page))).values()))
     last = "-"
     while found := await ask("XRANGE", keys.log(generation), last, "+", "COUNT", ENTRIES_AT_ONCE):
         size += sum(len(value) for _, fields in found for value in fields.values())
         last = f"({found[-1][0].decode()}"
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     await close_client(client)
-    return seconds, size
+    return seconds, cpu, size
 
 
 def _add(report: Report, case: Case, kind: str, size: int, turns: Sequence[Restored]) -> None:
@@ -206,6 +208,7 @@ def _add(report: Report, case: Case, kind: str, size: int, turns: Sequence[Resto
         "restore s": f"{median['seconds']:.3g}",
         "MB/s": f"{median['read_bytes'] / median['seconds'] / 1e6:,.0f}",
         "read s": f"{median['read_s']:.3g}",
+        "read CPU s": f"{median['read_cpu_s']:.3g}",
         "ratio": quartiles(ratio.median, ratio.low, ratio.high),
         "entries/s": f"{entries_per_s:,.0f}" if entries_per_s else None,
         "server s": f"{median['server_s']:.3g}",

@@ -30,12 +30,16 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with options.output.open("a"):  # before a long run, not after it
             pass
-        report = Report(name, options.output)
-        asyncio.run(part.run(options, plan, report))
-        report.write()
-        report.show()
-    except (EquipoiseError, RuntimeError, OSError) as error:
+    except OSError as error:
         return _failed(error, FAILED)
+    report = Report(name, options.output)
+    try:
+        asyncio.run(part.run(options, plan, report))
+    except (EquipoiseError, RuntimeError, OSError) as error:
+        report.show()  # what was measured before is worth something
+        return _failed(error, FAILED)
+    report.write()
+    report.show()
     return 0
 
 

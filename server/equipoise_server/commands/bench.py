@@ -36,7 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         asyncio.run(part.run(options, plan, report))
     except (EquipoiseError, RuntimeError, OSError) as error:
-        report.show()  # what was measured before is worth something
+        if report.results:  # what was measured before is worth something
+            report.show()
         return _failed(error, FAILED)
     report.write()
     report.show()

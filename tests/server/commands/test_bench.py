@@ -169,6 +169,28 @@ def test_what_is_missing_is_told_and_the_rest_runs(
     assert not (tmp_path / "found.png").exists()
 
 
+def test_what_was_measured_before_a_failure_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Case] = []
+    compare = steps.compare
+
+    async def fails_later(case: Case, *given: Any, **options: Any) -> Any:
+        if measured:
+            raise RuntimeError("the server ended the stream")
+        measured.append(case)
+        return await compare(case, *given, **options)
+
+    monkeypatch.setattr(steps, "compare", fails_later)
+    output = tmp_path / "found.json"
+    options = ("--trainers", "1,2", "--modes", "one", "--via", "stubs", "--durability", "behind")
+    assert main([*TINY, *options, "--output", str(output)]) == 1
+    told = capsys.readouterr()
+    assert "equipoise bench: the server ended the stream" in told.err
+    assert "steps/s" in told.out
+    assert [each["contender"] for each in json.loads(output.read_text())["results"]] == ["echo", "behind"]
+
+
 def test_a_policy_comes_back_from_pages_and_from_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restore, "LARGE_STEPS", 200)  # surely longer to replay than what a stop leaves as it is
     options = ("--examples", "65536", "--entries", "300", "--rows", "4", "--turns", "2")
@@ -179,7 +201,7 @@ def test_a_policy_comes_back_from_pages_and_from_its_log(tmp_path: Path, monkeyp
     assert log["entries_per_s"] == pytest.approx(300 / log["seconds"])
     assert log["read_bytes"] > 300 * 4 * 12  # an id and a contribution each
     for each in (pages, log):
-        assert min(each["seconds"], each["read_s"], each["server_s"], each["redis_s"]) > 0
+        assert min(each["seconds"], each["read_s"], each["read_cpu_s"], each["server_s"], each["redis_s"]) > 0
         assert [turn["read_bytes"] for turn in each["turns"]] == [each["read_bytes"]] * 2
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from equipoise import testing
 from equipoise.options import Limits
-from equipoise_server.bench import restore, steps
+from equipoise_server.bench import restore, scrape, servers, steps, sweep
 from equipoise_server.bench.clients import at_once
 from equipoise_server.bench.comparison import Block, Contender
 from equipoise_server.bench.load import Case, make_rows
@@ -23,8 +25,20 @@ from equipoise_server.bench.result import results as results_of
 from equipoise_server.commands.bench import main
 from equipoise_server.rules import aggregate, build, names
 from tests.e2e.faults.proxy import until
+from tests.servers import serve
 
 TINY = ("--rows", "8", "--examples", "64", "--turns", "1", "--seconds", "0.01")
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of one process are there at once."""
+
+    def start(**settings: Any) -> AbstractContextManager[Any]:
+        return testing.serve(**settings) if "processes" in settings else serve(**settings)
+
+    for module in (servers, restore, sweep, scrape):
+        monkeypatch.setattr(module, "serve", start)
 
 
 @pytest.mark.parametrize("rule", names())

@@ -45,8 +45,7 @@ format: .venv/.tools ## format the code and fix what can be fixed
 
 bench: .venv/.bench ## benchmarks, as ratios
 	$(BIN)/equipoise bench $(ARGS)
-	$(BIN)/python -m tests.benchmarks.security
-	$(BIN)/python -m tests.benchmarks.metrics
+	for part in restore sweep projection scrape; do $(BIN)/equipoise bench $$part || exit 1; done
 	$(BIN)/python -m tests.benchmarks.trajectory
 	$(BIN)/python -m tests.benchmarks.search
 	$(BIN)/python -m tests.benchmarks.torch_exactness

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import cvxpy
 import numpy as np
 import psutil
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from equipoise.testing import serve
+from equipoise_server.bench.projection import by_cvxpy
 from equipoise_trainer.offline.adjoint import move_rows, pull_back
 from equipoise_trainer.offline.copies import RowCopy
 from equipoise_trainer.offline.logistic import LogisticProblem
@@ -27,7 +29,7 @@ from equipoise_trainer.offline.rows import LocalRows, RowHolder, RowSettings
 from equipoise_trainer.offline.served import ServedRows
 from equipoise_trainer.offline.simplex import project
 from equipoise_trainer.reproduction.studies import LN2, STUDIES
-from tests.benchmarks.trajectory import by_cvxpy, seconds
+from tests.benchmarks.trajectory import seconds
 
 STEPS, EPOCHS = 2000, 5
 SAMPLE, REPEATS = 5, 100
@@ -67,7 +69,7 @@ def projections(problem: LogisticProblem, settings: RowSettings) -> tuple[list[f
         for _ in range(REPEATS):
             exact = project(row)
         middle = time.process_time()
-        solved = by_cvxpy(row)
+        solved = by_cvxpy(cvxpy, size * row[None])[0] / size
         ours.append((middle - started) / REPEATS)
         theirs.append(time.process_time() - middle)
         differences.append(size * float(np.abs(solved - exact).max()))

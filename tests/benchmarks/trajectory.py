@@ -1,11 +1,10 @@
-"""A policy epoch of rule `trajectory` through the socket: all rows read, all contributions sent; and its projection.
+"""A policy epoch of rule `trajectory` through the socket: all rows read, all contributions sent.
 
     python -m tests.benchmarks.trajectory [ROWS [EXAMPLES]]
 
 The trainer is trivial: its contributions are ready beforehand, so that what is measured is the service and the client.
-Beside it the same policy epoch in process, and the projection of a sample of the same rows, by the rule and by
-cvxpy, as the paper's code does it. CPU seconds are those of the trainer's and the server's process (Redis
-apart): on a busy machine they say what the wall clock cannot.
+Beside it the same policy epoch in process; `equipoise bench projection` has the projection alone. CPU seconds are those
+of the trainer's and the server's process (Redis apart): on a busy machine they say what the wall clock cannot.
 """
 
 import platform
@@ -14,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 
-import cvxpy
 import numpy as np
 import psutil
 import torch
@@ -24,12 +22,11 @@ from rich.table import Table
 
 from equipoise import PolicyClient
 from equipoise.testing import ServerProcess, serve
-from equipoise_server.rules import aggregate, build, project_simplex
+from equipoise_server.rules import aggregate, build
 
 ROWS, EXAMPLES = 2000, 4096
 EPOCHS = 5
 RANGE_ROWS = 64
-SAMPLE, REPEATS = 7, 100
 MOVE = 0.3
 """How far a first step moves a weight, served weights being 1 on average, for a contribution of 1."""
 
@@ -123,31 +120,6 @@ def over_the_socket(server: ServerProcess, given: Rows, durability: str) -> dict
     return {name: statistics.median(values) for name, values in taken.items()} | quantiles
 
 
-def by_cvxpy(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The projection onto {γ >= 0, Σγ = 1} as the paper's code has it: a quadratic programme."""
-    weights = cvxpy.Variable(len(values))
-    objective = cvxpy.Minimize(cvxpy.sum_squares(weights - values))
-    cvxpy.Problem(objective, [weights >= 0, cvxpy.sum(weights) == 1]).solve()
-    return np.asarray(weights.value)
-
-
-def projections(given: Rows) -> tuple[float, float, float]:
-    """Median CPU seconds of one projection by the rule and by cvxpy, and the largest difference in served weights."""
-    size = given.shape[1]
-    ours, theirs, differences = [], [], []
-    for row in given[:SAMPLE]:
-        values = 1.0 + MOVE * row.astype(np.float64)
-        started = time.process_time()
-        for _ in range(REPEATS):
-            exact = project_simplex(values)
-        middle = time.process_time()
-        weights = by_cvxpy(values / size)
-        ours.append((middle - started) / REPEATS)
-        theirs.append(time.process_time() - middle)
-        differences.append(float(np.abs(size * weights - exact).max()))
-    return statistics.median(ours), statistics.median(theirs), max(differences)
-
-
 def main(arguments: list[str]) -> None:
     """Runs the benchmark and prints a table."""
     rows, examples = (*map(int, arguments), *(ROWS, EXAMPLES)[len(arguments) :])
@@ -165,11 +137,6 @@ def main(arguments: list[str]) -> None:
             figures = [f"{took[name]:.2f}" for name in parts] + [f"{took['epoch'] / alone:.1f}"]
             table.add_row(durability, *figures, *(f"{1e3 * took[f'submit p{q}']:.2f}" for q in (50, 99)))
     Console().print(table)
-    ours, theirs, difference = projections(given)
-    print(
-        f"CPU of a projection: {1e3 * ours:.3f} ms, by cvxpy {1e3 * theirs:.1f} ms, {theirs / ours:.0f} times as much"
-    )
-    print(f"largest difference of a weight (1 on average): {difference:.1e}")
     print(
         f"{platform.platform()}, Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
     )

@@ -17,7 +17,11 @@ MAX_KEPT_STEPS = 64
 
 ATTEMPTS = 8
 """At each example, for rules that read outcomes."""
+TRAJECTORY_ROWS = 4
+"""T where nothing else is said; steps are of row 0."""
 
+CONTRIBUTIONS = ("contributions",)
+SKETCHES = ("gradient_sketches", "target_sketch")
 NEEDED: Mapping[str, tuple[str, ...]] = {
     "excess_loss": ("losses", "reference_losses"),
     "exp3": ("losses",),
@@ -39,22 +43,36 @@ class Case:
         rows: B, rows of a step; their ids are distinct.
         trainers: streams at once.
         pipelined: whether a trainer sends on without waiting for answers; else it has one step in flight.
-        num_examples: N.
         rule: name of the rule.
         settings: of the rule.
+        sketch: k, values of the gradient sketch that is sent for each row in place of its contribution; 0: none.
     """
 
     rows: int
     trainers: int
     pipelined: bool
-    num_examples: int
     rule: str
     settings: Mapping[str, SettingValue] = field(default_factory=dict)
+    sketch: int = 0
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of what is sent for each row."""
+        return SKETCHES if self.sketch else NEEDED.get(self.rule, CONTRIBUTIONS)
+
+    def settings_for(self, num_examples: int) -> Mapping[str, SettingValue]:
+        """The settings, with what a rule cannot do without."""
+        if self.rule != "trajectory":
+            return self.settings
+        return {"rows": TRAJECTORY_ROWS, "learning_rate": 0.1 / num_examples, **self.settings}
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a step: their ids, int64 [B], and statistics by name, little-endian float32 or uint32 [B]."""
+    """The rows of a step: their ids, int64 [B], and statistics by name, little-endian float32 or uint32 [B].
+
+    Sketches are float32 [B, k], that of the target [k].
+    """
 
     ids: NDArray[np.int64]
     statistics: Mapping[str, NDArray[np.generic]]
@@ -66,23 +84,23 @@ class Rows:
         return pb.ExchangeRequest(step=step)
 
 
-def make_rows(case: Case) -> list[Rows]:
+def make_rows(case: Case, num_examples: int) -> list[Rows]:
     """Random rows: ids from [0, N), statistics from a normal distribution, successes of 8 attempts."""
     random = np.random.default_rng(case.rows)
-    names = NEEDED.get(case.rule, ("contributions",))
-    count = max(4, min(MAX_KEPT_STEPS, MAX_KEPT_BYTES // (16 * case.rows)))
+    count = max(4, min(MAX_KEPT_STEPS, MAX_KEPT_BYTES // ((16 + 4 * case.sketch) * case.rows)))
     return [
         Rows(
-            random.choice(case.num_examples, case.rows, replace=False, shuffle=False).astype(np.int64),
-            {name: _values(name, case.rows, random) for name in names},
+            random.choice(num_examples, case.rows, replace=False, shuffle=False).astype(np.int64),
+            {name: _values(name, case, random) for name in case.statistics},
         )
         for _ in range(count)
     ]
 
 
-def _values(name: str, rows: int, random: np.random.Generator) -> NDArray[np.generic]:
+def _values(name: str, case: Case, random: np.random.Generator) -> NDArray[np.generic]:
     if name == "attempts":
-        return np.full(rows, ATTEMPTS, "<u4")
+        return np.full(case.rows, ATTEMPTS, "<u4")
     if name == "successes":
-        return random.integers(0, ATTEMPTS + 1, rows).astype("<u4")
-    return random.standard_normal(rows).astype("<f4")
+        return random.integers(0, ATTEMPTS + 1, case.rows).astype("<u4")
+    shapes = {"gradient_sketches": (case.rows, case.sketch), "target_sketch": (case.sketch,)}
+    return random.standard_normal(shapes.get(name, (case.rows,))).astype("<f4")

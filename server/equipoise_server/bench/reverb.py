@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from equipoise_server.bench.caller import Sent
 from equipoise_server.bench.load import Case
 
 PEER = Path(__file__).with_name("reverb_peer.py")
@@ -75,12 +76,12 @@ class ReverbClients:
         await _line(process)
         return cls(process)
 
-    async def send(self, seconds: float) -> tuple[int, list[float]]:
+    async def send(self, seconds: float) -> list[Sent]:
         """See `Caller`."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{seconds}\n".encode())
-        latencies = json.loads(await _line(self._process))
-        return len(latencies), latencies
+        taken: list[list[float]] = json.loads(await _line(self._process))
+        return [(len(each), each) for each in taken]
 
 
 async def _start(python: str, *arguments: str) -> Process:

@@ -68,8 +68,8 @@ def send(port: str, rows: int, trainers: int, threads: int) -> None:
         print("ready", flush=True)
         for line in sys.stdin:
             end = time.perf_counter() + float(line)
-            sent = [pool.submit(work, client, end) for client in clients for _ in range(threads)]
-            print(json.dumps([seconds for each in sent for seconds in each.result()]), flush=True)
+            sent = [[pool.submit(work, client, end) for _ in range(threads)] for client in clients]
+            print(json.dumps([[taken for each in of for taken in each.result()] for of in sent]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,241 +1,49 @@
-"""Measure what a step costs, beside a bare gRPC echo of the same bytes."""
+"""Measure what the server costs on this machine, beside a bare gRPC echo and what else there is to compare with."""
 
-import argparse
 import asyncio
-import json
-import math
-import os
-import platform
 import sys
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from datetime import UTC, datetime
-from importlib.metadata import version
-from itertools import product
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
 
-from equipoise.commands.tables import table
-
-if TYPE_CHECKING:
-    from equipoise_server.bench.comparison import Result
-    from equipoise_server.bench.load import Case
+from equipoise_server.bench.options import PARTS, parser_of
 
 USAGE_ERROR = 2
 FAILED = 1
-LONGEST_BLOCK_S = 3600
-
-ROWS = (1, 64, 256, 1024, 4096, 16384, 65536)
-MODES = ("one", "pipelined")
-VIA = ("stubs", "aio", "client")
-DURABILITIES = ("logged", "behind")
-HEADS = (
-    "rows", "trainers", "sent", "server", "via", "p50 ms", "p99 ms", "p50/echo", "steps/s", "rate/echo", "examples/s",
-    "server µs", "redis µs", "client µs", "CPU s/M", "RSS MB", "most time",
-)  # fmt: skip
-
-EPILOG = """\
-A server with a Redis of its own, and an echo of the same bytes on bare grpc.aio, run on this machine and take turns in
-short blocks. Ratios to the echo are medians over the turns: they can be compared between machines, times cannot. Each
-combination of --rows, --trainers and --modes is a case.
-
-  sent        one step in flight for each trainer, or pipelined: stubs keep 64 in flight, clients submit 256 (or 32 MiB)
-              and wait for their answers
-  server      the echo, or the policy server with steps that are answered once logged (`logged`) or at once (`behind`)
-  via         bare stubs (as the echo is asked), equipoise.aio.PolicyClient, or equipoise.PolicyClient in threads
-  p50, p99    of a step, from its sending to its answer; of pipelined stubs it tells how long the queue is
-  p50/echo    median over the turns of p50 over the echo's; rate/echo the same of steps per second
-  server µs   processor time of the server for each step; of its Redis, and of the process that sends, the same
-  CPU s/M     processor time of the server for a million examples, seconds
-  RSS MB      memory of the server at the end, 10^6 bytes
-  most time   whose processor time is most of the wall time; above 100 %: more than one core. `waiting`: nobody's, for
-              a core, a wake-up or the disk
-
-The JSON file has the same in `results`, unrounded, with the unit in each name (`p50_ms`, `server_us`); it is written
-anew after each case. A run takes about (turns + 2) x seconds for each line of the table.
-
---reverb PYTHON compares with DeepMind Reverb, whose step is a mutate_priorities of as many items: an interpreter that
-has dm-reverb 0.14 and tensorflow-cpu 2.14.
-"""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `equipoise bench ...`; returns the exit status: 2 for wrong usage, 1 when something failed."""
-    options = _parser().parse_args(arguments)
+    """Runs `equipoise bench [PART] ...`; returns the exit status: 2 for wrong usage, 1 when something failed."""
+    name, given = (
+        ("steps", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
+    )
+    if name not in PARTS:
+        return _failed(f"PART {name}: must be of {', '.join(PARTS)}", USAGE_ERROR)
+    options = parser_of(name).parse_args(given)
     from equipoise import EquipoiseError  # after the options: help loads no gRPC
-    from equipoise_server.bench.load import Case
-    from equipoise_server.rules import RuleError, build
+    from equipoise_server.bench.report import Report
 
+    part = import_module(f"equipoise_server.bench.{name}")
     try:
-        settings = dict(_setting(text) for text in options.setting)
-        build(options.rule, settings)
-        cases = [
-            Case(
-                rows=rows,
-                trainers=trainers,
-                pipelined=mode == "pipelined",
-                num_examples=options.examples,
-                rule=options.rule,
-                settings=settings,
-            )
-            for rows, trainers, mode in product(options.rows, options.trainers, options.modes)
-        ]
-        if (most := max(options.rows)) > options.examples:
-            raise ValueError(f"--rows {most}: more than --examples {options.examples}; ids of a step are distinct")
-    except (RuleError, ValueError) as error:
-        print(f"equipoise bench: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        plan = part.plan(options)
+    except ValueError as error:
+        return _failed(error, USAGE_ERROR)
     try:
         with options.output.open("a"):  # before a long run, not after it
             pass
-        return asyncio.run(_run(options, cases))
+    except OSError as error:
+        return _failed(error, FAILED)
+    report = Report(name, options.output)
+    try:
+        asyncio.run(part.run(options, plan, report))
     except (EquipoiseError, RuntimeError, OSError) as error:
-        print(f"equipoise bench: {error}", file=sys.stderr)
-        return FAILED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="equipoise bench",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--rows",
-        type=_numbers,
-        default=(1, 64, 1024, 16384),
-        metavar="B,...",
-        help=f"of a step; all: {','.join(map(str, ROWS))}; default: 1,64,1024,16384",
-    )
-    parser.add_argument("--trainers", type=_numbers, default=(1,), metavar="N,...", help="streams at once; default: 1")
-    for name, known, default in (
-        ("modes", MODES, MODES),
-        ("via", VIA, ("stubs", "client")),
-        ("durability", DURABILITIES, DURABILITIES),
-    ):
-        told = f"of {', '.join(known)}; default: {','.join(default)}"
-        parser.add_argument(f"--{name}", type=_words(known), default=default, metavar="NAME,...", help=told)
-    parser.add_argument("--examples", type=_number, default=1_000_000, metavar="N", help="of the policy; default: 10^6")
-    parser.add_argument("--rule", default="ema_sign", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--setting", action="append", default=[], metavar="KEY=VALUE", help="of the rule; repeatable")
-    parser.add_argument("--turns", type=_number, default=12, help="blocks of each that count; default: %(default)s")
-    parser.add_argument("--seconds", type=_seconds, default=0.25, help="length of a block; default: %(default)s")
-    parser.add_argument("--reverb", metavar="PYTHON", help="an interpreter that has dm-reverb")
-    parser.add_argument("--output", type=Path, default=Path("bench.json"), help="JSON file; default: %(default)s")
-    return parser
-
-
-async def _run(options: argparse.Namespace, cases: "Sequence[Case]") -> int:
-    from equipoise.testing import serve
-    from equipoise_server.bench.comparison import compare
-    from equipoise_server.bench.echo import echo
-    from equipoise_server.bench.reverb import NoReverbError, reverb_server
-
-    facts = _facts()
-    results: list[Result] = []
-    without = "--reverb was not given"
-    async with AsyncExitStack() as stack:
-        server = stack.enter_context(serve(max_batch_examples=max(65536, *options.rows)))
-        floor = stack.enter_context(echo())
-        rival = None
-        if options.reverb:
-            try:
-                items = min(options.examples, max(100_000, 2 * max(options.rows)))
-                rival = await stack.enter_async_context(reverb_server(options.reverb, items=items))
-                without = ""
-            except NoReverbError as error:
-                without = str(error)
-        for case in cases:
-            results += await compare(
-                case,
-                server,
-                echo=floor,
-                reverb=rival,
-                durabilities=options.durability,
-                via=options.via,
-                turns=options.turns,
-                seconds=options.seconds,
-            )
-            facts["load_after"] = os.getloadavg()[0]
-            found = {"facts": facts, "reverb_did_not_run": without, "results": [each.as_json() for each in results]}
-            options.output.write_text(
-                json.dumps(found, indent=1) + "\n"
-            )  # after each: a run that is stopped keeps them
-            sent = "pipelined" if case.pipelined else "one in flight"
-            print(f"measured: {case.rows} rows, {case.trainers} trainers, {sent}", file=sys.stderr, flush=True)
-    print(table(HEADS, map(_row, results)))
-    if without:
-        print(f"Reverb did not run: {without}")
-    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
-    print(f"written: {options.output}")
+        if report.results:  # what was measured before is worth something
+            report.show()
+        return _failed(error, FAILED)
+    report.write()
+    report.show()
     return 0
 
 
-def _facts() -> dict[str, Any]:
-    versions = {name: version(name) for name in ("equipoise", "grpcio", "protobuf", "redis", "torch", "numpy")}
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="minutes"),
-        "machine": platform.platform(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def _row(result: "Result") -> tuple[object, ...]:
-    sent = "pipelined" if result.case.pipelined else "one"
-    return (
-        result.case.rows, result.case.trainers, sent, result.contender, result.via,
-        _digits(result.p50_ms), _digits(result.p99_ms), _digits(result.latency_ratio),
-        f"{result.steps_per_s:,.0f}", _digits(result.rate_ratio), f"{result.examples_per_s:,.0f}",
-        f"{result.server_us:,.0f}", f"{result.redis_us:,.0f}", f"{result.client_us:,.0f}",
-        _digits(result.server_cpu_s_per_million), f"{result.resident_mb:,.0f}", result.bound,
-    )  # fmt: skip
-
-
-def _digits(value: float | None) -> str | None:
-    return None if value is None else f"{value:.3g}"
-
-
-def _number(text: str) -> int:
-    try:
-        value = float(text)  # also 1e9
-    except ValueError:
-        value = math.nan
-    if not (value >= 1 and value.is_integer()):
-        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1")
-    return int(value)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= LONGEST_BLOCK_S:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most {LONGEST_BLOCK_S}")
-    return value
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return ROWS if text == "all" else tuple(_number(part) for part in text.split(","))
-
-
-def _words(known: Sequence[str]) -> Any:
-    def parse(text: str) -> tuple[str, ...]:
-        words = tuple(text.split(","))
-        if unknown := set(words) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: must be of {', '.join(known)}")
-        return words
-
-    return parse
-
-
-def _setting(text: str) -> tuple[str, float | bool]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--setting {text}: must be KEY=VALUE")
-    return key, value == "true" if value in ("true", "false") else float(value)
+def _failed(error: object, status: int) -> int:
+    print(f"equipoise bench: {error}", file=sys.stderr)
+    return status

@@ -151,14 +151,14 @@ def _client(server: ServerProcess, case: Case, size: int) -> PolicyClient:
 
 async def _turn(server: ServerProcess, redis: EmbeddedRedis) -> Restored:
     await asyncio.to_thread(server.restart)
-    seconds, cpu, size = await _read(redis.url)
+    read_s, read_cpu_s, read_bytes = await _read(redis.url)
     pid = redis.pid or os.getpid()
     before = cpu_seconds(server.pid), cpu_seconds(pid)
     async with PolicyAdmin(server.address, timeout=PATIENCE_S) as admin:
         await admin.get(POLICY)
-    own, others = cpu_seconds(server.pid) - before[0], cpu_seconds(pid) - before[1]
+    used = cpu_seconds(server.pid) - before[0], cpu_seconds(pid) - before[1]
     *_, last = told(server, "loaded")
-    return Restored(last.seconds, own, others, last.pages, last.entries, seconds, cpu, size)
+    return Restored(last.seconds, *used, last.pages, last.entries, read_s, read_cpu_s, read_bytes)
 
 
 async def _read(url: str) -> tuple[float, float, int]:

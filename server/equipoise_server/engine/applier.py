@@ -20,8 +20,10 @@ STEPS_PER_CALL = 64
 """Most steps applied in one device call, so that answers are not held back for too long."""
 CALL_S = 0.005
 """How long steps are applied in one device call, unless a single one takes longer."""
-INLINE_STEPS, INLINE_ROWS, INLINE_S = 8, 8192, 0.002
+INLINE_STEPS, INLINE_ROWS, INLINE_S = 16, 8192, 0.002
 """So few steps with so few rows together are applied on the event loop, for so long."""
+QUIET_TURNS = 3
+"""Of the event loop without a further step, after which none is waited for: gRPC brings a stream's next in two."""
 LONG_ROWS = 16_384
 """A step with more rows takes longer than CALL_S; a row that it only passes over counts as PASSED_ROW of one."""
 PASSED_ROW = 0.15
@@ -60,15 +62,41 @@ class Applier:
         self._telemetry = telemetry
         self._wall_clock = wall_clock
         self._loop = asyncio.get_running_loop()
+        self._called_at = 0.0
+        """When the last call on the device was over and its steps answered, loop time."""
+        self._call_s = 0.0
+        """How long it took, seconds."""
 
     async def run(self) -> None:
         """Applies steps until the queue closes."""
-        while batch := await self._queue.take(STEPS_PER_CALL):
+        while self._queue.closed is None:
+            await self._queue.wait()
+            await self._gather()
+            batch = self._queue.take(STEPS_PER_CALL)
             while batch and self._queue.closed is None:
                 await self._persistence.room()
                 if self._queue.closed is None:
                     batch = batch[await self._apply(batch) :]
-                await asyncio.sleep(0)
+                if batch or len(self._queue):
+                    await asyncio.sleep(0)  # the turn of everybody else
+
+    async def _gather(self) -> None:
+        """Lets more steps come where they follow each other quickly: a call for several costs little more than for one.
+
+        That is where the one that waits came sooner after the last call than that had taken, and for as long at most:
+        so a trainer with one step in flight is never held up.
+        """
+        now = self._loop.time()
+        if now - self._called_at > self._call_s:
+            return
+        end, quiet = now + self._call_s, 0
+        while True:
+            waiting = len(self._queue)
+            await asyncio.sleep(0)
+            quiet = 0 if len(self._queue) > waiting else quiet + 1
+            full = len(self._queue) >= INLINE_STEPS
+            if full or quiet == QUIET_TURNS or self._queue.closed is not None or self._loop.time() >= end:
+                return
 
     async def _apply(self, batch: list[Pending]) -> int:
         """Applies the first steps, at least one; how many."""
@@ -86,7 +114,7 @@ class Applier:
         )
         self.status = status
         self._telemetry.batch(steps=len(results))
-        seconds = self._loop.time() - started
+        self._call_s = seconds = self._loop.time() - started
         for pending, result in zip(batch, results, strict=False):
             self._telemetry.stage(method="Exchange", stage="queue", seconds=started - pending.since)
             self._telemetry.stage(method="Exchange", stage="compute", seconds=seconds)
@@ -102,6 +130,7 @@ class Applier:
             self._answer(pending, result.answer)
         for event in self.changed:
             event.set()
+        self._called_at = self._loop.time()
         return len(results)
 
     def _rows_of_work(self, step: Step) -> float:

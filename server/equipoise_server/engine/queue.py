@@ -4,18 +4,37 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from equipoise_server.engine.step import Answer, Step
 from equipoise_server.errors import Code, ServiceError
 
+Told: TypeAlias = Callable[[Answer | Exception], None]
+"""Hears once what became of a step; never raises."""
+
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A step on its way: where its answer goes, and since when (loop time, seconds) it waits."""
+    """A step on its way: who hears of its answer, and since when (loop time, seconds) it waits."""
 
     step: Step
-    answer: asyncio.Future[Answer]
+    told: Told
     since: float
+
+
+def into(answer: asyncio.Future[Answer]) -> Told:
+    """Puts what became of a step into a future, unless its owner has left."""
+
+    def tell(result: Answer | Exception) -> None:
+        if answer.done():
+            return
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+            answer.exception()  # told: that the caller may have gone is no error of its own
+        else:
+            answer.set_result(result)
+
+    return tell
 
 
 class StepQueue:
@@ -57,40 +76,38 @@ class StepQueue:
         """Whether a step has no answer yet."""
         return bool(self._unanswered)
 
-    async def put(self, step: Step) -> asyncio.Future[Answer]:
-        """Queues a step as soon as there is room; its answer comes through the future. Raises what closed the queue."""
+    async def put(self, step: Step, told: Told) -> None:
+        """Queues a step as soon as there is room. Raises what closed the queue."""
         while self.closed is None and self._is_full(step):
             self._drained.clear()
             await self._drained.wait()
-        return self._append(step)
+        self._append(step, told)
 
-    def put_now(self, step: Step) -> asyncio.Future[Answer]:
+    def put_now(self, step: Step, told: Told) -> None:
         """Queues a step. Raises ServiceError: QUEUE_FULL when there is no room, or what closed the queue."""
         if self.closed is None and self._is_full(step):
             message = f"policy {self._policy!r} has {len(self)} steps waiting; retry later or use a stream"
             raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_after_s=0.1)
-        return self._append(step)
+        self._append(step, told)
 
-    async def take(self, count: int) -> list[Pending]:
-        """The oldest that wait, at least one and at most `count`; empty when the queue has closed."""
+    async def wait(self) -> None:
+        """Returns when a step waits, or the queue has closed."""
         while not self._waiting and self.closed is None:
             self._filled.clear()
             await self._filled.wait()
+
+    def take(self, count: int) -> list[Pending]:
+        """The oldest that wait, at most `count`."""
         taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
         self.size -= sum(pending.step.nbytes for pending in taken)
         self._drained.set()
         return taken
 
     def settle(self, pending: Pending, result: Answer | Exception) -> None:
-        """Answers a step, unless it was answered or its caller has gone."""
-        self._unanswered.discard(pending)
-        if pending.answer.done():
-            return
-        if isinstance(result, Exception):
-            pending.answer.set_exception(result)
-            pending.answer.exception()  # told: that the caller may have gone is no error of its own
-        else:
-            pending.answer.set_result(result)
+        """Answers a step, unless it was answered."""
+        if pending in self._unanswered:
+            self._unanswered.discard(pending)
+            pending.told(result)
 
     def refuse(self, error: ServiceError) -> None:
         """Takes nothing any more: what waits, and whoever waits for room, is answered with the error."""
@@ -112,13 +129,11 @@ class StepQueue:
             len(self._waiting) >= self._max_steps or self.size + step.nbytes > self._max_bytes
         )
 
-    def _append(self, step: Step) -> asyncio.Future[Answer]:
+    def _append(self, step: Step, told: Told) -> None:
         if self.closed is not None:
             raise self.closed.again()
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        pending = Pending(step, answer, self._clock())
+        pending = Pending(step, told, self._clock())
         self._waiting.append(pending)
         self._unanswered.add(pending)
         self.size += step.nbytes
         self._filled.set()
-        return answer

@@ -24,6 +24,8 @@ INLINE_STEPS, INLINE_ROWS, INLINE_S = 16, 8192, 0.002
 """So few steps with so few rows together are applied on the event loop, for so long."""
 QUIET_TURNS = 3
 """Of the event loop without a further step, after which none is waited for: gRPC brings a stream's next in two."""
+MAX_SKIPPED = 63
+"""Calls at most between two that wait for further steps."""
 LONG_ROWS = 16_384
 """A step with more rows takes longer than CALL_S; a row that it only passes over counts as PASSED_ROW of one."""
 PASSED_ROW = 0.15
@@ -62,10 +64,9 @@ class Applier:
         self._telemetry = telemetry
         self._wall_clock = wall_clock
         self._loop = asyncio.get_running_loop()
-        self._called_at = 0.0
-        """When the last call on the device was over and its steps answered, loop time."""
-        self._call_s = 0.0
-        """How long it took, seconds."""
+        self._vain = 0
+        """Calls in a row that waited for further steps in vain: the next so many do not wait, at most MAX_SKIPPED."""
+        self._skipped = 0
 
     async def run(self) -> None:
         """Applies steps until the queue closes."""
@@ -83,20 +84,20 @@ class Applier:
     async def _gather(self) -> None:
         """Lets more steps come where they follow each other quickly: a call for several costs little more than for one.
 
-        That is where the one that waits came sooner after the last call than that had taken, and for as long at most:
-        so a trainer with one step in flight is never held up.
+        Where none came it is tried again after twice as many calls as before: a trainer with one step in flight is
+        hardly ever held up.
         """
-        now = self._loop.time()
-        if now - self._called_at > self._call_s:
+        if self._skipped < self._vain:
+            self._skipped += 1
             return
-        end, quiet = now + self._call_s, 0
-        while True:
-            waiting = len(self._queue)
+        end, quiet, found = self._loop.time() + CALL_S, 0, len(self._queue)
+        alone = found == 1
+        while quiet < QUIET_TURNS and found < INLINE_STEPS and self._queue.closed is None and self._loop.time() < end:
             await asyncio.sleep(0)
-            quiet = 0 if len(self._queue) > waiting else quiet + 1
-            full = len(self._queue) >= INLINE_STEPS
-            if full or quiet == QUIET_TURNS or self._queue.closed is not None or self._loop.time() >= end:
-                return
+            quiet = 0 if len(self._queue) > found else quiet + 1
+            found = len(self._queue)
+        self._skipped = 0
+        self._vain = min(2 * self._vain + 1, MAX_SKIPPED) if alone and found == 1 else 0
 
     async def _apply(self, batch: list[Pending]) -> int:
         """Applies the first steps, at least one; how many."""
@@ -114,7 +115,7 @@ class Applier:
         )
         self.status = status
         self._telemetry.batch(steps=len(results))
-        self._call_s = seconds = self._loop.time() - started
+        seconds = self._loop.time() - started
         for pending, result in zip(batch, results, strict=False):
             self._telemetry.stage(method="Exchange", stage="queue", seconds=started - pending.since)
             self._telemetry.stage(method="Exchange", stage="compute", seconds=seconds)
@@ -130,7 +131,6 @@ class Applier:
             self._answer(pending, result.answer)
         for event in self.changed:
             event.set()
-        self._called_at = self._loop.time()
         return len(results)
 
     def _rows_of_work(self, step: Step) -> float:

@@ -15,11 +15,12 @@ Told: TypeAlias = Callable[[Answer | Exception], None]
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A step on its way: who hears of its answer, and since when (loop time, seconds) it waits."""
+    """A step on its way: who hears of its answer, since when (loop time, seconds) it waits, and its bytes."""
 
     step: Step
     told: Told
     since: float
+    size: int
 
 
 def into(answer: asyncio.Future[Answer]) -> Told:
@@ -78,17 +79,19 @@ class StepQueue:
 
     async def put(self, step: Step, told: Told) -> None:
         """Queues a step as soon as there is room. Raises what closed the queue."""
-        while self.closed is None and self._is_full(step):
+        size = step.nbytes
+        while self.closed is None and self._is_full(size):
             self._drained.clear()
             await self._drained.wait()
-        self._append(step, told)
+        self._append(step, told, size)
 
     def put_now(self, step: Step, told: Told) -> None:
         """Queues a step. Raises ServiceError: QUEUE_FULL when there is no room, or what closed the queue."""
-        if self.closed is None and self._is_full(step):
+        size = step.nbytes
+        if self.closed is None and self._is_full(size):
             message = f"policy {self._policy!r} has {len(self)} steps waiting; retry later or use a stream"
             raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_after_s=0.1)
-        self._append(step, told)
+        self._append(step, told, size)
 
     async def wait(self) -> None:
         """Returns when a step waits, or the queue has closed."""
@@ -99,7 +102,7 @@ class StepQueue:
     def take(self, count: int) -> list[Pending]:
         """The oldest that wait, at most `count`."""
         taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-        self.size -= sum(pending.step.nbytes for pending in taken)
+        self.size -= sum(pending.size for pending in taken)
         self._drained.set()
         return taken
 
@@ -124,16 +127,14 @@ class StepQueue:
         for pending in list(self._unanswered):
             self.settle(pending, error)
 
-    def _is_full(self, step: Step) -> bool:
-        return bool(self._waiting) and (
-            len(self._waiting) >= self._max_steps or self.size + step.nbytes > self._max_bytes
-        )
+    def _is_full(self, size: int) -> bool:
+        return bool(self._waiting) and (len(self._waiting) >= self._max_steps or self.size + size > self._max_bytes)
 
-    def _append(self, step: Step, told: Told) -> None:
+    def _append(self, step: Step, told: Told, size: int) -> None:
         if self.closed is not None:
             raise self.closed.again()
-        pending = Pending(step, told, self._clock())
+        pending = Pending(step, told, self._clock(), size)
         self._waiting.append(pending)
         self._unanswered.add(pending)
-        self.size += step.nbytes
+        self.size += size
         self._filled.set()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -17,32 +17,9 @@ from equipoise.route import Route
 from equipoise.session import PROBE_SECONDS, Session
 from equipoise.tickets import Ticket
 from equipoise.v1 import policy_pb2 as pb
+from equipoise.waiters import AioWaiters
 
 logger = logging.getLogger("equipoise")
-
-
-class _Signal:
-    """Wakes all who wait for a change."""
-
-    def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
-
-    def notify(self) -> None:
-        """Something has changed."""
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def wait(self, timeout: float | None) -> None:
-        """Waits for a change, at most so many seconds."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
-        try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await waiter
-        finally:
-            self._waiters.discard(waiter)
 
 
 class Stream:
@@ -58,23 +35,21 @@ class Stream:
         self._session = session
         self._route = route
         self._channels = channels
-        self._work = _Signal()
-        self._answers = _Signal()
+        self._waiters = AioWaiters()
         self._call: Any = None
         self._task = asyncio.get_running_loop().create_task(self._run(), name="equipoise-stream")
 
     def notify(self) -> None:
-        """The session has something to do."""
-        self._work.notify()
+        """The session has changed."""
+        self._waiters.notify()
 
     async def settle(self, ticket: Ticket) -> StepResult:
         """Waits until a ticket is settled or has expired."""
-        self._work.notify()
+        self._waiters.notify()
         # While the server is lost answers are there at once: even then a loop of steps must let its stream reconnect.
         await asyncio.sleep(0)
-        while not ticket.settled and (rest := ticket.deadline - monotonic()) > 0:
-            await self._answers.wait(rest)
-        self._session.expire(ticket, monotonic())
+        if not await self._waiters.wait_for(lambda: ticket.settled, ticket.deadline - monotonic()):
+            self._session.expire(ticket, monotonic())
         return ticket.value()
 
     async def flush(self, timeout: float, *, durable: bool) -> bool:
@@ -84,21 +59,17 @@ class Stream:
         while not self._session.flushed(durable=durable) and (rest := end - (now := monotonic())) > 0:
             if durable and now >= probe_at:
                 self._session.probe(now)
-                self._work.notify()
+                self._waiters.notify()
                 probe_at = now + PROBE_SECONDS
-            await self._answers.wait(min(rest, PROBE_SECONDS))
+            await self._waiters.wait_for(lambda: self._session.flushed(durable=durable), min(rest, PROBE_SECONDS))
         return self._session.flushed(durable=durable)
 
     async def close(self, timeout: float) -> None:
         """Ends the stream, within the timeout."""
         self._session.fail(errors.ClientClosedError(), monotonic())
-        self._notify_all()
+        self._waiters.notify()
         self._task.cancel()
         await asyncio.wait([self._task], timeout=timeout)
-
-    def _notify_all(self) -> None:
-        self._work.notify()
-        self._answers.notify()
 
     async def _run(self) -> None:
         try:
@@ -106,7 +77,7 @@ class Stream:
         except Exception:  # nobody else would hear of it: steps would wait, or go on without a server, for ever
             logger.exception("a bug in the client ended it")
             self._session.fail(errors.EquipoiseError("a bug in the client ended it; see the log"), monotonic())
-            self._notify_all()
+            self._waiters.notify()
 
     async def _keep_open(self) -> None:
         while (opening := await self._next_opening()) is not None:
@@ -129,7 +100,7 @@ class Stream:
                 error = errors.EquipoiseError(f"{server.address}: a bug in the client ended its stream")
             self._route.turn(error, asked=server, answered=self._session.is_open)
             self._session.ended(error, monotonic())
-            self._notify_all()
+            self._waiters.notify()
 
     async def _next_opening(self) -> Opening | None:
         while self._session.failure is None:
@@ -137,7 +108,7 @@ class Stream:
             now = monotonic()
             if at is not None and at <= now:
                 return self._session.begin()
-            await self._work.wait(None if at is None else at - now)
+            await self._waiters.wait_for(partial(self._session.replans, at), None if at is None else at - now)
         return None
 
     async def _converse(self, opening: Opening, server: Server, stub: Any) -> None:
@@ -151,7 +122,7 @@ class Stream:
         try:
             async for message in call:
                 self._session.received(message, monotonic())
-                self._notify_all()
+                self._waiters.notify()
                 if self._session.left:
                     return
         finally:
@@ -161,10 +132,9 @@ class Stream:
 
     async def _messages(self, generation: int) -> AsyncIterator[pb.ExchangeRequest]:
         while True:
-            while (message := self._session.next_message(generation)) is None:
-                if self._session.is_void(generation):
-                    return
-                await self._work.wait(None)
+            await self._waiters.wait_for(lambda: self._session.has_message(generation))
+            if (message := self._session.next_message(generation)) is None:
+                return
             yield message
 
     def _cancel_unopened(self, call: Any, generation: int) -> None:

@@ -82,6 +82,11 @@ class Link:
         message, self._first_message = self._first_message, None
         return message
 
+    @property
+    def has_first_message(self) -> bool:
+        """Whether the message that opens the stream waits to be taken."""
+        return self._first_message is not None
+
     def carries(self, generation: int) -> bool:
         """Whether a stream is the one of now."""
         return generation == self.generation and self.state is not LinkState.DOWN

@@ -121,9 +121,9 @@ class Checkpoint:
         view.resize(self.num_examples or view.bounds.num_examples)
         window.renumber(self.sequence - len(self.window))
         for data in self.window:
-            message = pb.StepRequest.FromString(data)
-            ids = wire.answer_ids(message, view.bounds.num_examples)
-            request = wire.Request(message=message, answer_ids=ids, reads=False)
+            exchange = pb.ExchangeRequest(step=pb.StepRequest.FromString(data))
+            ids = wire.answer_ids(exchange.step, view.bounds.num_examples)
+            request = wire.Request(exchange=exchange, answer_ids=ids, reads=False)
             window.add(Ticket(request=request, made=0, since=0.0, deadline=0.0, waits=False))
 
     def to_dict(self) -> dict[str, Any]:

@@ -215,6 +215,10 @@ class Session:
         """When the next stream may be opened; None: there is one, or nobody has asked for anything yet."""
         return self._link.connect_at
 
+    def replans(self, connect_at: float | None) -> bool:
+        """Whether a transport that waits until then must look again."""
+        return self.failure is not None or self._link.connect_at != connect_at
+
     def connect(self, now: float) -> None:
         """Asks for a stream, unless there is one or one is planned."""
         if self.failure is None:
@@ -236,11 +240,14 @@ class Session:
             return None
         if (opening := self._link.take_first_message()) is not None:
             return pb.ExchangeRequest(open=opening)
-        full = len(self._in_flight) >= self.options.limits.in_flight
-        if self._link.state is not LinkState.OPEN or not self._outbox or full:
+        if not self._may_send:
             return None
         self._in_flight.append(self._outbox.popleft())
-        return pb.ExchangeRequest(step=self._in_flight[-1].request.message)
+        return self._in_flight[-1].request.exchange
+
+    def has_message(self, generation: int) -> bool:
+        """Whether `next_message` gives one now, or never will again."""
+        return self._may_send or self._link.has_first_message or self.is_void(generation)
 
     def is_void(self, generation: int) -> bool:
         """Whether nothing more is to be sent on a stream, ever."""
@@ -305,6 +312,12 @@ class Session:
             queue.clear()
 
     # Tickets.
+
+    @property
+    def _may_send(self) -> bool:
+        """Whether a step or read can go out now."""
+        room = len(self._in_flight) < self.options.limits.in_flight
+        return room and bool(self._outbox) and self._link.state is LinkState.OPEN
 
     @property
     def _name(self) -> str:
@@ -396,7 +409,7 @@ class Session:
         if first is None:
             return
         if self._suspect is None or self._suspect.ticket is not first:
-            size = first.request.message.ByteSize()
+            size = first.request.size
             self._suspect = Suspect(first) if size > max(SUSPECT_BYTES, self._largest_answered) else None
         if self._suspect is not None:
             self._suspect.streams += 1
@@ -426,7 +439,7 @@ class Session:
         if self.failure is not None:
             return
         self._in_flight.popleft()
-        self._largest_answered = max(self._largest_answered, ticket.request.message.ByteSize())
+        self._largest_answered = max(self._largest_answered, ticket.request.size)
         self._outage.recover()
         is_new = not ticket.answered and not ticket.request.reads
         if not ticket.answered:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -15,6 +16,7 @@ from equipoise.route import Route
 from equipoise.session import PROBE_SECONDS, Session
 from equipoise.tickets import Ticket
 from equipoise.v1 import policy_pb2 as pb
+from equipoise.waiters import Waiters
 
 logger = logging.getLogger("equipoise")
 
@@ -35,18 +37,17 @@ class Stream:
         self._channels = channels
         self._call: Any = None
         self._lock = lock
-        self._work = threading.Condition(lock)
-        self._answers = threading.Condition(lock)
+        self._waiters = Waiters(lock)
         self._thread = threading.Thread(target=self._run, name="equipoise-stream", daemon=True)
         self._thread.start()
 
     def notify(self) -> None:
-        """The session has something to do. The caller holds the lock."""
-        self._work.notify_all()
+        """The session has changed. The caller holds the lock."""
+        self._waiters.notify()
 
     def wait(self, ticket: Ticket) -> None:
         """Waits until a ticket is settled or has expired. The caller holds the lock."""
-        if not self._answers.wait_for(lambda: ticket.settled, ticket.deadline - monotonic()):
+        if not self._waiters.wait_for(lambda: ticket.settled, ticket.deadline - monotonic()):
             self._session.expire(ticket, monotonic())
 
     def flush(self, timeout: float, *, durable: bool) -> bool:
@@ -56,9 +57,9 @@ class Stream:
         while not self._session.flushed(durable=durable) and (rest := end - (now := monotonic())) > 0:
             if durable and now >= probe_at:
                 self._session.probe(now)
-                self._work.notify_all()
+                self._waiters.notify()
                 probe_at = now + PROBE_SECONDS
-            self._answers.wait(min(rest, PROBE_SECONDS))
+            self._waiters.wait_for(lambda: self._session.flushed(durable=durable), min(rest, PROBE_SECONDS))
         return self._session.flushed(durable=durable)
 
     def close(self, timeout: float) -> None:
@@ -66,8 +67,7 @@ class Stream:
         with self._lock:
             if self._session.failure is None:
                 self._session.fail(errors.ClientClosedError(), monotonic())
-            self._work.notify_all()
-            self._answers.notify_all()
+            self._waiters.notify()
             if self._call is not None:
                 self._call.cancel()
         if threading.current_thread() is not self._thread:
@@ -80,7 +80,7 @@ class Stream:
             logger.exception("a bug in the client ended it")
             with self._lock:
                 self._session.fail(errors.EquipoiseError("a bug in the client ended it; see the log"), monotonic())
-                self._answers.notify_all()
+                self._waiters.notify()
 
     def _keep_open(self) -> None:
         while (opening := self._next_opening()) is not None:
@@ -105,7 +105,7 @@ class Stream:
                 now = monotonic()
                 if at is not None and at <= now:
                     return self._session.begin()
-                self._work.wait(None if at is None else at - now)
+                self._waiters.wait_for(partial(self._session.replans, at), None if at is None else at - now)
         return None
 
     def _converse(self, opening: Opening, server: Server, stub: Any) -> None:
@@ -126,8 +126,7 @@ class Stream:
             for message in call:
                 with self._lock:
                     self._session.received(message, monotonic())
-                    self._work.notify_all()
-                    self._answers.notify_all()
+                    self._waiters.notify()
                     if self._session.left:
                         return
         finally:
@@ -138,10 +137,10 @@ class Stream:
     def _messages(self, generation: int) -> Iterator[pb.ExchangeRequest]:
         while True:
             with self._lock:
-                while (message := self._session.next_message(generation)) is None:
-                    if self._session.is_void(generation):
-                        return
-                    self._work.wait()
+                self._waiters.wait_for(lambda: self._session.has_message(generation))
+                message = self._session.next_message(generation)
+            if message is None:
+                return
             yield message
 
     def _cancel_unopened(self, generation: int) -> None:
@@ -154,5 +153,4 @@ class Stream:
             self._call = None
             self._route.turn(error, asked=server, answered=self._session.is_open)
             self._session.ended(error, monotonic())
-            self._work.notify_all()
-            self._answers.notify_all()
+            self._waiters.notify()

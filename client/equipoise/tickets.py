@@ -30,6 +30,7 @@ class Ticket:
         since: when it was made, seconds.
         deadline: when its caller stops waiting, seconds.
         waits: whether there is a caller who waits.
+        sequence: position among the trainer's steps, from 1; 0: a read.
         answered: whether the server answered it.
         result: what its caller gets; None until settled, and for errors.
         error: what its caller gets instead.
@@ -40,6 +41,7 @@ class Ticket:
     since: float
     deadline: float
     waits: bool
+    sequence: int = 0
     answered: bool = False
     result: StepResult | None = None
     error: EquipoiseError | None = None
@@ -56,10 +58,10 @@ class Ticket:
         assert self.result is not None
         return self.result
 
-    @property
-    def sequence(self) -> int:
-        """Position among the trainer's steps, from 1; 0: a read."""
-        return self.request.message.sequence
+    def number(self, sequence: int) -> None:
+        """Gives a step its position among the trainer's steps."""
+        self.sequence = sequence
+        self.request.message.sequence = sequence
 
 
 class Window:
@@ -85,15 +87,16 @@ class Window:
 
     def full_for(self, request: Request) -> bool:
         """Whether a step does not fit."""
-        size = self._bytes + request.message.ByteSize()
-        return len(self._steps) >= self._limits.window_steps or (bool(self._steps) and size > self._limits.window_bytes)
+        if len(self._steps) >= self._limits.window_steps:
+            return True
+        return bool(self._steps) and self._bytes + request.size > self._limits.window_bytes
 
     def add(self, ticket: Ticket) -> None:
         """Appends a step and gives it the next sequence."""
         self.last_sequence += 1
-        ticket.request.message.sequence = self.last_sequence
+        ticket.number(self.last_sequence)
         self._steps.append(ticket)
-        self._bytes += ticket.request.message.ByteSize()
+        self._bytes += ticket.request.size
 
     def forget_oldest(self) -> bool:
         """Lets go of the oldest step if it was answered; whether it did."""
@@ -112,7 +115,7 @@ class Window:
         self.last_sequence = last_sequence
         for ticket in self._steps:
             self.last_sequence += 1
-            ticket.request.message.sequence = self.last_sequence
+            ticket.number(self.last_sequence)
 
     def drop(self, *, through: int) -> int:
         """Lets go of the steps up to a sequence; how many of them were not answered."""
@@ -125,14 +128,14 @@ class Window:
     def remove(self, ticket: Ticket) -> None:
         """Lets go of a step that the server does not have; those behind it move up."""
         self._steps.remove(ticket)
-        self._bytes -= ticket.request.message.ByteSize()
+        self._bytes -= ticket.request.size
         self.last_sequence -= 1
         for later in self._steps:
             if later.sequence > ticket.sequence:
-                later.request.message.sequence -= 1
+                later.number(later.sequence - 1)
 
     def _pop(self) -> None:
-        self._bytes -= self._steps.popleft().request.message.ByteSize()
+        self._bytes -= self._steps.popleft().request.size
 
 
 class Callers:
@@ -200,7 +203,7 @@ class Suspect:
         """What its caller is told once enough streams have ended at it; None: it may have been chance."""
         if self.streams < SUSPECT_STREAMS:
             return None
-        size = self.ticket.request.message.ByteSize()
+        size = self.ticket.request.size
         return errors.InvalidRequestError(
             field="ids",
             value=f"a message of {size} bytes",

@@ -128,15 +128,17 @@ class WeightsCache:
         self._owners = np.zeros(self._size, np.uint64)  # id + 1; 0: empty
         self._weights = np.zeros(self._size, np.float32)
         self._versions = np.zeros(self._size, np.uint64)
+        self._newest = 0
 
     def store(self, ids: NDArray[np.uint64], weights: NDArray[np.float32], *, version: int) -> None:
         """Remembers the weights [B] of ids [B], unless a newer version of the slot is known."""
         if not self._size:
             return
-        slots = ids % np.uint64(self._size)
-        newer = self._versions[slots] <= version
-        if not newer.all():
+        slots = self._slots(ids)
+        if version < self._newest:
+            newer = self._versions[slots] <= version
             slots, ids, weights = slots[newer], ids[newer], weights[newer]
+        self._newest = max(self._newest, version)
         self._owners[slots] = ids + np.uint64(1)
         self._weights[slots] = weights
         self._versions[slots] = version
@@ -145,6 +147,9 @@ class WeightsCache:
         """Weights [B] of ids [B], 1 where unknown; and whether each is known."""
         if not self._size:
             return np.ones(len(ids), np.float32), np.zeros(len(ids), np.bool_)
-        slots = ids % np.uint64(self._size)
+        slots = self._slots(ids)
         known = self._owners[slots] == ids + np.uint64(1)
         return np.where(known, self._weights[slots], np.float32(1)), known
+
+    def _slots(self, ids: NDArray[np.uint64]) -> NDArray[np.int64]:
+        return (ids % np.uint64(self._size)).view(np.int64)  # NumPy converts any other index at each use

@@ -1,6 +1,6 @@
 """Arrays to and from the wire: little-endian bytes, checked before they are sent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
@@ -12,6 +12,11 @@ from equipoise.v1 import policy_pb2 as pb
 
 FRAME_BYTES = 4096
 """Room that a message leaves for its framing and the fields around the arrays, bytes."""
+
+MAX_EXAMPLES = 1 << 63
+"""Ids are below it, whatever the policy."""
+
+FLOAT32 = np.dtype("<f4")
 
 ROW_STATISTICS = ("contributions", "losses", "reference_losses")
 """Fields of a step with one float per row."""
@@ -95,21 +100,31 @@ class Bounds:
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Request:
     """A checked step or read.
 
     Attributes:
-        message: the step, without its sequence.
+        exchange: what is sent, without its sequence.
         answer_ids: uint64: the examples whose weights the answer holds.
         reads: whether it carries no statistics.
         of_row: whether it asks for a row of a trajectory, which says nothing about the weights of other rows.
+        size: bytes of what is sent, without its sequence.
     """
 
-    message: pb.StepRequest
+    exchange: pb.ExchangeRequest
     answer_ids: NDArray[np.uint64]
     reads: bool
     of_row: bool = False
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = self.exchange.ByteSize()
+
+    @property
+    def message(self) -> pb.StepRequest:
+        """The step in what is sent."""
+        return self.exchange.step
 
 
 def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Request:
@@ -119,7 +134,8 @@ def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Req
         InvalidRequestError: something breaks a rule; nothing was sent.
     """
     _check_names(fields)
-    message = pb.StepRequest(step=_training_step(fields.get("step", 0)))
+    exchange = pb.ExchangeRequest(step=pb.StepRequest(step=_training_step(fields.get("step", 0))))
+    message = exchange.step
     rows = _rows(message, ids, fields, bounds)
     scored = _mask("scored", fields.get("scored"), len(rows))
     if scored is not None:
@@ -154,7 +170,7 @@ def build_step(ids: ArrayLike | None, fields: StepFields, bounds: Bounds) -> Req
     if fields.get("omit_weights", False):
         message.omit_weights = True
         rows = np.zeros(0, np.uint64)
-    return _sized(Request(message=message, answer_ids=rows, reads=False), bounds)
+    return _sized(Request(exchange=exchange, answer_ids=rows, reads=False), bounds)
 
 
 def build_read(ids: ArrayLike | None, bounds: Bounds, *, step: int | None = None) -> Request:
@@ -163,7 +179,8 @@ def build_read(ids: ArrayLike | None, bounds: Bounds, *, step: int | None = None
     Raises:
         InvalidRequestError: the ids break a rule; nothing was sent.
     """
-    message = pb.StepRequest(step=0 if step is None else _training_step(step))
+    exchange = pb.ExchangeRequest(step=pb.StepRequest(step=0 if step is None else _training_step(step)))
+    message = exchange.step
     if ids is not None:
         rows = example_ids("ids", ids, bounds)
         message.example_ids = rows.tobytes()
@@ -173,7 +190,7 @@ def build_read(ids: ArrayLike | None, bounds: Bounds, *, step: int | None = None
         message.all_examples = True
     else:
         raise InvalidRequestError(field="ids", rule="must be given, or num_examples to the client, before it connects")
-    return _sized(Request(message=message, answer_ids=rows, reads=True, of_row=step is not None), bounds)
+    return _sized(Request(exchange=exchange, answer_ids=rows, reads=True, of_row=step is not None), bounds)
 
 
 def example_ids(field: str, values: ArrayLike, bounds: Bounds) -> NDArray[np.uint64]:
@@ -187,23 +204,22 @@ def example_ids(field: str, values: ArrayLike, bounds: Bounds) -> NDArray[np.uin
             rule += "; `equipoise.ExampleKeys` gives ids to names"
         raise InvalidRequestError(field=field, value=f"{array.dtype} values", rule=rule)
     _check_rows(field, len(array), bounds)
-    if array.dtype == np.uint64:  # what is beyond int64 was negative before somebody converted it
-        array = array.view(np.int64)
-    if array.dtype.kind == "i":
-        _check_all(field, array, array >= 0, "ids must not be negative, or 2^63 and more")
     ids = array.astype("<u8")
-    if bounds.num_examples:
+    if ids.max() >= (bounds.num_examples or MAX_EXAMPLES):  # what was negative is 2^63 and more
+        signed = ids.view("<i8")
+        _check_all(field, signed, signed >= 0, "ids must not be negative, or 2^63 and more")
         _check_all(field, ids, ids < bounds.num_examples, f"ids must be below num_examples = {bounds.num_examples}")
     return ids
 
 
 def oversize(request: Request, bounds: Bounds) -> InvalidRequestError | None:
     """What is wrong with a message that is too large; None: it is not."""
-    size = request.message.ByteSize()
-    if size <= bounds.max_message_bytes - FRAME_BYTES:
+    if request.size <= bounds.max_message_bytes - FRAME_BYTES:
         return None
     rule = f"a message holds at most {bounds.max_message_bytes} bytes (max_message_bytes of the server)"
-    return InvalidRequestError(field="ids", value=f"a message of {size} bytes", rule=f"{rule}; send fewer rows at once")
+    return InvalidRequestError(
+        field="ids", value=f"a message of {request.size} bytes", rule=f"{rule}; send fewer rows at once"
+    )
 
 
 def float32s(data: bytes) -> NDArray[np.float32]:
@@ -310,8 +326,11 @@ def _row_statistic(field: str, values: Any, rows: int, scored: NDArray[np.uint8]
     _check_length(field, len(array), rows)
     if array.dtype.kind not in "fiu":
         raise InvalidRequestError(field=field, value=array.dtype, rule="must be real numbers")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
-        single = array.astype("<f4")
+    if array.dtype == FLOAT32:
+        single = array
+    else:
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+            single = array.astype(FLOAT32)
     fine = np.isfinite(single)
     if scored is not None:
         fine |= scored == 0

@@ -20,8 +20,12 @@ STEPS_PER_CALL = 64
 """Most steps applied in one device call, so that answers are not held back for too long."""
 CALL_S = 0.005
 """How long steps are applied in one device call, unless a single one takes longer."""
-INLINE_STEPS, INLINE_ROWS, INLINE_S = 8, 8192, 0.002
+INLINE_STEPS, INLINE_ROWS, INLINE_S = 16, 8192, 0.002
 """So few steps with so few rows together are applied on the event loop, for so long."""
+QUIET_TURNS = 3
+"""Of the event loop without a further step, after which none is waited for: gRPC brings a stream's next in two."""
+MAX_SKIPPED = 63
+"""Calls at most between two that wait for further steps."""
 LONG_ROWS = 16_384
 """A step with more rows takes longer than CALL_S; a row that it only passes over counts as PASSED_ROW of one."""
 PASSED_ROW = 0.15
@@ -60,15 +64,40 @@ class Applier:
         self._telemetry = telemetry
         self._wall_clock = wall_clock
         self._loop = asyncio.get_running_loop()
+        self._vain = 0
+        """Calls in a row that waited for further steps in vain: the next so many do not wait, at most MAX_SKIPPED."""
+        self._skipped = 0
 
     async def run(self) -> None:
         """Applies steps until the queue closes."""
-        while batch := await self._queue.take(STEPS_PER_CALL):
+        while self._queue.closed is None:
+            await self._queue.wait()
+            await self._gather()
+            batch = self._queue.take(STEPS_PER_CALL)
             while batch and self._queue.closed is None:
                 await self._persistence.room()
                 if self._queue.closed is None:
                     batch = batch[await self._apply(batch) :]
-                await asyncio.sleep(0)
+                if batch or len(self._queue):
+                    await asyncio.sleep(0)  # the turn of everybody else
+
+    async def _gather(self) -> None:
+        """Lets more steps come where they follow each other quickly: a call for several costs little more than for one.
+
+        Where none came it is tried again after twice as many calls as before: a trainer with one step in flight is
+        hardly ever held up.
+        """
+        if self._skipped < self._vain:
+            self._skipped += 1
+            return
+        end, quiet, found = self._loop.time() + CALL_S, 0, len(self._queue)
+        alone = found == 1
+        while quiet < QUIET_TURNS and found < INLINE_STEPS and self._queue.closed is None and self._loop.time() < end:
+            await asyncio.sleep(0)
+            quiet = 0 if len(self._queue) > found else quiet + 1
+            found = len(self._queue)
+        self._skipped = 0
+        self._vain = min(2 * self._vain + 1, MAX_SKIPPED) if alone and found == 1 else 0
 
     async def _apply(self, batch: list[Pending]) -> int:
         """Applies the first steps, at least one; how many."""

@@ -10,7 +10,6 @@ are little-endian.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from equipoise_server.engine.step import Kind, Step
 from equipoise_server.errors import Code, ServiceError
 from equipoise_server.rules import Evidence, Scalars, Statistics
+from equipoise_server.values import value
 
 _FAMILY = "s."
 _ARRAYS = {"contributions": "c", "losses": "l", "reference_losses": "ref", "target_losses": "tl"}
@@ -28,7 +28,7 @@ _INT64, _INT32, _UINT32, _UINT64, _FLOAT32, _FLOAT64 = (
 _COUNTS = {"successes": "won", "attempts": "tried"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class LoggedStep:
     """A step as the log keeps it: enough to replay it page by page.
 

@@ -1,7 +1,7 @@
 """A policy as a deterministic machine: steps in, answers and log entries out, no I/O."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
@@ -32,6 +32,7 @@ from equipoise_server.rules import (
     exhaust,
 )
 from equipoise_server.store import LogEntry, LogLost
+from equipoise_server.values import value
 
 REPLAY_ENTRY_S = 4e-5
 """Time to replay a log entry, without its rows, on a core of 2020: read, decoded, applied."""
@@ -41,7 +42,7 @@ REPLAY_ENTRIES, REPLAY_ROWS = 512, 65_536
 """Most entries, and about how many rows, that are replayed in one piece."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Taken:
     """What became of a step or read.
 

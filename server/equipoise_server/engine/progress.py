@@ -1,14 +1,14 @@
 """How a policy's learning goes: version, losses and the live evidence of the Learning Law."""
 
 import json
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, replace
 
 from equipoise_server.engine.step import Step
 from equipoise_server.rules import Evidence
+from equipoise_server.values import value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Progress:
     """Facts of a policy beside its tables; every float is finite.
 
@@ -36,18 +36,18 @@ class Progress:
 
     def after(self, step: Step, evidence: Evidence | None) -> "Progress":
         """The progress after a step that was applied."""
-        changes: dict[str, Any] = {"version": self.version + 1, "training_step": step.training_step}
-        if step.target_loss is not None:
-            changes["target_loss"] = step.target_loss
-            changes["target_loss_sum"] = self.target_loss_sum + step.target_loss
-            changes["target_loss_count"] = self.target_loss_count + 1
-        if step.guard_loss is not None:
-            changes["guard_loss"] = step.guard_loss
-        if evidence is not None:
-            changes["sim"] = evidence.sim
-            changes["positive_share"] = evidence.positive_share
-            changes["largest_weight"] = evidence.largest_weight
-        return replace(self, **changes)
+        target, guard, shown = step.target_loss, step.guard_loss, evidence or self
+        return Progress(
+            version=self.version + 1,
+            training_step=step.training_step,
+            target_loss=self.target_loss if target is None else target,
+            guard_loss=self.guard_loss if guard is None else guard,
+            target_loss_sum=self.target_loss_sum + (target or 0.0),
+            target_loss_count=self.target_loss_count + (target is not None),
+            sim=shown.sim,
+            positive_share=shown.positive_share,
+            largest_weight=shown.largest_weight,
+        )
 
     def after_refusal(self) -> "Progress":
         """The progress after a step that was refused: an empty version."""

@@ -4,18 +4,38 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from equipoise_server.engine.step import Answer, Step
 from equipoise_server.errors import Code, ServiceError
 
+Told: TypeAlias = Callable[[Answer | Exception], None]
+"""Hears once what became of a step; never raises."""
+
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A step on its way: where its answer goes, and since when (loop time, seconds) it waits."""
+    """A step on its way: who hears of its answer, since when (loop time, seconds) it waits, and its bytes."""
 
     step: Step
-    answer: asyncio.Future[Answer]
+    told: Told
     since: float
+    size: int
+
+
+def into(answer: asyncio.Future[Answer]) -> Told:
+    """Puts what became of a step into a future, unless its owner has left."""
+
+    def tell(result: Answer | Exception) -> None:
+        if answer.done():
+            return
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+            answer.exception()  # told: that the caller may have gone is no error of its own
+        else:
+            answer.set_result(result)
+
+    return tell
 
 
 class StepQueue:
@@ -57,40 +77,40 @@ class StepQueue:
         """Whether a step has no answer yet."""
         return bool(self._unanswered)
 
-    async def put(self, step: Step) -> asyncio.Future[Answer]:
-        """Queues a step as soon as there is room; its answer comes through the future. Raises what closed the queue."""
-        while self.closed is None and self._is_full(step):
+    async def put(self, step: Step, told: Told) -> None:
+        """Queues a step as soon as there is room. Raises what closed the queue."""
+        size = step.nbytes
+        while self.closed is None and self._is_full(size):
             self._drained.clear()
             await self._drained.wait()
-        return self._append(step)
+        self._append(step, told, size)
 
-    def put_now(self, step: Step) -> asyncio.Future[Answer]:
+    def put_now(self, step: Step, told: Told) -> None:
         """Queues a step. Raises ServiceError: QUEUE_FULL when there is no room, or what closed the queue."""
-        if self.closed is None and self._is_full(step):
+        size = step.nbytes
+        if self.closed is None and self._is_full(size):
             message = f"policy {self._policy!r} has {len(self)} steps waiting; retry later or use a stream"
             raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_after_s=0.1)
-        return self._append(step)
+        self._append(step, told, size)
 
-    async def take(self, count: int) -> list[Pending]:
-        """The oldest that wait, at least one and at most `count`; empty when the queue has closed."""
+    async def wait(self) -> None:
+        """Returns when a step waits, or the queue has closed."""
         while not self._waiting and self.closed is None:
             self._filled.clear()
             await self._filled.wait()
+
+    def take(self, count: int) -> list[Pending]:
+        """The oldest that wait, at most `count`."""
         taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-        self.size -= sum(pending.step.nbytes for pending in taken)
+        self.size -= sum(pending.size for pending in taken)
         self._drained.set()
         return taken
 
     def settle(self, pending: Pending, result: Answer | Exception) -> None:
-        """Answers a step, unless it was answered or its caller has gone."""
-        self._unanswered.discard(pending)
-        if pending.answer.done():
-            return
-        if isinstance(result, Exception):
-            pending.answer.set_exception(result)
-            pending.answer.exception()  # told: that the caller may have gone is no error of its own
-        else:
-            pending.answer.set_result(result)
+        """Answers a step, unless it was answered."""
+        if pending in self._unanswered:
+            self._unanswered.discard(pending)
+            pending.told(result)
 
     def refuse(self, error: ServiceError) -> None:
         """Takes nothing any more: what waits, and whoever waits for room, is answered with the error."""
@@ -107,18 +127,14 @@ class StepQueue:
         for pending in list(self._unanswered):
             self.settle(pending, error)
 
-    def _is_full(self, step: Step) -> bool:
-        return bool(self._waiting) and (
-            len(self._waiting) >= self._max_steps or self.size + step.nbytes > self._max_bytes
-        )
+    def _is_full(self, size: int) -> bool:
+        return bool(self._waiting) and (len(self._waiting) >= self._max_steps or self.size + size > self._max_bytes)
 
-    def _append(self, step: Step) -> asyncio.Future[Answer]:
+    def _append(self, step: Step, told: Told, size: int) -> None:
         if self.closed is not None:
             raise self.closed.again()
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        pending = Pending(step, answer, self._clock())
+        pending = Pending(step, told, self._clock(), size)
         self._waiting.append(pending)
         self._unanswered.add(pending)
-        self.size += step.nbytes
+        self.size += size
         self._filled.set()
-        return answer

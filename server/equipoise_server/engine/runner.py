@@ -17,7 +17,7 @@ from equipoise_server.engine.loading import Loaded
 from equipoise_server.engine.memory import Backlogs
 from equipoise_server.engine.persistence import Persistence
 from equipoise_server.engine.policy import Policy
-from equipoise_server.engine.queue import StepQueue
+from equipoise_server.engine.queue import StepQueue, Told, into
 from equipoise_server.engine.session import ANONYMOUS, Opener, Session
 from equipoise_server.engine.snapshot import Snapshot, read_pages
 from equipoise_server.engine.snapshots import Snapshots
@@ -217,13 +217,21 @@ class PolicyRunner:
 
     async def submit(self, step: Step) -> asyncio.Future[Answer]:
         """Queues a step when there is room; the future holds its answer once it may be sent."""
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        await self.give(step, into(answer))
+        return answer
+
+    async def give(self, step: Step, told: Told) -> None:
+        """Queues a step when there is room; `told` hears its answer once it may be sent, never before this returns."""
         self._check_open()
-        return await self.queue.put(step)
+        await self.queue.put(step, told)
 
     def submit_now(self, step: Step) -> asyncio.Future[Answer]:
         """Queues a step. Raises ServiceError (QUEUE_FULL) when there is no room."""
         self._check_open()
-        return self.queue.put_now(step)
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        self.queue.put_now(step, into(answer))
+        return answer
 
     async def read(self, call: Callable[[Policy], T], *, long: bool = False) -> T:
         """What `call` reads from the policy between two device calls; `long`: it may take more than milliseconds."""

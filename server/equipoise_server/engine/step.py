@@ -1,6 +1,5 @@
 """A step or read as the engine takes it, and its answer."""
 
-from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -8,6 +7,7 @@ from numpy.typing import NDArray
 
 from equipoise_server.errors import ServiceError
 from equipoise_server.rules import Statistics
+from equipoise_server.values import value
 
 
 class Kind(Enum):
@@ -30,7 +30,7 @@ class Outcome(Enum):
     REFUSED = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Step:
     """A validated step or read.
 
@@ -69,7 +69,7 @@ class Step:
         return statistics + (self.weights_for.nbytes if self.weights_for is not None else 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Answer:
     """What became of a step or read.
 

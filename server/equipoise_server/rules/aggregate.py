@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import RuleError, Statistics
-from equipoise_server.rules.order import group_starts, stable_order
+from equipoise_server.rules.order import group_starts, has_repeats, stable_order
 
 
 def aggregate(
@@ -57,12 +57,10 @@ def aggregate(
         attempts=attempts,
         trajectory_row=trajectory_row,
     )
-    if ids is not None:
+    if ids is not None and has_repeats(ids):
         order = stable_order(ids)
         ordered = ids[order]
-        starts = group_starts(ordered)
-        if len(starts) < len(ids):
-            return _averaged(rows, scored, order, ordered, starts)
+        return _averaged(rows, scored, order, ordered, group_starts(ordered))
     if scored is not None and not scored.all():
         kept = np.flatnonzero(scored) if ids is None else ids[scored]
         rows = replace(

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise_server.rules.guard import Guard
+from equipoise_server.values import value
 
 PAGE_EXAMPLES = 65_536
 """Examples per page: the unit in which tables are stored and replayed. A page of a trajectory has about as many
@@ -33,7 +34,7 @@ class RuleError(ValueError):
         self.field = field
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Statistics:
     """What one step tells a rule: one entry per distinct id that has a scored row.
 
@@ -68,8 +69,10 @@ class Statistics:
     @property
     def size(self) -> int:
         """B, the number of distinct scored ids (0: the step carries no rows)."""
-        given = (self.contributions, self.losses, self.reference_losses, self.attempts)
-        return next((len(values) for values in given if values is not None), 0)
+        for values in (self.contributions, self.losses, self.reference_losses, self.attempts):
+            if values is not None:
+                return len(values)
+        return 0
 
     @property
     def nbytes(self) -> int:

@@ -1,16 +1,17 @@
 """Live evidence of the Learning Law: in an optimal process all weighted examples contribute equally."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from equipoise_server.rules.base import Scalars, Statistics, TableState
 from equipoise_server.rules.rule import Rule
+from equipoise_server.values import value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Evidence:
     """What one step shows.
 

@@ -6,6 +6,9 @@ from numpy.typing import NDArray
 _FEW = 2048
 """Below so many ids a comparison sort is quicker than passes over their digits."""
 
+_FEW_TO_COUNT = 256
+"""Below so many ids a set is quicker than to sort them."""
+
 _DIGIT_BITS = 16
 """Numpy sorts 16-bit integers by counting, in linear time: 2.5 times as fast as it sorts 64-bit ones."""
 
@@ -19,6 +22,14 @@ def stable_order(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     for shift in range(_DIGIT_BITS, bits, _DIGIT_BITS):
         order = order[np.argsort(_digit(ids, shift)[order], kind="stable")]
     return order
+
+
+def has_repeats(ids: NDArray[np.int64]) -> bool:
+    """Whether an id of `ids` [rows] comes twice."""
+    if len(ids) < _FEW_TO_COUNT:
+        return len(set(ids.tolist())) < len(ids)
+    ordered = np.sort(ids)  # half of the time of `stable_order`
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def group_starts(ordered: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,8 +1,8 @@
 """The training loop's stream: requests in, answers out in the same order, many in flight."""
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -35,13 +35,13 @@ LAST_ANSWERS_S = 1.0
 """How long a stream that has to end may go on sending the answers that are there."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class InFlight:
-    """A request under way: when (loop time, seconds) it came, where its answer will be, and its weights' bytes."""
+    """A request under way: when (loop time, seconds) it came, its weights' bytes, and what came of it, once it has."""
 
     since: float
-    answer: asyncio.Future[Answer]
     size: int
+    result: Answer | Exception | None = None
 
 
 Outgoing: TypeAlias = InFlight | ServiceError | pb.ReconnectRequest | None
@@ -76,7 +76,9 @@ class Exchange:
         self._limits = limits
         self._in_flight = in_flight
         self._telemetry = telemetry
-        self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue(MAX_IN_FLIGHT)
+        self._outgoing: deque[Outgoing] = deque()
+        self._ready = asyncio.Event()
+        """Set when the first of them may go out."""
         self._patience = Patience(limits.write_timeout_s)
         self._unread = 0
         self._written = asyncio.Event()
@@ -127,8 +129,7 @@ class Exchange:
         """Sends the answers that are there, and the error behind them; a client that does not read misses them."""
         reader.cancel()
         await asyncio.wait([reader])
-        with suppress(asyncio.QueueFull):
-            self._outgoing.put_nowait(error)
+        self._put(error)
         await asyncio.wait([writer], timeout=LAST_ANSWERS_S)
 
     async def _read_opening(self) -> pb.OpenRequest | None:
@@ -156,9 +157,9 @@ class Exchange:
                 await self._queue(request, num_bytes, runner, trainer_id)
                 del request
         except ServiceError as error:
-            await self._outgoing.put(error)
+            self._put(error)
         else:
-            await self._outgoing.put(None)
+            self._put(None)
 
     async def _queue(self, request: StepFields, num_bytes: int, runner: PolicyRunner, trainer_id: str) -> None:
         loop = asyncio.get_running_loop()
@@ -166,18 +167,36 @@ class Exchange:
         size = request.answer_bytes(num_examples=runner.policy.spec.num_examples)
         await self._room_for(size)
         give_back = await self._in_flight.take(runner.spec_name, num_bytes)
+        under_way = InFlight(since, size)
+
+        def told(result: Answer | Exception) -> None:
+            give_back()
+            under_way.result = result
+            if self._outgoing and self._outgoing[0] is under_way:
+                self._ready.set()
+
         try:
             step = await self._to_step(request, runner, trainer_id)
             self._telemetry.stage(method="Exchange", stage="decode", seconds=loop.time() - since)
-            answer = await runner.submit(step)
+            await runner.give(step, told)
         except BaseException:
             give_back()
             raise
-        answer.add_done_callback(lambda _: give_back())
-        await self._outgoing.put(InFlight(since, answer, size))
+        self._outgoing.append(under_way)
+
+    def _put(self, outgoing: ServiceError | pb.ReconnectRequest | None) -> None:
+        self._outgoing.append(outgoing)
+        self._ready.set()
+
+    async def _next(self) -> Outgoing:
+        """What goes out next, once it may."""
+        while not self._outgoing or _is_open(self._outgoing[0]):
+            self._ready.clear()
+            await self._ready.wait()
+        return self._outgoing.popleft()
 
     async def _room_for(self, size: int) -> None:
-        while self._unread and self._unread + size > MAX_UNREAD_BYTES:
+        while len(self._outgoing) >= MAX_IN_FLIGHT or (self._unread and self._unread + size > MAX_UNREAD_BYTES):
             self._written.clear()
             await self._written.wait()
         self._unread += size
@@ -195,20 +214,24 @@ class Exchange:
 
     async def _write(self, runner: PolicyRunner, trainer_id: str) -> None:
         loop = asyncio.get_running_loop()
-        while (outgoing := await self._outgoing.get()) is not None:
+        while (outgoing := await self._next()) is not None:
             if isinstance(outgoing, ServiceError):
                 raise outgoing
             if isinstance(outgoing, pb.ReconnectRequest):
                 await self._context.write(pb.ExchangeResponse(reconnect=outgoing))
                 continue
-            answer = await outgoing.answer
+            answer = outgoing.result
+            if isinstance(answer, Exception):
+                raise answer
+            assert answer is not None
             started = loop.time()
             response = to_response(answer, runner=runner, trainer_id=trainer_id)
             await self._send(pb.ExchangeResponse(step=response))
             self._unread -= outgoing.size
             self._written.set()
-            self._telemetry.stage(method="Exchange", stage="encode", seconds=loop.time() - started)
-            self._telemetry.stage(method="Exchange", stage="total", seconds=loop.time() - outgoing.since)
+            now = loop.time()
+            self._telemetry.stage(method="Exchange", stage="encode", seconds=now - started)
+            self._telemetry.stage(method="Exchange", stage="total", seconds=now - outgoing.since)
 
     async def _send(self, response: pb.ExchangeResponse) -> None:
         """Who reads nothing for so long has gone, or holds what he is not to hold."""
@@ -220,8 +243,12 @@ class Exchange:
             raise ServiceError(Code.DEADLINE_EXCEEDED, "NOT_READ", description) from None
 
     def _ask_to_reconnect(self) -> None:
-        if not self._outgoing.full():  # a stream this far behind learns of the end by its status
-            self._outgoing.put_nowait(pb.ReconnectRequest(within_ms=RECONNECT_WITHIN_MS))
+        if len(self._outgoing) < MAX_IN_FLIGHT:  # a stream this far behind learns of the end by its status
+            self._put(pb.ReconnectRequest(within_ms=RECONNECT_WITHIN_MS))
+
+
+def _is_open(outgoing: Outgoing) -> bool:
+    return isinstance(outgoing, InFlight) and outgoing.result is None
 
 
 def _step_fields(message: pb.ExchangeRequest) -> StepFields:

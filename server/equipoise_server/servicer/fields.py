@@ -1,16 +1,16 @@
 """The fields of a step, taken out of its message once: every access to bytes in a message copies them."""
 
-from dataclasses import dataclass
 from typing import Self
 
 from equipoise.v1 import policy_pb2 as pb
+from equipoise_server.values import value
 
 ROW_STATISTICS = ("contributions", "losses", "reference_losses")
 OUTCOMES = ("successes", "attempts")
 STATISTICS = (*ROW_STATISTICS, *OUTCOMES, "gradient_sketches", "target_sketch")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class StepFields:
     """What a StepRequest says, field by field; None: a field with presence that is not there."""
 

@@ -6,7 +6,6 @@ the entry before it, and the latter: so an entry that took another one's place i
 
 import struct
 from collections.abc import Mapping
-from dataclasses import replace
 from zlib import crc32
 
 from equipoise_server.store.errors import Damaged
@@ -18,7 +17,7 @@ _NUMBER = struct.Struct("<Q")
 
 def seal(entry: LogEntry, *, after: int) -> LogEntry:
     """The entry with its checksum, behind one whose checksum is `after` (0: not known)."""
-    return replace(entry, seal=_SEAL.pack(after, _of_entry(entry, after)))
+    return LogEntry(version=entry.version, fields=entry.fields, seal=_SEAL.pack(after, _of_entry(entry, after)))
 
 
 def checksum(entry: LogEntry) -> int:

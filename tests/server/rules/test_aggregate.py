@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise_server.rules import aggregate
+from equipoise_server.rules.order import has_repeats
 
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 
@@ -149,3 +150,13 @@ def test_many_distinct_ids_keep_the_order_of_the_request() -> None:
     statistics = aggregate(ids, np.arange(5000, dtype=np.float32))
     np.testing.assert_array_equal(statistics.ids, ids)
     assert statistics.counts is None
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 64, 255, 256, 5000])
+def test_one_repeat_is_found_wherever_it_is(rows: int) -> None:
+    ids = np.random.default_rng(rows).permutation(2 * rows)[:rows]
+    assert not has_repeats(ids)
+    for place in range(1, rows, max(1, rows // 7)):
+        repeated = ids.copy()
+        repeated[place] = ids[0]
+        assert has_repeats(repeated)

@@ -22,6 +22,7 @@ setup: .venv/.tools .venv-proto/.ready ## install everything for development
 demo: .venv/.runtime ## watch a training job learn better, its server killed half-way
 	@$(BIN)/equipoise demo $(ARGS)
 
+test test-slow: export PYTHONDONTWRITEBYTECODE :=  # else each process compiles the tests and all that it imports
 test: .venv/.tests .venv-proto/.ready ## the tests, but for the slow ones
 	$(BIN)/pytest -m "not slow" --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 

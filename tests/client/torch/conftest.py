@@ -1,5 +1,6 @@
 """A server for the tests of each file; small models on one thread, of which several would only wait for each other."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,13 @@ import torch
 from tests.servers import ServerProcess, serve
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Accelerate collects garbage for each trainer: not among all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

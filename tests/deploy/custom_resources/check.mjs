@@ -17,10 +17,16 @@ function model(resource) {
   return `@kubernetes-models/${PACKAGES[group]}/${resource.apiVersion}/${resource.kind}`;
 }
 
-function misspelt(resource) {
-  const name = new URL("resource.ts", import.meta.url).pathname;
-  const code = `import type { I${resource.kind} } from "${model(resource)}";
-export const resource: I${resource.kind} = ${JSON.stringify(resource)};`;
+// All of them in one program, which reads the language's own declarations once.
+function misspelt(resources) {
+  const names = resources.map((_, index) => new URL(`resource-${index}.ts`, import.meta.url).pathname);
+  const codes = new Map(
+    resources.map((resource, index) => [
+      names[index],
+      `import type { I${resource.kind} } from "${model(resource)}";
+export const resource: I${resource.kind} = ${JSON.stringify(resource)};`,
+    ]),
+  );
   const options = {
     module: ts.ModuleKind.NodeNext,
     moduleResolution: ts.ModuleResolutionKind.NodeNext,
@@ -32,9 +38,13 @@ export const resource: I${resource.kind} = ${JSON.stringify(resource)};`;
   const host = ts.createCompilerHost(options);
   const onDisk = host.getSourceFile;
   host.getSourceFile = (file, ...rest) =>
-    file === name ? ts.createSourceFile(file, code, ts.ScriptTarget.ES2022) : onDisk(file, ...rest);
-  const found = ts.getPreEmitDiagnostics(ts.createProgram([name], options, host));
-  return found.map((each) => ts.flattenDiagnosticMessageText(each.messageText, " "));
+    codes.has(file) ? ts.createSourceFile(file, codes.get(file), ts.ScriptTarget.ES2022) : onDisk(file, ...rest);
+  const program = ts.createProgram(names, options, host);
+  return names.map((name) =>
+    ts
+      .getPreEmitDiagnostics(program, program.getSourceFile(name))
+      .map((each) => ts.flattenDiagnosticMessageText(each.messageText, " ")),
+  );
 }
 
 async function invalid(resource) {
@@ -47,8 +57,10 @@ async function invalid(resource) {
   }
 }
 
+const resources = JSON.parse(await text(process.stdin));
+const found = misspelt(resources);
 const answers = [];
-for (const resource of JSON.parse(await text(process.stdin))) {
-  answers.push([...misspelt(resource), ...(await invalid(resource))]);
+for (const [index, resource] of resources.entries()) {
+  answers.push([...found[index], ...(await invalid(resource))]);
 }
 console.log(JSON.stringify(answers));

@@ -1,18 +1,6 @@
-"""Quiet libraries, and quick ones."""
-
-import gc
-from collections.abc import Iterator
+"""Quiet libraries."""
 
 import pytest
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen() -> Iterator[None]:
-    """Accelerate collects garbage for each trainer: not among all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

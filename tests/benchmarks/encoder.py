@@ -29,7 +29,7 @@ from equipoise import PolicyClient, Timeout
 from equipoise.transformers import PolicyTrainer, PolicyTraining
 from tests.servers import serve
 
-PACKAGES = ("torch", "numpy", "sklearn", "transformers", "scipy", "trl", "lightning", "datasets", "sympy", "networkx")
+PACKAGES = ("networkx", "sympy", "pandas", "matplotlib", "fontTools", "transformers", "scipy", "torch")
 COUNTS = {"train": 1500, "target": 100, "guard": 100, "test": 1000}
 METHODS = ("uniform", "served", "trusted added", "oracle")
 Rows = list[dict[str, Any]]
@@ -39,7 +39,8 @@ def sentences(package: str) -> Iterator[str]:
     """First sentences of docstrings, 6 to 16 words, without the name of the package."""
     paths = sysconfig.get_paths()
     roots = [Path(paths[kind]) / package for kind in ("purelib", "stdlib")]
-    for file in sorted(next(root for root in roots if root.is_dir()).rglob("*.py")):
+    files = sorted(next(root for root in roots if root.is_dir()).rglob("*.py"))
+    for file in (files[place] for place in np.random.default_rng(0).permutation(len(files))):
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
@@ -54,15 +55,18 @@ def sentences(package: str) -> Iterator[str]:
 
 @cache
 def corpus() -> list[tuple[str, int]]:
-    """Distinct sentences with their classes, as many of each, in a fixed order."""
-    each = sum(COUNTS.values()) // len(PACKAGES)
+    """Distinct sentences with their classes, as many of each, of files in a fixed order."""
+    each = -(-sum(COUNTS.values()) // len(PACKAGES))
     found = []
     for label, package in enumerate(PACKAGES):
-        texts = sorted(set(sentences(package)))
-        chosen = np.random.default_rng(label).permutation(len(texts))[:each]
-        if len(chosen) < each:
-            raise SystemExit(f"{package}: has {len(chosen)} sentences, {each} are needed")
-        found += [(texts[place], label) for place in chosen]
+        texts: dict[str, None] = {}
+        for text in sentences(package):
+            texts[text] = None
+            if len(texts) == each:
+                break
+        else:
+            raise SystemExit(f"{package}: has {len(texts)} sentences, {each} are needed")
+        found += [(text, label) for text in texts]
     return found
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from time import monotonic
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.ports import free_port
 
 PATIENCE_S = 400.0
 """Two that wait for each other are given up after so long."""
+LOADED = ["accelerate", "lightning", "torch.distributed", "transformers.trainer"]
+"""What takes a process seconds to import, and is imported once for all pairs of a run of the tests."""
 
 
 def run_pair(job: Callable[..., None], *arguments: Any) -> None:
@@ -21,7 +24,10 @@ def run_pair(job: Callable[..., None], *arguments: Any) -> None:
 
     The job may form the process group, or let its framework do so, and need not take it down.
     """
-    processes = mp.spawn(_run, args=(free_port(), job, arguments), nprocs=2, join=False)
+    get_context("forkserver").set_forkserver_preload(LOADED)
+    processes = mp.start_processes(
+        _run, args=(free_port(), job, arguments), nprocs=2, join=False, start_method="forkserver"
+    )
     end = monotonic() + PATIENCE_S
     try:
         while not processes.join(1):

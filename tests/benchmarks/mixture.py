@@ -69,8 +69,8 @@ def counting(generator: np.random.Generator) -> Iterator[str]:
 
 def pieces(texts: Iterator[str]) -> list[str]:
     """Distinct paragraphs."""
-    found = ("\n".join(text.split("\n\n")).strip() for whole in texts for text in whole.split("\n\n"))
-    return list(dict.fromkeys(" ".join(text.split()) for text in found if text))
+    found = (" ".join(text.split()) for whole in texts for text in whole.split("\n\n"))
+    return list(dict.fromkeys(text for text in found if text))
 
 
 class Task:
